@@ -1,0 +1,401 @@
+"""Every setting of the project: frozen dataclasses, presets, recipes, and TOML files.
+
+Precedence, lowest first: the defaults below, the recipe named in the file, the file, the
+command line. An unknown key is refused with the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mae_fast.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Variant = Literal["mae_st", "slowfast"]
+MaskStrategy = Literal["random", "tube", "frame", "block", "running_cell"]
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A masked autoencoder, in the official constructor's names. The default is the paper's ViT-L.
+
+    Sizes are in pixels, frames and channels. `variant` chooses between the two official models
+    where no other field does: `slowfast` predicts frames 0, 2, 4, ... (mae_st: evenly spaced with
+    the last one included), gives the decoder the encoder's cls token and one joint position table,
+    and starts from PySlowFast's initialisation. Sources: models_mae.py, slowfast/models/masked.py.
+    """
+
+    variant: Variant = "mae_st"
+    img_size: int = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    num_frames: int = 16
+    t_patch_size: int = 2
+    pred_t_dim: int = 8
+    embed_dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 4
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+    norm_pix_loss: bool = True
+    sep_pos_embed: bool = True
+    cls_embed: bool = True
+    no_qkv_bias: bool = False
+    trunc_init: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "patch_size", "in_chans", "num_frames", "t_patch_size"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("depth", "decoder_depth"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            self.img_size % self.patch_size == 0,
+            f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}",
+        )
+        _require(
+            self.num_frames % self.t_patch_size == 0,
+            f"num_frames {self.num_frames} is not divisible by t_patch_size {self.t_patch_size}",
+        )
+        for width, heads in (
+            ("embed_dim", "num_heads"),
+            ("decoder_embed_dim", "decoder_num_heads"),
+        ):
+            w, h = getattr(self, width), getattr(self, heads)
+            _require(w > 0 and h > 0 and w % h == 0, f"{width} {w} is not divisible by {heads} {h}")
+        _require(
+            0 < self.pred_t_dim <= self.num_frames,
+            f"pred_t_dim {self.pred_t_dim} must be between 1 and num_frames {self.num_frames}",
+        )
+        _require(
+            self.t_patch_size * self.pred_t_dim % self.num_frames == 0,
+            f"pred_t_dim {self.pred_t_dim} is not a whole number of frames for each of the "
+            f"{self.grid[0]} time steps (num_frames {self.num_frames})",
+        )
+        if self.variant == "slowfast":
+            _require(
+                self.pred_t_dim == self.grid[0],
+                f"slowfast predicts one frame a time step: pred_t_dim must be {self.grid[0]}, "
+                f"got {self.pred_t_dim}",
+            )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Time steps, rows and columns of patches (t, h, w)."""
+        side = self.img_size // self.patch_size
+        return self.num_frames // self.t_patch_size, side, side
+
+    @property
+    def num_patches(self) -> int:
+        """L, the number of tokens of a whole clip, without cls."""
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def target_frames(self) -> tuple[int, ...]:
+        """Which input frames are predicted.
+
+        mae_st: linspace(0, T-1, pred_t_dim) truncated, in fp32 as the official code has it, so
+        the last frame is always one of them (0, 2, ..., 12, 15). slowfast: every t_patch_size-th.
+        """
+        if self.variant == "slowfast":
+            return tuple(range(0, self.num_frames, self.t_patch_size))
+        import torch
+
+        return tuple(torch.linspace(0, self.num_frames - 1, self.pred_t_dim).long().tolist())
+
+    @property
+    def pred_t_patch_size(self) -> int:
+        """u, the target frames of one token."""
+        return self.t_patch_size * self.pred_t_dim // self.num_frames
+
+    @property
+    def pred_dim(self) -> int:
+        """P, the target values of one token."""
+        return self.pred_t_patch_size * self.patch_size**2 * self.in_chans
+
+
+def _preset(
+    embed_dim: int, depth: int, num_heads: int, decoder_embed_dim: int, patch_size: int = 16
+) -> dict[str, int]:
+    return dict(
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        decoder_embed_dim=decoder_embed_dim,
+        patch_size=patch_size,
+    )
+
+
+# base, large and huge are the paper's; tiny and small are ours, for small machines.
+PRESETS = {
+    "vit_tiny": _preset(192, 12, 3, 192),
+    "vit_small": _preset(384, 12, 6, 256),
+    "vit_base": _preset(768, 12, 12, 512),
+    "vit_large": _preset(1024, 24, 16, 512),
+    "vit_huge": _preset(1280, 32, 16, 512, patch_size=14),
+}
+# mae_st has decoder heads of 32, slowfast of 64 (dim // 64); see facts in the docstring's sources.
+_DECODER_HEAD_DIM = {"mae_st": 32, "slowfast": 64}
+
+
+def preset(name: str, variant: Variant = "mae_st", **changes: Any) -> ModelConfig:
+    """The model called `name` (vit_tiny, vit_small, vit_base, vit_large, vit_huge) in one of the
+    two official variants, with any field changed. ConfigError on an unknown name or field."""
+    if name not in PRESETS:
+        raise ConfigError(_unknown("model", name, PRESETS))
+    if variant not in _DECODER_HEAD_DIM:
+        raise ConfigError(_unknown("variant", variant, _DECODER_HEAD_DIM))
+    fields = dict(PRESETS[name], variant=variant)
+    if variant == "slowfast":
+        fields["patch_size"] = 16
+    width = changes.get("decoder_embed_dim", fields["decoder_embed_dim"])
+    fields["decoder_num_heads"] = max(1, width // _DECODER_HEAD_DIM[variant])
+    # One predicted frame for each time step, unless the caller says otherwise.
+    frames = changes.get("num_frames", ModelConfig.num_frames)
+    fields["pred_t_dim"] = frames // changes.get("t_patch_size", ModelConfig.t_patch_size)
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    for key in changes:
+        if key not in known:
+            raise ConfigError(_unknown("field of ModelConfig", key, known))
+    return ModelConfig(**{**fields, **changes})
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which patches are hidden. `ratio` is the masked share, 0 <= ratio < 1."""
+
+    strategy: MaskStrategy = "random"
+    ratio: float = 0.9
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ratio < 1, f"mask.ratio must be in [0, 1), got {self.ratio}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where clips come from and how one is cut out of a video.
+
+    `index` is a file made by `mae-fast index`. A clip spans sampling_rate * num_frames frames at
+    target_fps; repeat_aug clips are taken from each video, decoded once. With span_seconds 0 (the
+    official sampling) they start anywhere in the video, otherwise within one window of that many
+    seconds, which costs less to decode. Frames whose short side is over short_side pixels are
+    shrunk to it after decoding (0: never). crop_area and crop_aspect are the ranges of the one
+    random crop box of a clip. max_bad_share is the share of the videos that may turn out broken
+    before the run stops.
+    """
+
+    index: str = ""
+    sampling_rate: int = 4
+    target_fps: float = 30.0
+    repeat_aug: int = 4
+    span_seconds: float = 0.0
+    short_side: int = 256
+    crop_area: tuple[float, float] = (0.5, 1.0)
+    crop_aspect: tuple[float, float] = (0.75, 1.3333)
+    flip: float = 0.5
+    decoder: Literal["auto", "pyav", "torchcodec"] = "auto"
+    workers: int = 2
+    max_bad_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("sampling_rate", "target_fps", "repeat_aug"):
+            value = getattr(self, name)
+            _require(value > 0, f"data.{name} must be positive, got {value}")
+        for name in ("span_seconds", "short_side", "workers"):
+            value = getattr(self, name)
+            _require(value >= 0, f"data.{name} must not be negative, got {value}")
+        for name in ("flip", "max_bad_share"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"data.{name} must be in [0, 1], got {value}")
+        lo, hi = self.crop_area
+        _require(0 < lo <= hi <= 1, f"data.crop_area must rise within (0, 1], got {self.crop_area}")
+        lo, hi = self.crop_aspect
+        _require(0 < lo <= hi, f"data.crop_aspect must rise from above 0, got {self.crop_aspect}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained; the defaults are the official recipe.
+
+    batch_size counts videos a process and micro-step (clips: times data.repeat_aug); lr is
+    blr * batch_size * accum_steps * processes / 256, without repeat_aug, as in the official code.
+    epochs and warmup_epochs count passes over the index and may be fractions; steps, when not 0,
+    replaces epochs. clip_grad 0 turns clipping off. keep is the number of checkpoints kept.
+    """
+
+    batch_size: int = 2
+    accum_steps: int = 1
+    epochs: float = 100.0
+    warmup_epochs: float = 5.0
+    steps: int = 0
+    warmup_steps: int = 0
+    blr: float = 1.6e-3
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip_grad: float = 0.02
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 1000
+    keep: int = 3
+    max_nonfinite: int = 10
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accum_steps", "log_every", "save_every", "keep", "blr"):
+            value = getattr(self, name)
+            _require(value > 0, f"train.{name} must be positive, got {value}")
+        for name in ("steps", "warmup_steps", "warmup_epochs", "min_lr", "weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name} must not be negative, got {value}")
+        for name in ("clip_grad", "max_nonfinite", "seed"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name} must not be negative, got {value}")
+        _require(
+            self.steps > 0 or self.epochs > 0, f"train.epochs must be positive, got {self.epochs}"
+        )
+        if self.steps:
+            _require(
+                self.warmup_steps <= self.steps,
+                f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}",
+            )
+        else:
+            _require(
+                self.warmup_epochs <= self.epochs,
+                f"train.warmup_epochs {self.warmup_epochs} is more than train.epochs {self.epochs}",
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One pre-training run. `output` is its folder; a run found there is resumed."""
+
+    output: str = "runs/pretrain"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# mae_st: PRETRAIN.md of the official repository. The defaults above are the same, so that a run
+# without a recipe trains the same way; here they are pinned by name.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "mae_st": {
+        "mask": {"strategy": "random", "ratio": 0.9},
+        "data": {"sampling_rate": 4, "repeat_aug": 4, "crop_area": (0.5, 1.0), "flip": 0.5},
+        "train": {
+            "batch_size": 2,
+            "epochs": 100.0,
+            "warmup_epochs": 5.0,
+            "blr": 1.6e-3,
+            "min_lr": 0.0,
+            "weight_decay": 0.05,
+            "betas": (0.9, 0.95),
+            "clip_grad": 0.02,
+            "precision": "fp32",
+        },
+    },
+}
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a run's TOML file. Raises ConfigError, naming the key and the nearest known one."""
+    try:
+        text = Path(path).read_text()
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from e
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    try:
+        return config_from_dict(tree)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+
+
+def config_from_dict(tree: dict[str, Any]) -> Config:
+    """Build a Config from nested tables. `recipe` at the top and `preset` in [model] fill in
+    what the tables leave out."""
+    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    recipe = tree.pop("recipe", "mae_st")
+    if recipe not in RECIPES:
+        raise ConfigError(_unknown("recipe", recipe, RECIPES))
+    for section, values in RECIPES[recipe].items():
+        tree[section] = {**values, **tree.get(section, {})}
+    model = tree.pop("model", {})
+    name = model.pop("preset", "vit_large")
+    _check_keys("model", model, ModelConfig)
+    _check_keys("", tree, Config)
+    sections = {}
+    for key, cls in (("mask", MaskConfig), ("data", DataConfig), ("train", TrainConfig)):
+        values = tree.pop(key)
+        _check_keys(key, values, cls)
+        sections[key] = cls(**values)
+    return Config(model=preset(name, **model), **sections, **tree)
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A dataclass as plain nested values, for JSON and checkpoints."""
+    return dataclasses.asdict(cfg)
+
+
+def model_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of to_dict for a ModelConfig."""
+    _check_keys("model", values, ModelConfig)
+    return ModelConfig(**values)
+
+
+def _check_keys(section: str, values: Any, cls: type) -> None:
+    """Refuse unknown keys and values of the wrong kind; lists become the tuples they stand for."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"[{section}] must be a table, got {values!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        where = f"{section}.{key}" if section else key
+        if key not in known:
+            raise ConfigError(
+                _unknown("key", where, [f"{section}.{k}" if section else k for k in known])
+            )
+        values[key] = _coerce(where, value, known[key].type)
+
+
+def _coerce(where: str, value: Any, kind: Any) -> Any:
+    from typing import get_args, get_origin
+
+    if get_origin(kind) is Literal:
+        _require(value in get_args(kind), f"{where} must be one of {get_args(kind)}, got {value!r}")
+    elif get_origin(kind) is tuple:
+        ok = isinstance(value, list | tuple) and len(value) == len(get_args(kind))
+        _require(ok, f"{where} must hold {len(get_args(kind))} numbers, got {value!r}")
+        return tuple(_coerce(where, v, k) for v, k in zip(value, get_args(kind), strict=True))
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, float, str, bool):
+        ok = type(value) is kind
+        _require(ok, f"{where} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _unknown(what: str, name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"

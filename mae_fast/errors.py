@@ -1,0 +1,37 @@
+"""Errors a user can act on. Each carries the exit code with which the command line leaves."""
+
+
+class MaeFastError(Exception):
+    """Base of every error raised on purpose; the command line prints it in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(MaeFastError, ValueError):
+    """A configuration that cannot work, or a key that does not exist."""
+
+    exit_code = 2
+
+
+class DataError(MaeFastError):
+    """No usable videos, or more broken ones than the run allows."""
+
+    exit_code = 65
+
+
+class NonFiniteError(MaeFastError):
+    """The loss was NaN or infinite more often than the run allows."""
+
+    exit_code = 70
+
+
+class CheckpointError(MaeFastError):
+    """A checkpoint could not be written, or cannot be read."""
+
+    exit_code = 73
+
+
+class Interrupted(MaeFastError):
+    """SIGINT or SIGTERM: the run was saved and can be resumed by the same command."""
+
+    exit_code = 75
