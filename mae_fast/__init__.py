@@ -1,0 +1,33 @@
+"""mae_fast: pre-train video masked autoencoders, exactly as the official code computes them.
+
+    model = mae_fast.MaskedAutoencoder(mae_fast.preset("vit_base"))
+    loss, pred, mask = model(video, mask_ratio=0.9)  # video uint8 [B, 3, 16, 224, 224]
+
+Names are loaded on first use: importing mae_fast imports nothing else.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "config",
+    "DataConfig": "config",
+    "MaskConfig": "config",
+    "ModelConfig": "config",
+    "TrainConfig": "config",
+    "preset": "config",
+    "MaskedAutoencoder": "model",
+    "pretrain": "train",
+}
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"mae_fast.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'mae_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

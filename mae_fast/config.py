@@ -189,16 +189,18 @@ class MaskConfig:
 class DataConfig:
     """Where clips come from and how one is cut out of a video.
 
-    `index` is a file made by `mae-fast index`. A clip spans sampling_rate * num_frames frames at
-    target_fps; repeat_aug clips are taken from each video, decoded once. With span_seconds 0 (the
-    official sampling) they start anywhere in the video, otherwise within one window of that many
-    seconds, which costs less to decode. Frames whose short side is over short_side pixels are
-    shrunk to it after decoding (0: never). crop_area and crop_aspect are the ranges of the one
-    random crop box of a clip. max_bad_share is the share of the videos that may turn out broken
-    before the run stops.
+    `index` is a file made by `mae-fast index`; `val_index`, where given, holds videos whose loss is
+    taken at the start, with every checkpoint and at the end. A clip spans sampling_rate *
+    num_frames frames at target_fps; repeat_aug clips are taken from each video, decoded once. With
+    span_seconds 0 (the official sampling) they start anywhere in the video, otherwise within one
+    window of that many seconds, which costs less to decode. Frames whose short side is over
+    short_side pixels are shrunk to it after decoding (0: never). crop_area and crop_aspect are the
+    ranges of the one random crop box of a clip. max_bad_share is the share of the videos that may
+    turn out broken before the run stops.
     """
 
     index: str = ""
+    val_index: str = ""
     sampling_rate: int = 4
     target_fps: float = 30.0
     repeat_aug: int = 4

@@ -1,0 +1,60 @@
+"""Held-out loss: the same clips, crops and masks every time, beside what a mean would score."""
+
+from typing import Any
+
+import torch
+
+from mae_fast.config import Config
+from mae_fast.data import VideoRow, make_loader
+from mae_fast.forward import targets
+from mae_fast.masking import draw_ids
+from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.masked_mse import norm_pix
+
+CLIPS = 64
+_SEED = 20220518  # any fixed number: the paper's first day on arXiv
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: MaskedAutoencoder, rows: list[VideoRow], cfg: Config, device: torch.device
+) -> dict[str, Any]:
+    """{"val_loss", "val_mean_patch_loss", "val_clips"} over CLIPS clips of the held-out `rows`.
+
+    val_mean_patch_loss is the loss of predicting, for every masked patch, the patch's own mean.
+    Broken videos are replaced as in training.
+    """
+    videos = max(1, 8 // cfg.data.repeat_aug)  # a batch of about 8 clips
+    loader = make_loader(
+        rows,
+        cfg.data,
+        num_frames=cfg.model.num_frames,
+        batch_size=videos,
+        seed=_SEED,
+        start=0,
+        steps=-(-CLIPS // (videos * cfg.data.repeat_aug)),
+    )
+    spec, losses, means, clips = model.spec, 0.0, 0.0, 0
+    for batch in loader:
+        batch = batch.to(device)
+        video = batch.video(cfg.model.img_size)
+        keep, masked = draw_ids(
+            cfg.mask.strategy,
+            cfg.model.grid,
+            cfg.mask.ratio,
+            seed=_SEED,
+            step=0,
+            samples=batch.samples,
+        )
+        loss, _, _ = model(video, ids_keep=keep, ids_mask=masked)
+        target = targets(spec, video, masked, torch.float32)
+        if spec.norm_pix_loss:
+            target = norm_pix(target)[0]
+        means += float(target.var(dim=-1, correction=0).mean()) * len(batch.paths)
+        losses += float(loss) * len(batch.paths)
+        clips += len(batch.paths)
+    return {
+        "val_loss": losses / clips,
+        "val_mean_patch_loss": means / clips,
+        "val_clips": clips,
+    }

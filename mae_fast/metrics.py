@@ -1,0 +1,169 @@
+"""What a run tells: metrics.jsonl always, a progress line, curves.png, tensorboard and wandb.
+
+Numbers arrive here once every log_every steps, already on the host. Only the writing rank has one.
+"""
+
+import json
+import logging
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from mae_fast.config import Config, to_dict
+from mae_fast.errors import ConfigError
+
+log = logging.getLogger("mae_fast")
+
+
+class Metrics:
+    """Writes the metrics of one run into its folder. Use as a context manager."""
+
+    def __init__(self, cfg: Config, total_steps: int, start_step: int) -> None:
+        from rich import progress as bar
+
+        self.folder = Path(cfg.output)
+        self.path = self.folder / "metrics.jsonl"
+        _forget_after(self.path, start_step)
+        self.file = self.path.open("a")
+        self.sinks = []
+        if cfg.train.tensorboard:
+            self.sinks.append(_tensorboard(self.folder))
+        if cfg.train.wandb:
+            self.sinks.append(_wandb(cfg))
+        self.live = sys.stderr.isatty()
+        self.progress = bar.Progress(
+            bar.TextColumn("[progress.description]{task.description}"),
+            bar.BarColumn(bar_width=20),
+            bar.MofNCompleteColumn(),
+            disable=not self.live,
+            console=_console(),
+        )
+        self.task = self.progress.add_task("pretrain", total=total_steps, completed=start_step)
+        self.total = total_steps
+
+    def __enter__(self) -> "Metrics":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+        self.file.close()
+        for close in (close for _, close in self.sinks):
+            close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Add one row; `step` counts finished steps."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for add, _ in self.sinks:
+            add(row)
+        line = _line(row)
+        self.progress.update(self.task, completed=row["step"], description=line)
+        if not self.live:
+            print(f"step {row['step']}/{self.total}  {line}", file=sys.stderr, flush=True)
+
+
+def _line(row: dict[str, Any]) -> str:
+    words = []
+    if "loss" in row:
+        words.append(
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.3g}  "
+            f"{row['clips_per_s']:.2f} clips/s  data {row['data_wait']:.0%}  "
+            f"{row['memory_mb']:.0f} MB  {row['seconds_left'] / 60:.1f} min left"
+        )
+    if "val_loss" in row:
+        words.append(f"held out {row['val_loss']:.4f} (mean {row['val_mean_patch_loss']:.4f})")
+    return "  ".join(words)
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def memory_mb(device: Any) -> float:
+    """Peak memory of this process in MB: allocated on a CUDA device, resident on the CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def draw_curves(folder: str | Path) -> Path | None:
+    """Plot loss, learning rate and gradient norm of a run into curves.png; None if it cannot."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        log.warning("no curves.png: %s (pip install matplotlib)", e)
+        return None
+    folder = Path(folder)
+    history = read(folder / "metrics.jsonl")
+    rows = [r for r in history if "loss" in r]
+    if not rows:
+        return None
+    steps = [r["step"] for r in rows]
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    axes = figure.subplots(1, 3)
+    scales = {"loss": "linear", "lr": "linear", "grad_norm": "log"}
+    for axis, (key, scale) in zip(axes, scales.items(), strict=True):
+        axis.plot(steps, [r[key] for r in rows], linewidth=1.2)
+        axis.set(title=key, xlabel="step", yscale=scale)
+        axis.grid(alpha=0.3)
+    held_out = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
+    if held_out:
+        axes[0].plot(*zip(*held_out, strict=True), "o-", markersize=3, label="held out")
+        axes[0].legend()
+    path = folder / "curves.png"
+    tmp = folder / "curves.tmp.png"
+    figure.savefig(tmp, dpi=110)
+    tmp.replace(path)
+    return path
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """On resume, drop the rows of steps that will be done again."""
+    from mae_fast.checkpoint import write_text
+
+    if path.exists():
+        kept = [json.dumps(r) + "\n" for r in read(path) if r["step"] <= step]
+        write_text(path, "".join(kept))
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ConfigError(
+            f"train.tensorboard needs `pip install mae-fast[tensorboard]`: {e}"
+        ) from e
+    writer = SummaryWriter(str(folder))
+
+    def add(row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step":
+                writer.add_scalar(key, value, row["step"])
+
+    return add, writer.close
+
+
+def _wandb(cfg: Config):
+    try:
+        import wandb
+    except ImportError as e:
+        raise ConfigError(f"train.wandb needs `pip install mae-fast[wandb]`: {e}") from e
+    run = wandb.init(project="mae_fast", dir=cfg.output, config=to_dict(cfg), resume="allow")
+    return (lambda row: run.log(row, step=row["step"])), run.finish

@@ -1,0 +1,1 @@
+"""The operations of the forward, one file each: the file's reference is its specification."""

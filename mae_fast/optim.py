@@ -1,0 +1,58 @@
+"""The official optimizer: what decays, the learning rate, and a step without host sync."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mae_fast.config import TrainConfig
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two AdamW groups: no decay for 1-D parameters and biases, decay for the rest.
+
+    Tokens and position tables are 3-D, so they decay, as in the official code.
+    """
+    decay, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (rest if p.ndim == 1 or name.endswith(".bias") else decay).append(p)
+    return [{"params": rest, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW on the official groups; lr is set before every step."""
+    groups = param_groups(model, cfg.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def peak_lr(cfg: TrainConfig, world: int) -> float:
+    """blr * batch * accum * processes / 256; repeat_aug is not in it (official, deliberate)."""
+    return cfg.blr * cfg.batch_size * cfg.accum_steps * world / 256
+
+
+def lr_at(at: float, total: float, warmup: float, peak: float, floor: float = 0.0) -> float:
+    """Linear warm-up from 0, then half a cosine down to `floor`. Units of at, total and warmup are
+    the caller's (epochs or steps); the first step has lr 0 when there is a warm-up."""
+    if at < warmup:
+        return peak * at / warmup
+    progress = (at - warmup) / max(total - warmup, 1e-12)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def clipped_step(optimizer: torch.optim.AdamW, lr: float, clip: float) -> Tensor:
+    """One AdamW step with global-norm clipping; returns the norm before clipping, on the device.
+
+    The fused kernel divides gradients by `grad_scale` and does nothing at all when `found_inf` is
+    set, so clipping costs no pass of its own and a non-finite step is skipped without a sync.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params]).float()
+    # torch.nn.utils.clip_grad_norm_'s own rule, and the official code's.
+    scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.grad_scale, optimizer.found_inf = scale, (~norm.isfinite()).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

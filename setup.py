@@ -1,0 +1,65 @@
+"""The package. `kernels/` is installed as `mae_fast.kernels`: its bare name is another project's.
+
+The floors below are the oldest versions that the tests have passed with.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEPENDENCIES = [
+    "torch>=2.11",
+    'triton>=3.6; sys_platform == "linux" and platform_machine in "x86_64 aarch64"',
+    "numpy>=1.26",
+    "av>=14",
+    "safetensors>=0.5",
+    "rich>=13",
+    "tyro>=0.9.2",
+    "matplotlib>=3.8",
+    'tomli>=2; python_version < "3.11"',
+]
+EXTRAS = {
+    # Each torchcodec release loads with one torch release only: `mae-fast info` says if it does.
+    "torchcodec": ["torchcodec>=0.12"],
+    "flash-attn": ["flash-attn>=2.8"],
+    # Only pre-releases exist; naming one lets pip choose them.
+    "flash-attn-4": ["flash-attn-4>=4.0.0b1"],
+    "xformers": ["xformers>=0.0.35"],
+    "tensorboard": ["tensorboard>=2.15"],
+    "wandb": ["wandb>=0.18"],
+    "parquet": ["pyarrow>=17"],
+    "dev": [
+        "build>=1.2",
+        "hypothesis>=6.100",
+        "pyarrow>=17",
+        "pytest>=8",
+        "pytest-benchmark>=4",
+        "pytest-xdist>=3.5",
+        "ruff>=0.12",
+        "setuptools>=70.1",
+    ],
+}
+
+setup(
+    name="mae-fast",
+    version="0.1.0.dev0",
+    description="A training engine for video masked autoencoders (MAE-ST): exact and fast",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The mae_fast authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["mae_fast", "mae_fast.*"]), "mae_fast.kernels"],
+    package_dir={"mae_fast.kernels": "kernels"},
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mae-fast = mae_fast.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
