@@ -1,26 +1,31 @@
-# `make demo` and `make test` do all their own set-up in .venv; a second call starts in seconds.
-PYTHON ?= python3#  the interpreter that .venv is made with, >= 3.10
-TORCH ?=#           a torch version; empty: the one in .venv, or else the newest
-TRITON ?=#          a triton version; empty: the one that fits torch
-SYSTEM ?=#          1: use PYTHON's own torch, triton and numpy, add only light packages
-ARGS ?=#            passed on: make test ARGS="-k mask", make demo ARGS="--videos FOLDER"
+# make demo   train a small model on real footage; ARGS="--videos FOLDER" takes your own
+# make test   run the tests; ARGS="-k mask" some of them
+# make lint   check style;  make setup  only the set-up;  make clean  remove what make made
+# Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
+#   PYTHON=python3.12  the interpreter, 3.10 or newer      TORCH=2.13.0  TRITON=3.9.0  versions
+#   SYSTEM=1           use the torch, triton and numpy of PYTHON; add light packages only
+-include .venv/options.mk
+PYTHON ?= python3
+TORCH ?=
+TRITON ?=
+SYSTEM ?=
+ARGS ?=
 
 ifeq ($(filter oneshell,$(.FEATURES)),)
-  $(error GNU make is too old: 3.82 or newer is needed)
+  $(error GNU make 3.82 or newer is needed)
 endif
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help setup demo test lint clean
+.PHONY: help demo test lint setup clean
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-STAMP := .venv/ready-torch$(TORCH)-triton$(TRITON)-system$(SYSTEM)
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+READY := .venv/ready-$(subst /,_,$(PYTHON))-$(TORCH)-$(TRITON)-$(SYSTEM)
 NEEDS_GB := $(if $(SYSTEM),1,$(if $(TORCH),4,12))
 WORKERS := 2
 
 help:
-	@sed -n '1,6p' Makefile
-	echo "targets: demo test lint setup clean"
+	@sed -n '1,6s/^# //p' Makefile
 
 demo: setup
 	@$(BIN)/mae-fast demo $(ARGS)
@@ -28,9 +33,9 @@ demo: setup
 # As many threads in all as there are cores.
 test: setup
 	@cores=$$(getconf _NPROCESSORS_ONLN)
-	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( (cores + $(WORKERS) - 1) / $(WORKERS) ))}
+	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(((cores + $(WORKERS) - 1) / $(WORKERS)))}
 	parallel=
-	if $(BIN)/python -c "import xdist" 2>/dev/null; then parallel="-n $(WORKERS)"; fi
+	if $(BIN)/python -c 'import xdist' 2> /dev/null; then parallel='-n $(WORKERS)'; fi
 	$(BIN)/python -m pytest $$parallel $(ARGS)
 
 lint: setup
@@ -40,68 +45,101 @@ lint: setup
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .benchmarks
 
-setup: $(STAMP)
+setup: $(READY)
 
-# The stamp is written last: a set-up that was interrupted is done again. The lock on this file
-# makes a second make wait for the first.
-$(STAMP): Makefile setup.py pyproject.toml constraints.txt
+# READY is written last, so that a set-up that was interrupted is done again. The lock, on this
+# file, makes a second make wait for the first.
+$(READY): Makefile setup.py constraints.txt
 	@fail() { echo "error: $$*" >&2; exit 1; }
 	exec 9< Makefile
 	if command -v flock > /dev/null; then flock 9; fi
 	if [ -e $@ ] && [ -z "$$(find $^ -newer $@)" ]; then exit 0; fi
-	command -v $(PYTHON) > /dev/null || fail "no $(PYTHON) here; PYTHON=... names another"
-	version=$$($(PYTHON) -c 'import sys; print(*sys.version_info[:3], sep=".")')
+	command -v $(PYTHON) > /dev/null || fail 'there is no $(PYTHON); PYTHON=... names another'
+	version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-		fail "$(PYTHON) is Python $$version, 3.10 or newer is needed; PYTHON=... names another"
+	  fail "$(PYTHON) is Python $$version; 3.10 or newer is needed: PYTHON=... names another"
+	[ -z '$(SYSTEM)' ] || [ -z '$(TORCH)$(TRITON)' ] ||
+	  fail 'SYSTEM=1 excludes TORCH= and TRITON=; make clean forgets what was chosen before'
 	command -v c++ > /dev/null ||
-		echo "warning: no C++ compiler (c++): what compiles C++ will not run" >&2
-	made_with="$$(command -v $(PYTHON)) $$version system=$(SYSTEM)"
-	if [ "$$(cat .venv/made-with 2> /dev/null)" != "$$made_with" ]; then
-		$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null ||
-			fail "$(PYTHON) has no venv module (Debian, Ubuntu: apt-get install python3-venv)"
-		free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }')
-		[ "$$free" -ge $(NEEDS_GB) ] || fail "$$free GB free here, $(NEEDS_GB) GB are needed"
-		echo "making .venv with Python $$version" >&2
-		$(PYTHON) -m venv --clear .venv
-		echo "$$made_with" > .venv/made-with
+	  echo 'warning: there is no C++ compiler (c++): what compiles as it runs will not' >&2
+	made_with="$(PYTHON) $$version SYSTEM=$(SYSTEM)"
+	if [ -x $(BIN)/pip ] && [ ! -e .venv/made-with ]; then
+	  echo 'using the .venv that is here, which make did not make' >&2
+	elif [ "$$(cat .venv/made-with 2> /dev/null)" != "$$made_with" ]; then
+	  $(PYTHON) -c 'import ensurepip, venv' 2> /dev/null ||
+	    fail '$(PYTHON) has no venv module (Debian and Ubuntu: apt-get install python3-venv)'
+	  free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }')
+	  [ "$$free" -ge $(NEEDS_GB) ] || fail "$$free GB of disk are free, $(NEEDS_GB) GB are needed"
+	  echo "making .venv with Python $$version" >&2
+	  $(PYTHON) -m venv --clear .venv || fail '$(PYTHON) -m venv failed'
+	  echo "$$made_with" > .venv/made-with
 	fi
 	rm -f .venv/ready-*
-	$(if $(SYSTEM),$(INSTALL_ON_SYSTEM),$(INSTALL))
+	$(if $(SYSTEM),$(INSTALL_LIGHT),$(INSTALL))
+	printf '%s\n' 'PYTHON ?= $(PYTHON)' 'TORCH ?= $(TORCH)' 'TRITON ?= $(TRITON)' \
+	  'SYSTEM ?= $(SYSTEM)' > .venv/options.mk
 	touch $@
 
-# torch goes first, so that nothing later brings another; no isolation, because a build of its
-# own would fetch what is here.
+# torch goes first, so that nothing later chooses another. No build isolation: it would fetch
+# again what is here.
 define INSTALL
-echo "installing torch$(TORCH:%===%) and what constraints.txt pins" >&2
-$(PIP) -c constraints.txt setuptools "torch$(if $(TORCH),==$(TORCH),>=2.11)"
-$(PIP) -c constraints.txt --no-build-isolation -e ".[dev]" $(if $(TRITON),triton==$(TRITON))
+echo 'installing torch $(TORCH) and the pins of constraints.txt; minutes, on the first time' >&2
+$(PIP) -c constraints.txt setuptools 'torch$(if $(TORCH),==$(TORCH),>=2.11)' ||
+  fail 'pip could not install torch $(TORCH): see its words above'
+$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' $(if $(TRITON),triton==$(TRITON)) ||
+  fail 'pip could not install what mae-fast needs: see its words above'
 endef
 
-# PYTHON may itself live in a virtual environment, whose packages --system-site-packages would
-# not show: its folders are added by name.
-define INSTALL_ON_SYSTEM
-$(PYTHON) -c "$$SHOW_SITES" > "$$($(BIN)/python -c "$$SITE")/system.pth"
-$(BIN)/python -c 'import torch' || fail "SYSTEM=1: $(PYTHON) has no torch that imports"
+# PYTHON may live in a virtual environment, whose packages --system-site-packages would not
+# show: its folders are named in a .pth file instead.
+define INSTALL_LIGHT
+site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+$(PYTHON) -c "$$SHOW_SITES" > "$$site/system.pth"
+$(BIN)/python -c 'import torch' 2> /dev/null || fail '$(PYTHON) has no torch that imports'
 $(BIN)/python -c 'import setuptools' 2> /dev/null || $(PIP) -c constraints.txt setuptools ||
-	fail "setuptools is missing"
-$(PIP) --no-build-isolation --no-deps -e .
+  fail '$(PYTHON) has no setuptools, and pip could not install it'
+$(PIP) --no-build-isolation --no-deps -e . || fail 'pip could not install mae-fast'
 $(BIN)/python -c "$$ADD_MISSING"
 endef
 
-export SITE := import sysconfig; print(sysconfig.get_path("purelib"))
-export SHOW_SITES := import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")
+define SHOW_SITES
+import sys
+for path in sys.path:
+    if path.endswith('-packages'):
+        print(f'import site; site.addsitedir({path!r})')
+endef
+export SHOW_SITES
+
 define ADD_MISSING
-import re, subprocess, sys
-from importlib.metadata import distributions, requires
+import subprocess, sys
+from importlib.metadata import PackageNotFoundError, requires, version
 from pip._vendor.packaging.requirements import Requirement
 
-def name(text):
-    return re.sub("[-_.]+", "-", re.match("[A-Za-z0-9._-]+", text)[0]).lower()
+def found(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ''
 
-have = {name(d.name): d.version for d in distributions() if d.name}
-missing = {"": [], "dev": []}
-for r in map(Requirement, requires("mae-fast")):
-    for extra in missing:
-        applies = r.marker is None if extra == "" else r.marker and "extra" in str(r.marker)
+def lacking(extra):
+    wanted = [r for r in map(Requirement, requires('mae-fast'))
+              if r.marker is None or r.marker.evaluate({'extra': extra})]
+    return [f'{r.name}{r.specifier}' for r in wanted
+            if not found(r.name) or not r.specifier.contains(found(r.name), prereleases=True)]
+
+def add(names):
+    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--retries', '1',
+               '--timeout', '15', '-c', '.venv/pins.txt', *names]
+    return not names or subprocess.run(command, capture_output=True).returncode == 0
+
+kept = [f'{n}=={found(n)}' for n in ('torch', 'triton', 'numpy') if found(n)]
+pins = [line for line in open('constraints.txt').read().splitlines()
+        if line[:1] != '#' and not found(Requirement(line).name)]
+open('.venv/pins.txt', 'w').write('\n'.join(kept + pins))
+if not add(lacking('dev')) and not add(lacking('')):
+    sys.exit(f'error: pip cannot install {", ".join(lacking(""))}; without a network, '
+             'PIP_FIND_LINKS=FOLDER names a folder of wheels')
+if lacking('dev'):
+    print(f'note: going on without {", ".join(lacking("dev"))}', file=sys.stderr)
 endef
 export ADD_MISSING

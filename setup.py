@@ -3,6 +3,7 @@
 The floors below are the oldest versions that the tests have passed with.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -40,11 +41,14 @@ EXTRAS = {
     ],
 }
 
+HERE = Path(__file__).parent
+VERSION = re.search('__version__ = "(.+)"', (HERE / "mae_fast/__init__.py").read_text())[1]
+
 setup(
     name="mae-fast",
-    version="0.1.0.dev0",
+    version=VERSION,
     description="A training engine for video masked autoencoders (MAE-ST): exact and fast",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The mae_fast authors",
     license="Apache-2.0",

@@ -115,7 +115,8 @@ class ModelConfig:
             return tuple(range(0, self.num_frames, self.t_patch_size))
         import torch
 
-        return tuple(torch.linspace(0, self.num_frames - 1, self.pred_t_dim).long().tolist())
+        frames = torch.linspace(0, self.num_frames - 1, self.pred_t_dim, device="cpu")
+        return tuple(frames.long().tolist())
 
     @property
     def pred_t_patch_size(self) -> int:

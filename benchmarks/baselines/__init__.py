@@ -1,0 +1,63 @@
+"""What mae_fast is measured against: the official code, one improvement a rung, and a peer.
+
+model, optimizer, step = BASELINES["official_sdpa"].build(cfg)
+loss = step(clips)  # uint8 [B, C, T, H, W]
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.official import OfficialMAE, normalise
+from benchmarks.baselines.training import Built, make_optimizer, make_step
+from benchmarks.baselines.transformers_videomae import PEERS
+from mae_fast.config import ModelConfig
+from mae_fast.model import init_weights
+
+
+@dataclass(frozen=True)
+class Official:
+    """One rung: the official model, and what has been improved in it."""
+
+    name: str
+    attention: Literal["eager", "sdpa"] = "eager"
+    fused_adamw: bool = False
+    compiled: bool = False
+
+    def build(
+        self,
+        cfg: ModelConfig,
+        mask_ratio: float = 0.9,
+        device: str = "cpu",
+        precision: str = "fp32",
+    ) -> Built:
+        """The model, with the variant's starting values, its optimizer, and one training step."""
+        model = OfficialMAE(cfg, self.attention)
+        init_weights(model)
+        model.to(device).train()
+        if self.compiled:
+            # In place, so that parameters keep their names; a graph for each shape.
+            model.compile(dynamic=False)
+        optimizer = make_optimizer(model, self.fused_adamw)
+
+        def loss_of(clips: Tensor, noise: Tensor | None) -> Tensor:
+            if clips.dtype == torch.uint8:
+                clips = normalise(clips)
+            return model(clips, mask_ratio, noise)[0]
+
+        return Built(model, optimizer, make_step(model, optimizer, loss_of, precision))
+
+
+OFFICIAL = {
+    rung.name: rung
+    for rung in (
+        Official("official_eager"),
+        Official("official_sdpa", attention="sdpa"),
+        Official("official_sdpa_fused_adamw", attention="sdpa", fused_adamw=True),
+        Official("official_compile", compiled=True),
+        Official("official_sdpa_compile", attention="sdpa", compiled=True),
+    )
+}
+BASELINES = {**OFFICIAL, **PEERS}

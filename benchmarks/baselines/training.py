@@ -1,0 +1,62 @@
+"""What every baseline is run with: the official optimizer and the official loop's one step."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mae_fast.optim import param_groups
+
+# PRETRAIN.md of MAE-ST. The learning rate is the recipe's at its peak on one GPU (2 videos).
+BETAS, WEIGHT_DECAY, CLIP_GRAD = (0.9, 0.95), 0.05, 0.02
+LR = 1.6e-3 * 2 / 256
+
+
+class Built(NamedTuple):
+    """A baseline ready to train. step(clips [B, C, T, H, W], noise [B, L] or None) -> loss.
+
+    clips are uint8, or normalised float where the loader's share is not to be timed.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    step: Callable[..., float]
+
+
+def make_optimizer(model: nn.Module, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW on the official groups, multi-tensor as in the official code, or fused."""
+    groups = param_groups(model, WEIGHT_DECAY)
+    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, foreach=not fused, fused=fused)
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    loss_of: Callable[[Tensor, Tensor | None], Tensor],
+    precision: str = "fp32",
+) -> Callable[..., float]:
+    """One step of the official loop, its host syncs included. `loss_of(clips, noise)` is forward.
+
+    precision "bf16" runs forward under autocast; the official code is "fp32".
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
+    params = list(model.parameters())
+
+    def step(clips: Tensor, noise: Tensor | None = None) -> float:
+        with torch.autocast(clips.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(clips, noise)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, CLIP_GRAD)
+        optimizer.step()
+        optimizer.zero_grad()
+        if clips.is_cuda:
+            torch.cuda.synchronize()
+        return value
+
+    return step

@@ -1,0 +1,109 @@
+"""The peer: VideoMAE of Hugging Face transformers, which is imported only when built.
+
+The nearest it comes to mae_fast's work is `VIDEOMAE_B`, the shape of its own defaults: no cls
+token and every frame predicted. It still differs: fixed sine positions, no bias on keys and into
+the decoder, no norm after the encoder, pixels normalised channel by channel.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.training import Built, make_optimizer, make_step
+from mae_fast.config import ModelConfig, preset
+
+# transformers' VideoMAEConfig(): a decoder of 384, 4 blocks, 6 heads.
+VIDEOMAE_B = preset(
+    "vit_base",
+    decoder_embed_dim=384,
+    decoder_depth=4,
+    decoder_num_heads=6,
+    pred_t_dim=16,
+    cls_embed=False,
+)
+# VideoMAE takes its target from pixels it un-normalises with ImageNet's constants.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TransformersVideoMAE:
+    """transformers' VideoMAEForPreTraining with random weights."""
+
+    name: str
+    attention: Literal["eager", "sdpa"]
+
+    def build(
+        self,
+        cfg: ModelConfig = VIDEOMAE_B,
+        mask_ratio: float = 0.9,
+        device: str = "cpu",
+        precision: str = "fp32",
+    ) -> Built:
+        """The model of cfg's sizes. Raises ValueError where VideoMAE has no such model, and
+        ImportError without transformers."""
+        settings = _settings(cfg)
+        config_class, model_class = _import_videomae()
+        config = config_class(**settings, attn_implementation=self.attention)
+        model = model_class(config).to(device).train()
+        optimizer = make_optimizer(model)
+        mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (_MEAN, _STD))
+
+        def loss_of(clips: Tensor, noise: Tensor | None) -> Tensor:
+            if clips.dtype == torch.uint8:
+                clips = (clips.float() / 255 - mean) / std
+            if noise is None:
+                noise = torch.rand(len(clips), cfg.num_patches, device=clips.device)
+            keep = int(cfg.num_patches * (1 - mask_ratio))
+            masked = noise.argsort(dim=1).argsort(dim=1) >= keep
+            return model(clips.transpose(1, 2), bool_masked_pos=masked).loss
+
+        return Built(model, optimizer, make_step(model, optimizer, loss_of, precision))
+
+
+PEERS = {
+    name: TransformersVideoMAE(name, attention)
+    for name, attention in (("transformers_eager", "eager"), ("transformers_sdpa", "sdpa"))
+}
+
+
+def _import_videomae() -> tuple[type, type]:
+    """transformers' VideoMAEConfig and VideoMAEForPreTraining."""
+    # transformers looks for a package called `kernels`; with the root of this repository on the
+    # path it would find our folder, which refuses the name. None means: not installed.
+    hidden = "kernels" not in sys.modules
+    if hidden:
+        sys.modules["kernels"] = None
+    try:
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+    except ImportError as e:
+        raise ImportError(f"this baseline needs `pip install transformers` ({e})") from e
+    finally:
+        if hidden:
+            del sys.modules["kernels"]
+    return VideoMAEConfig, VideoMAEForPreTraining
+
+
+def _settings(cfg: ModelConfig) -> dict[str, Any]:
+    """VideoMAEConfig's arguments for cfg."""
+    needed = dict(pred_t_dim=cfg.num_frames, cls_embed=False, no_qkv_bias=False, in_chans=3)
+    for name, value in needed.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"VideoMAE needs {name} {value}, got {getattr(cfg, name)}")
+    return dict(
+        image_size=cfg.img_size,
+        patch_size=cfg.patch_size,
+        num_frames=cfg.num_frames,
+        tubelet_size=cfg.t_patch_size,
+        hidden_size=cfg.embed_dim,
+        num_hidden_layers=cfg.depth,
+        num_attention_heads=cfg.num_heads,
+        intermediate_size=int(cfg.embed_dim * cfg.mlp_ratio),
+        decoder_hidden_size=cfg.decoder_embed_dim,
+        decoder_num_hidden_layers=cfg.decoder_depth,
+        decoder_num_attention_heads=cfg.decoder_num_heads,
+        decoder_intermediate_size=int(cfg.decoder_embed_dim * cfg.mlp_ratio),
+        norm_pix_loss=cfg.norm_pix_loss,
+    )

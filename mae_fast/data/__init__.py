@@ -1,0 +1,36 @@
+"""Videos in, uint8 clips out.
+
+from mae_fast.config import DataConfig
+from mae_fast.data import build_index, make_loader, read_index
+
+build_index(["videos/"], "videos.jsonl")
+rows = read_index("videos.jsonl")
+for batch in make_loader(rows, DataConfig(), num_frames=16, batch_size=2, seed=0, steps=100):
+    video = batch.to("cuda", non_blocking=True).video(224)  # [8, 3, 16, 224, 224], normalised
+"""
+
+from mae_fast.data.decode import BadVideo, VideoReader, decoders, probe
+from mae_fast.data.index import IndexSummary, VideoRow, build_index, read_index
+from mae_fast.data.loader import BadVideos, Batch, ClipDataset, Loader, make_loader
+from mae_fast.data.sampling import clip_indices, crop_box, crop_resize, draw, shrink
+
+__all__ = [
+    "BadVideo",
+    "BadVideos",
+    "Batch",
+    "ClipDataset",
+    "IndexSummary",
+    "Loader",
+    "VideoReader",
+    "VideoRow",
+    "build_index",
+    "clip_indices",
+    "crop_box",
+    "crop_resize",
+    "decoders",
+    "draw",
+    "make_loader",
+    "probe",
+    "read_index",
+    "shrink",
+]

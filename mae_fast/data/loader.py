@@ -1,0 +1,305 @@
+"""From an index to batches: decoded uint8 frames, with crop box, flip and sample as numbers."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mae_fast.config import DataConfig
+from mae_fast.data.decode import BadVideo, VideoReader
+from mae_fast.data.index import VideoRow
+from mae_fast.data.sampling import clip_indices, crop_box, crop_resize, draw
+from mae_fast.errors import DataError
+
+log = logging.getLogger("mae_fast")
+
+# Replacements tried for one draw before the run stops.
+_ATTEMPTS = 20
+# Seconds that a step waits for its batch before the workers count as stuck.
+_STUCK = 900.0
+_LISTED = 20
+
+
+@dataclass
+class Batch:
+    """Clips before augmentation. `frames`: uint8 [T, H, W, 3] for each clip, of any size.
+
+    boxes int32 [n, 4] (top, left, height, width); flips bool [n]; samples int64 [n], the number of
+    the clip in the whole run; paths [n]; bad, the (path, reason) met while making it. The numbers
+    stay on the host, so that no use of them waits for the device.
+    """
+
+    frames: list[Tensor]
+    boxes: Tensor
+    flips: Tensor
+    samples: Tensor
+    paths: list[str]
+    bad: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def to(self, device, non_blocking: bool = False) -> "Batch":
+        """The same batch with its frames on a device, copied in one piece."""
+        flat = _flat(self.frames).to(device, non_blocking=non_blocking)
+        return replace(self, frames=_views(flat, [f.shape for f in self.frames]))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch with its frames in pinned memory; torch's loader calls this."""
+        return replace(
+            self, frames=_views(_flat(self.frames).pin_memory(), [f.shape for f in self.frames])
+        )
+
+    def video(self, size: int) -> Tensor:
+        """The augmented, normalised clips, float32 [n, 3, T, size, size], where the frames are."""
+        numbers = zip(self.frames, self.boxes.tolist(), self.flips.tolist(), strict=True)
+        return torch.stack([crop_resize(f, box, flip, size) for f, box, flip in numbers])
+
+    def __reduce__(self):
+        # One shared block of memory for a batch, not one file descriptor for each clip.
+        shapes = [tuple(f.shape) for f in self.frames]
+        numbers = (self.boxes.numpy(), self.flips.numpy(), self.samples.numpy())
+        return _rebuild, (_flat(self.frames), shapes, *numbers, self.paths, self.bad)
+
+
+def _flat(frames: list[Tensor]) -> Tensor:
+    """All frames as one uint8 vector; no copy if they already lie in one, as in a joined batch."""
+    storage = frames[0].untyped_storage()
+    end = 0
+    for f in frames:
+        inside = f.untyped_storage().data_ptr() == storage.data_ptr() and f.is_contiguous()
+        if not inside or f.storage_offset() != end:
+            return torch.cat([f.reshape(-1) for f in frames])
+        end += f.numel()
+    return frames[0].as_strided((end,), (1,), 0)
+
+
+def _views(flat: Tensor, shapes) -> list[Tensor]:
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
+def _rebuild(flat, shapes, boxes, flips, samples, paths, bad) -> Batch:
+    numbers = map(torch.from_numpy, (boxes, flips, samples))
+    return Batch(_views(flat, shapes), *numbers, paths, bad)
+
+
+def join(batches: list[Batch]) -> Batch:
+    """One batch of several; their frames are copied into one block of memory."""
+    frames = [f for b in batches for f in b.frames]
+    return Batch(
+        frames=_views(torch.cat([f.reshape(-1) for f in frames]), [f.shape for f in frames]),
+        boxes=torch.cat([b.boxes for b in batches]),
+        flips=torch.cat([b.flips for b in batches]),
+        samples=torch.cat([b.samples for b in batches]),
+        paths=[p for b in batches for p in b.paths],
+        bad=[x for b in batches for x in b.bad],
+    )
+
+
+class ClipDataset(Dataset):
+    """Item g, the global draw number, is a Batch of the repeat_aug clips of that draw's video.
+
+    A function of (seed, epoch, video) alone. A bad video is replaced by one chosen from (seed,
+    epoch, video, attempt) and reported in `bad`; DataError after 20 in a row.
+    """
+
+    def __init__(self, rows: list[VideoRow], cfg: DataConfig, num_frames: int, seed: int):
+        if not rows:
+            raise DataError("no videos to draw from")
+        self.cfg, self.num_frames, self.seed = cfg, num_frames, seed
+        # Arrays, not objects: counting references to a long list would copy it into every worker.
+        self._paths = np.array([os.fsencode(r.path) for r in rows])
+        self._spans = np.array([(r.start, r.frames) for r in rows], dtype=np.int64)
+        self._fps = np.array([r.fps for r in rows])
+        self._known_bad: dict[int, str] = {}
+
+    def __getitem__(self, g: int) -> Batch:
+        epoch, video = draw(len(self._paths), g, self.seed)
+        key, bad = (self.seed, epoch, video), []
+        for attempt in range(_ATTEMPTS):
+            rng = np.random.default_rng((*key, attempt) if attempt else key)
+            if attempt:
+                video = int(rng.integers(len(self._paths)))
+            path = os.fsdecode(self._paths[video])
+            try:
+                return self._clips(rng, video, path, g, bad)
+            except BadVideo as e:
+                self._known_bad[video] = e.reason
+                bad.append((path, e.reason))
+        raise DataError(f"draw {g}: {_ATTEMPTS} bad videos in a row:\n{_listing(dict(bad))}")
+
+    def _clips(self, rng, video: int, path: str, g: int, bad: list) -> Batch:
+        if video in self._known_bad:
+            raise BadVideo(path, self._known_bad[video])
+        start, frames = self._spans[video].tolist()
+        repeats, shape = self.cfg.repeat_aug, (self.cfg.repeat_aug, self.num_frames)
+        indices = torch.stack(self._indices(rng, frames, float(self._fps[video]))) + start
+        unique, where = indices.unique(return_inverse=True)
+        with VideoReader(path, self.cfg.decoder) as reader:
+            if reader.num_frames < start + frames:
+                reason = f"changed: {reader.num_frames} frames, {start + frames} when indexed"
+                raise BadVideo(path, reason)
+            pixels = reader.read(unique, self.cfg.short_side)
+        height, width = pixels.shape[1:3]
+        numbers = [
+            (
+                crop_box(rng, height, width, self.cfg.crop_area, self.cfg.crop_aspect),
+                rng.random() < self.cfg.flip,
+            )
+            for _ in range(repeats)
+        ]
+        return Batch(
+            frames=list(pixels[where.view(shape)]),
+            boxes=torch.tensor([box for box, _ in numbers], dtype=torch.int32),
+            flips=torch.tensor([flip for _, flip in numbers]),
+            samples=g * repeats + torch.arange(repeats),
+            paths=[path] * repeats,
+            bad=bad,
+        )
+
+    def _indices(self, rng, frames: int, fps: float) -> list[Tensor]:
+        """Frame numbers of each clip; all within one window of span_seconds, unless that is 0."""
+        cfg, lo, hi = self.cfg, 0.0, None
+        if cfg.span_seconds:
+            clip_seconds = cfg.sampling_rate * self.num_frames / cfg.target_fps
+            span = max(cfg.span_seconds, clip_seconds) * fps
+            lo = rng.uniform(0, max(frames - span, 0))
+            hi = lo + span
+        rate = (self.num_frames, cfg.sampling_rate, cfg.target_fps)
+        return [clip_indices(rng, frames, fps, *rate, lo, hi) for _ in range(cfg.repeat_aug)]
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The global draw numbers of each step of one rank; torch's batch sampler."""
+
+    steps: range
+    batch_size: int
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            first = (step * self.world + self.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class Loader:
+    """The batches of make_loader, in order. Raises DataError when a worker fails or is lost."""
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except DataError as e:
+                # From a worker it comes wrapped in that worker's traceback.
+                raise DataError(str(e).rsplit("DataError: ", 1)[-1].strip()) from None
+            except RuntimeError as e:
+                if "DataLoader" not in str(e):
+                    raise
+                reason = str(e).splitlines()[0]
+                raise DataError(f"a data worker was lost (out of memory?): {reason}") from e
+            yield batch
+
+
+def make_loader(
+    rows: list[VideoRow],
+    cfg: DataConfig,
+    *,
+    num_frames: int,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Loader:
+    """Batches of steps start, ..., start + steps - 1, each of batch_size videos times repeat_aug.
+
+    Step s of rank r holds the global draws from (s * world + r) * batch_size on, so a run that
+    starts in mid-epoch, or is split over ranks, draws the same samples. cfg.workers processes.
+    """
+    workers = cfg.workers
+    return Loader(
+        DataLoader(
+            ClipDataset(rows, cfg, num_frames, seed),
+            batch_sampler=_Draws(range(start, start + steps), batch_size, rank, world),
+            collate_fn=join,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            timeout=_STUCK if workers else 0,
+            # Its own, or each pass would take a number from torch's global generator.
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _start_worker(_: int) -> None:
+    # Away from the terminal's Ctrl-C: the run must still be able to save. Workers end with it.
+    os.setsid()
+    torch.set_num_threads(1)
+
+
+class BadVideos:
+    """Bookkeeping of the broken files met in a run of `total` videos: each is warned of once and
+    listed in `folder`/bad_videos.jsonl (no folder: not listed), which is read again on resume.
+
+    add() raises DataError with the list once more than max_share of the videos are broken.
+    """
+
+    def __init__(self, max_share: float, total: int, folder: str | Path | None = None):
+        self.max_share, self.total = max_share, total
+        self.found: dict[str, str] = {}
+        self._file = Path(folder) / "bad_videos.jsonl" if folder is not None else None
+        if self._file and self._file.is_file():
+            for line in self._file.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:  # cut off by a kill
+                    continue
+                self.found[record["path"]] = record["reason"]
+
+    def add(self, bad: list[tuple[str, str]]) -> None:
+        """Take note of (path, reason) pairs."""
+        for path, reason in bad:
+            if path in self.found:
+                continue
+            self.found[path] = reason
+            log.warning("bad video, replaced by another: %s: %s", path, reason)
+            if self._file:
+                record = {"path": path, "reason": reason, "time": time.time()}
+                with open(self._file, "a") as f:
+                    f.write(json.dumps(record) + "\n")
+        if bad and len(self.found) > self.max_share * self.total:
+            raise DataError(
+                f"{len(self.found)} of {self.total} videos are bad, more than data.max_bad_share "
+                f"{self.max_share:g} allows:\n{_listing(self.found)}"
+            )
+
+
+def _listing(found: dict[str, str]) -> str:
+    lines = [f"  {path}: {reason}" for path, reason in list(found.items())[:_LISTED]]
+    more = len(found) - len(lines)
+    return "\n".join(lines + ([f"  and {more} more"] if more > 0 else []))

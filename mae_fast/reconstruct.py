@@ -1,0 +1,190 @@
+"""`mae-fast reconstruct`: draw what a checkpoint makes of a video it sees a tenth of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from mae_fast.config import MaskStrategy, Variant, preset
+from mae_fast.convert import load_model
+from mae_fast.data import BadVideo, VideoReader, clip_indices, crop_resize
+from mae_fast.errors import ConfigError, DataError
+from mae_fast.forward import targets
+from mae_fast.masking import draw_ids
+from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.masked_mse import norm_pix
+
+ROWS = ("original", "masked", "reconstruction", "reconstruction + visible patches")
+FPS = 30.0  # the rate at which sampling_rate counts, as in the official configuration
+
+
+def reconstruct(
+    checkpoint: str,
+    video: str,
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "reconstruction.png",
+    ratio: tuple[float, ...] = (0.9,),
+    strategy: MaskStrategy = "random",
+    at: float = 0.5,
+    sampling_rate: int = 4,
+    seed: int = 0,
+    model: str = "",
+    variant: Variant = "mae_st",
+) -> None:
+    """Draw original, masked, reconstruction, and reconstruction with visible patches put back.
+
+    Args:
+        checkpoint: a run's checkpoint, or weights under the official names (.pth, .safetensors).
+        video: the video file.
+        output: .png shows the predicted frames side by side, .gif and .mp4 play them.
+        ratio: masked shares in [0, 1), drawn one below the other, such as 0.75 0.9 0.95.
+        strategy: how patches are masked.
+        at: where in the video the clip starts, 0 at the beginning to 1 at the end.
+        sampling_rate: frames from one frame of the clip to the next, at 30 frames a second.
+        seed: which mask is drawn.
+        model: preset of weights that do not say which model they are, such as vit_large.
+        variant: the official variant of that preset.
+    """
+    suffix = Path(output).suffix
+    if suffix not in (".png", ".gif", ".mp4"):
+        raise ConfigError(f"output must end in .png, .gif or .mp4, got {output!r}")
+    net = load_model(checkpoint, preset(model, variant) if model else None)
+    clip = load_clip(video, net, at, sampling_rate)
+    panels = [draw_panel(net, clip, r, strategy, seed) for r in ratio]
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    if suffix == ".png":
+        save_png(panels, output, net, Path(video).name)
+    else:
+        save_movie(panels, output, net, Path(video).name)
+    print(f"wrote {output}")
+
+
+def load_clip(video: str, model: MaskedAutoencoder, at: float, sampling_rate: int) -> Tensor:
+    """A clip [1, 3, T, S, S], normalised: the centre square of official frames from `at` on."""
+    cfg = model.cfg
+    try:
+        with VideoReader(video) as reader:
+            span = sampling_rate * cfg.num_frames / FPS * reader.fps
+            start = at * max(reader.num_frames - span, 0)
+            rng = np.random.default_rng(0)  # draws nothing: the clip fills its window
+            index = clip_indices(
+                rng,
+                reader.num_frames,
+                reader.fps,
+                cfg.num_frames,
+                sampling_rate,
+                FPS,
+                lo=start,
+                hi=start + span,
+            )
+            frames = reader.read(index)
+    except BadVideo as e:
+        raise DataError(str(e)) from e
+    side = min(frames.shape[1:3])
+    box = ((frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2, side, side)
+    return crop_resize(frames, box, False, cfg.img_size)[None]
+
+
+@dataclass
+class Panel:
+    """The four rows of one masking ratio: uint8 [4, frames, S, S, 3]."""
+
+    ratio: float
+    loss: float
+    rows: np.ndarray
+
+
+@torch.no_grad()
+def draw_panel(
+    model: MaskedAutoencoder, clip: Tensor, ratio: float, strategy: str, seed: int
+) -> Panel:
+    """Run the model on one clip; normalised patches are denormalised with the target's own
+    mean and deviation, which a model without the original could not know."""
+    cfg, spec = model.cfg, model.spec
+    samples = torch.zeros(1, dtype=torch.int64)
+    keep, masked = draw_ids(strategy, cfg.grid, ratio, seed=seed, step=0, samples=samples)
+    loss, pred, mask = model(clip, ids_keep=keep, ids_mask=masked, full_pred=True)
+    everything = torch.arange(cfg.num_patches)[None]
+    target = targets(spec, clip, everything, clip.dtype)
+    if cfg.norm_pix_loss:
+        _, mean, std = norm_pix(target)
+        pred = pred * std + mean
+    hidden = mask[..., None]
+    grey = torch.full_like(target, (0.5 - spec.mean) / spec.std)
+    rows = [
+        target,
+        torch.where(hidden > 0, grey, target),
+        pred,
+        torch.where(hidden > 0, pred, target),
+    ]
+    pixels = torch.stack([model.unpatchify(r)[0] for r in rows])  # [4, 3, frames, S, S]
+    pixels = ((pixels * spec.std + spec.mean) * 255).round().clamp(0, 255).byte()
+    return Panel(ratio, float(loss), pixels.permute(0, 2, 3, 4, 1).numpy())
+
+
+def _caption(model: MaskedAutoencoder, name: str) -> str:
+    text = f"{name}: {model.cfg.num_frames} frames of {model.cfg.img_size} x {model.cfg.img_size}"
+    if model.cfg.norm_pix_loss:
+        text += "; predicted patches are given the original's own mean and contrast"
+    return text
+
+
+def save_png(panels: list[Panel], output: str, model: MaskedAutoencoder, name: str) -> None:
+    """One row of frames for each of the four pictures, one group a ratio."""
+    from matplotlib.figure import Figure
+
+    frames = panels[0].rows.shape[1]
+    lines = len(panels) * len(ROWS)
+    figure = Figure(figsize=(1.25 * frames + 0.3, 1.42 * lines + 0.5), layout="constrained")
+    figure.suptitle(_caption(model, name), fontsize=9)
+    axes = figure.subplots(lines, 1, squeeze=False)[:, 0]
+    for i, axis in enumerate(axes):
+        panel = panels[i // len(ROWS)]
+        strip = panel.rows[i % len(ROWS)]  # [frames, S, S, 3]
+        strip = np.pad(strip, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        axis.imshow(np.concatenate(list(strip), axis=1))
+        title = ROWS[i % len(ROWS)]
+        if i % len(ROWS) == 0:
+            title += f"   ({panel.ratio:.0%} masked, loss {panel.loss:.3f})"
+        axis.set_title(title, fontsize=8, loc="left", pad=2)
+        axis.axis("off")
+    figure.savefig(output, dpi=120)
+
+
+def save_movie(panels: list[Panel], output: str, model: MaskedAutoencoder, name: str) -> None:
+    """The four pictures side by side, one line a ratio, as a .gif or .mp4 of 6 frames a second."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for t in range(panels[0].rows.shape[1]):
+        figure = Figure(figsize=(9.6, 2.6 * len(panels) + 0.4), layout="constrained", dpi=100)
+        figure.suptitle(_caption(model, name), fontsize=8)
+        axes = figure.subplots(len(panels), len(ROWS), squeeze=False)
+        for line, panel in zip(axes, panels, strict=True):
+            for axis, title, row in zip(line, ROWS, panel.rows, strict=True):
+                axis.imshow(row[t])
+                axis.set_title(title, fontsize=8)
+                axis.axis("off")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        image = np.asarray(canvas.buffer_rgba())[..., :3]
+        drawn.append(np.ascontiguousarray(image[: image.shape[0] // 2 * 2]))
+    if output.endswith(".gif"):
+        from PIL import Image
+
+        first, *rest = [Image.fromarray(d) for d in drawn]
+        first.save(output, save_all=True, append_images=rest, duration=170, loop=0)
+        return
+    import av
+
+    with av.open(output, "w") as container:
+        stream = container.add_stream("libx264", rate=6)
+        stream.height, stream.width = drawn[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for image in drawn:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,215 @@
+"""The mae-fast command: help, exit codes, and what it says when something is wrong."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from mae_fast import cli, errors, info
+from mae_fast.config import Config
+
+COMMAND = [sys.executable, "-m", "mae_fast"]
+
+
+def exit_code(argv: list[str]) -> int:
+    """main's exit code, also where it leaves by SystemExit as argparse does."""
+    try:
+        return cli.main(argv)
+    except SystemExit as e:
+        return e.code
+
+
+def is_written(verb: str) -> bool:
+    try:
+        return importlib.util.find_spec(cli.VERBS[verb][0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\npreset = "vit_tiny"\n[train]\nbatch_size = 4\n')
+    return str(path)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[Config]:
+    """The configurations with which mae_fast.train.pretrain was called."""
+    calls: list[Config] = []
+    monkeypatch.setitem(sys.modules, "mae_fast.train", types.SimpleNamespace(pretrain=calls.append))
+    return calls
+
+
+def test_help_names_every_verb_without_torch():
+    code = (
+        "import sys; from mae_fast.cli import main; main(['--help']);"
+        "assert not {'torch', 'triton', 'numpy', 'av'} & set(sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for verb in cli.VERBS:
+        assert verb in run.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_verb_help(verb, capsys):
+    if not is_written(verb):
+        pytest.skip(f"{cli.VERBS[verb][0]} is not written yet")
+    assert exit_code([*verb.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"usage: mae-fast {verb}" in out
+    assert "default" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "near"),
+    [(["inf"], "info"), (["pretrian"], "pretrain"), (["bench", "stp"], "bench step")],
+    ids=["inf", "pretrian", "bench-stp"],
+)
+def test_unknown_verb_names_the_nearest(argv, near, capsys):
+    assert exit_code(argv) == 2
+    err = capsys.readouterr().err
+    assert f"did you mean {near!r}" in err
+    assert err.count("\n") == 1
+
+
+def test_bench_alone_lists_its_verbs(capsys):
+    assert exit_code(["bench"]) == 2
+    assert "bench step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spelling", ["--train.batch_size", "--train.batch-size"])
+def test_pretrain_overrides_the_file(spelling, config, trained):
+    assert exit_code(["pretrain", config, spelling, "8", "--mask.ratio", "0.75"]) == 0
+    (cfg,) = trained
+    assert (cfg.train.batch_size, cfg.mask.ratio, cfg.model.embed_dim) == (8, 0.75, 192)
+
+
+def test_pretrain_takes_the_file_as_it_is(config, trained):
+    assert exit_code(["pretrain", config]) == 0
+    assert trained[0].train.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--train.batch_siz", "8"], "--train.batch-size"),
+        (["--train.batch-size", "many"], "'many'"),
+        (["--model.patch-size", "15"], "not divisible"),
+    ],
+    ids=["unknown-key", "not-a-number", "impossible"],
+)
+def test_pretrain_refuses(args, said, config, trained, capsys):
+    assert exit_code(["pretrain", config, *args]) == 2
+    assert said in capsys.readouterr().err
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[train]\nbatch_siz = 8\n", "did you mean 'train.batch_size'"), ("[train\n", "run.toml")],
+    ids=["unknown-key", "not-toml"],
+)
+def test_pretrain_refuses_a_file(text, said, tmp_path, trained, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    assert exit_code(["pretrain", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert said in err
+    assert not trained
+
+
+def test_pretrain_wants_the_file_first(capsys):
+    assert exit_code(["pretrain", "--train.steps", "3"]) == 2
+    assert "first argument is the TOML file" in capsys.readouterr().err
+
+
+def test_index_wants_a_source(capsys):
+    assert exit_code(["index"]) == 2
+    assert "at least one folder" in capsys.readouterr().err
+
+
+def test_index_passes_its_arguments(monkeypatch):
+    calls = []
+    data = types.SimpleNamespace(build_index=lambda *args: calls.append(args))
+    monkeypatch.setitem(sys.modules, "mae_fast.data", data)
+    assert exit_code(["index", "a", "b.csv", "-o", "c.jsonl"]) == 0
+    assert exit_code(["index", "a", "--workers", "3"]) == 0
+    assert calls == [(["a", "b.csv"], "c.jsonl", None), (["a"], "index.parquet", 3)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (errors.DataError("no videos"), 65, "error: no videos\n"),
+        (errors.CheckpointError("cut"), 73, "error: cut\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=["data", "checkpoint", "ctrl-c"],
+)
+def test_errors_are_one_line_and_an_exit_code(error, code, said, monkeypatch, capsys):
+    def fail(json: bool = False) -> None:
+        raise error
+
+    monkeypatch.setattr(info, "info", fail)
+    assert exit_code(["info"]) == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(info, "info", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info"])
+
+
+def test_closed_pipe_is_quiet():
+    run = subprocess.Popen(
+        [*COMMAND, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run.stdout.close()
+    assert run.stderr.read() == ""
+    assert run.wait() == 141
+
+
+def test_info_json_is_one_document(capsys):
+    assert exit_code(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["versions", "devices", "decoders", "optional libraries"]
+    assert set(found["optional libraries"]) == set(info.OPTIONAL)
+    assert all(isinstance(v, str) and v for rows in found.values() for v in rows.values())
+
+
+def test_info_table_shows_brackets_as_they_are(monkeypatch, capsys):
+    monkeypatch.setattr(info, "collect", lambda: {"devices": {"cuda": "none: [Errno 2] x"}})
+    assert exit_code(["info"]) == 0
+    assert "none: [Errno 2] x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
+        ("import os; os.abort()", "exit code -6"),
+        ("print('noise')", None),
+    ],
+    ids=["import-error", "abort", "works"],
+)
+def test_info_survives_a_broken_library(body, reason, tmp_path, monkeypatch):
+    (tmp_path / "frail.py").write_text(body)
+    (tmp_path / "frail-1.2.dist-info").mkdir()
+    (tmp_path / "frail-1.2.dist-info" / "METADATA").write_text("Name: frail\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(info, "OPTIONAL", {"frail": "frail", "absent-library": "absent"})
+    found = info.collect()["optional libraries"]
+    assert found["absent-library"] == "not installed"
+    if reason is None:
+        assert found["frail"] == "1.2"
+    else:
+        assert found["frail"].startswith("not used: 1.2 does not import: ")
+        assert reason in found["frail"]

@@ -1,0 +1,168 @@
+"""What is installed, under which names, and what an import of it costs."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import mae_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    "CHANGELOG.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "benchmarks",
+    "constraints.txt",
+    "csrc",
+    "kernels",
+    "mae_fast",
+    "pyproject.toml",
+    "setup.py",
+    "tests",
+}
+EXTRAS = {"torchcodec", "flash-attn", "flash-attn-4", "xformers", "tensorboard", "wandb"}
+
+
+def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run code in a new interpreter that sees neither this process's path nor the checkout."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PYTEST"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**clean, **env}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of what it is made of, without a network."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mae_fast", "kernels"):
+        (source / name).symlink_to(ROOT / name)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    run = subprocess.run(
+        [*command, "--no-build-isolation", "--wheel-dir", str(out), str(source)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (path,) = out.iterdir()
+    return path
+
+
+def test_wheel_holds_the_package_only(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"mae_fast"}
+    assert "mae_fast/cli.py" in names
+    assert "mae_fast/kernels/__init__.py" in names
+
+
+def test_wheel_imports_kernels_by_one_name(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import mae_fast.kernels; print(mae_fast.kernels.__file__)"
+    run = python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "site/mae_fast/kernels/__init__.py")
+
+
+def test_installed_package_imports_from_another_directory(tmp_path):
+    run = python("import mae_fast.kernels; print(mae_fast.kernels.__name__)", tmp_path)
+    if "No module named 'mae_fast'" in run.stderr:
+        pytest.skip("mae-fast is not installed here: pip install -e .")
+    assert run.stdout.strip() == "mae_fast.kernels", run.stderr
+
+
+def test_kernels_refuse_another_name():
+    run = python("import kernels", ROOT)
+    assert run.stderr.strip().endswith("ImportError: import mae_fast.kernels, not kernels")
+
+
+def test_metadata(wheel):
+    with zipfile.ZipFile(wheel) as z:
+        (name,) = [n for n in z.namelist() if n.endswith(".dist-info/METADATA")]
+        found = metadata.PathDistribution(zipfile.Path(z, name.rpartition("/")[0] + "/"))
+        meta, scripts = found.metadata, found.entry_points
+        assert meta["Name"] == "mae-fast"
+        assert meta["Version"] == mae_fast.__version__
+        assert meta["Requires-Python"] == ">=3.10"
+        assert set(meta.get_all("Provides-Extra")) == EXTRAS | {"parquet", "dev"}
+        assert [(e.name, e.value) for e in scripts] == [("mae-fast", "mae_fast.cli:main")]
+
+
+def test_constraints_pin_every_dependency():
+    """Every dependency and development tool is pinned, but torch and triton."""
+    pins = re.findall(r"^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    setup_py = (ROOT / "setup.py").read_text()
+    hard = re.search(r"DEPENDENCIES = \[(.*?)\n\]", setup_py, re.DOTALL)[1]
+    dev = re.search(r'"dev": \[(.*?)\]', setup_py, re.DOTALL)[1]
+    needed = set(re.findall(r"[\"']([a-z0-9-]+)>=", hard + dev))
+    assert len(needed) > 10
+    assert needed - set(pins) == {"torch", "triton"}
+
+
+def test_top_level_of_the_repository():
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode != 0 or not git.stdout:
+        pytest.skip("not a git checkout")
+    assert {line.split("/")[0] for line in git.stdout.splitlines()} == TOP_LEVEL
+
+
+def test_import_touches_nothing(tmp_path):
+    """No environment variable read or written, no device, no library loaded by mae_fast."""
+    code = f"""
+import os, sys
+import torch
+before, libraries = dict(os.environ), set(torch.ops.loaded_libraries)
+mapping, ours, reads = type(os.environ), {str(ROOT)!r}, []
+get = mapping.__getitem__
+def spy(self, key):
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename.startswith("<frozen") or "os.py" in frame.f_code.co_filename:
+        frame = frame.f_back
+    if frame.f_code.co_filename.startswith((ours + "/mae_fast", ours + "/kernels")):
+        reads.append((frame.f_code.co_filename, key))
+    return get(self, key)
+mapping.__getitem__ = spy
+sys.path.insert(0, ours)
+import mae_fast
+mapping.__getitem__ = get
+assert mae_fast.__file__.startswith(ours), mae_fast.__file__
+assert not reads, reads
+assert dict(os.environ) == before
+assert not torch.cuda.is_initialized()
+assert set(torch.ops.loaded_libraries) == libraries
+"""
+    run = python(code, tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_import_costs_little_more_than_torch(tmp_path):
+    """Under 0.3 s after `import torch`: best of five, because the machine has other work too."""
+    code = f"""
+import sys, time
+import torch
+sys.path.insert(0, {str(ROOT)!r})
+start = time.perf_counter()
+import mae_fast
+print(time.perf_counter() - start)
+"""
+    seconds = []
+    for _ in range(5):
+        run = python(code, tmp_path)
+        assert run.returncode == 0, run.stderr
+        seconds.append(float(run.stdout))
+        if seconds[-1] < 0.3:
+            return
+    raise AssertionError(f"import mae_fast took {min(seconds):.2f} s more than import torch")
