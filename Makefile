@@ -91,13 +91,15 @@ $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' $(if $(TRITON),triton
 endef
 
 # PYTHON may live in a virtual environment, whose packages --system-site-packages would not
-# show: its folders are named in a .pth file instead.
+# show: its folders are named in a .pth file instead. Before Python 3.12, venv brings an old
+# setuptools that would hide PYTHON's.
 define INSTALL_LIGHT
+$(BIN)/python -m pip uninstall -qq --yes setuptools
 site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 $(PYTHON) -c "$$SHOW_SITES" > "$$site/system.pth"
 $(BIN)/python -c 'import torch' 2> /dev/null || fail '$(PYTHON) has no torch that imports'
-$(BIN)/python -c 'import setuptools' 2> /dev/null || $(PIP) -c constraints.txt setuptools ||
-  fail '$(PYTHON) has no setuptools, and pip could not install it'
+$(BIN)/python -c "$$HAS_SETUPTOOLS" 2> /dev/null || $(PIP) -c constraints.txt 'setuptools>=70.1' ||
+  fail '$(PYTHON) has no setuptools >= 70.1, and pip could not install it'
 $(PIP) --no-build-isolation --no-deps -e . || fail 'pip could not install mae-fast'
 $(BIN)/python -c "$$ADD_MISSING"
 endef
@@ -109,6 +111,12 @@ for path in sys.path:
         print(f'import site; site.addsitedir({path!r})')
 endef
 export SHOW_SITES
+
+define HAS_SETUPTOOLS
+import setuptools, sys
+sys.exit(tuple(map(int, setuptools.__version__.split('.')[:2])) < (70, 1))
+endef
+export HAS_SETUPTOOLS
 
 define ADD_MISSING
 import subprocess, sys

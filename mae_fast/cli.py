@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def index(
     sources: Annotated[list[str], tyro.conf.arg(metavar="FOLDER|CSV...")],
     /,
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "index.parquet",
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "index.jsonl",
     workers: int | None = None,
 ) -> None:
     """List every video of the sources in one index file; a broken one becomes a row with its
@@ -58,14 +58,14 @@ def index(
 
     Args:
         sources: folders of videos, and lists of `path label` or `path,label` lines.
-        output: the index to write, .parquet (needs pyarrow) or .jsonl.
+        output: the index to write: .jsonl, or .parquet (needs pyarrow).
         workers: processes that read the videos; by default one a core.
     """
     from mae_fast.data import build_index
 
     if not sources:
         raise ConfigError("index: name at least one folder of videos or CSV file")
-    build_index(sources, output, workers)
+    print(build_index(sources, output, workers=workers))
 
 
 def pretrain(args: list[str]) -> None:

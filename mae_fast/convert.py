@@ -48,7 +48,9 @@ def load_weights(path: str | Path) -> tuple[ModelConfig | None, dict[str, Tensor
         with torch.serialization.safe_globals([argparse.Namespace]):
             tree: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises pickle, zip, EOF and runtime errors here
-        raise CheckpointError(f"cannot read {path}: {str(e).partition(chr(10))[0] or type(e).__name__}") from e
+        raise CheckpointError(
+            f"cannot read {path}: {str(e).partition(chr(10))[0] or type(e).__name__}"
+        ) from e
     for key in ("model", "model_state"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]

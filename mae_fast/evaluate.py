@@ -44,7 +44,7 @@ def held_out_loss(
             cfg.mask.ratio,
             seed=_SEED,
             step=0,
-            samples=batch.samples,
+            samples=batch.samples.to(device),
         )
         loss, _, _ = model(video, ids_keep=keep, ids_mask=masked)
         target = targets(spec, video, masked, torch.float32)

@@ -1,12 +1,12 @@
 """`mae-fast info`: versions, devices, decoders, and why an optional library is not used."""
 
 import json as jsonlib
-import os
 import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
+
+from mae_fast.environment import PACKAGES, devices, version
 
 # distribution -> the module that uses it for real: importing it shows whether it works.
 OPTIONAL = {
@@ -48,78 +48,34 @@ def collect() -> dict[str, dict[str, str]]:
     """What `info` prints. Never raises because a library is missing or broken."""
     with ThreadPoolExecutor(4) as pool:
         optional = dict(zip(OPTIONAL, pool.map(_optional, OPTIONAL), strict=True))
-    packages = ("torch", "triton", "numpy", "av")
     return {
         "versions": {
-            "mae_fast": _version("mae-fast"),
+            "mae_fast": version("mae-fast"),
             "python": platform.python_version(),
-            **{name: _version(name) for name in packages},
+            **{name: version(name) for name in PACKAGES},
         },
-        "devices": _devices(),
+        "devices": devices(),
         "decoders": _decoders(),
         "optional libraries": optional,
     }
 
 
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _optional(distribution: str) -> str:
     """Its version, or why it is not used. Imported in a process of its own: a library built
     for another torch can end the process that imports it."""
-    version = _version(distribution)
-    if version == "not installed":
-        return version
+    found = version(distribution)
+    if found == "not installed":
+        return found
     command = [sys.executable, "-c", f"import {OPTIONAL[distribution]}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as e:
-        return f"not used: {version} does not import: {e}"
+        return f"not used: {found} does not import: {e}"
     if run.returncode == 0:
-        return version
+        return found
     lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
     errors = [line for line in lines if "Error" in line]
-    return f"not used: {version} does not import: {(errors or lines)[-1].strip()}"
-
-
-def _devices() -> dict[str, str]:
-    cores = f"{os.cpu_count()} cores"
-    if hasattr(os, "sched_getaffinity"):
-        cores += f", {len(os.sched_getaffinity(0))} usable"
-    try:
-        import torch
-
-        capability = torch.backends.cpu.get_cpu_capability()
-        cores += f", torch uses {torch.get_num_threads()} threads"
-    except Exception as e:
-        return {"cpu": f"{_cpu_model()}, {cores}", "cuda": f"none: torch does not import: {e}"}
-    devices = {"cpu": f"{_cpu_model()}, {cores}, {capability}"}
-    if torch.version.cuda is None:
-        return {**devices, "cuda": f"none: torch {torch.__version__} is built without CUDA"}
-    try:
-        torch.cuda.init()
-        for i in range(torch.cuda.device_count()):
-            p = torch.cuda.get_device_properties(i)
-            devices[f"cuda:{i}"] = (
-                f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
-            )
-    except Exception as e:
-        devices["cuda"] = f"none: {str(e).strip().splitlines()[0]}"
-    return devices
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(
-                line.split(":", 1)[1].strip() for line in f if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return f"not used: {found} does not import: {(errors or lines)[-1].strip()}"
 
 
 def _decoders() -> dict[str, str]:

@@ -171,7 +171,7 @@ class Run:
             cfg.mask.ratio,
             seed=cfg.train.seed,
             step=self.step,
-            samples=batch.samples,
+            samples=batch.samples.to(device, non_blocking=True),
         )
         video = batch.video(cfg.model.img_size)
         bf16 = cfg.train.precision == "bf16"
@@ -201,7 +201,7 @@ class Run:
             "data_wait": window.waited / seconds,
             "memory_mb": memory_mb(self.world.device),
             "nonfinite": self.nonfinite,
-            "bad_videos": len(self.bad),
+            "bad_videos": len(self.bad.found),
             "seconds_left": (self.total - self.step) * seconds / steps,
         }
 

@@ -20,6 +20,8 @@ from mae_fast.errors import ConfigError
 
 # Frames decoded and thrown away rather than sought across: about what one seek costs.
 _SEEK_GAP = 8
+# Text that names other files; FFmpeg would open those.
+_PLAYLISTS = ("concat", "hls", "dash", "imf")
 # Elsewhere (MPEG-TS, MPEG-PS) torchcodec 0.13 gave frame 10 for frame 0.
 _TORCHCODEC = ("mp4", "matroska")
 # torchcodec returns whole batches; this bounds the full-size frames held at one time.
@@ -73,8 +75,8 @@ class VideoReader:
     """
 
     def __init__(self, path, decoder: str = "auto"):
-        # auto is PyAV. Against torchcodec 0.13, medians of 10, one thread: four clips of 16 from a
-        # 640x272 file 126 and 137 ms, one clip 55 and 55 ms; from 1280x720 230 and 307, 183 and 221.
+        # auto is PyAV. Against torchcodec 0.13 (medians of 10, one thread): four clips of 16 from
+        # 640x272 in 126 and 137 ms, one clip in 55 and 55; from 1280x720 230 and 307, 183 and 221.
         name = "pyav" if decoder == "auto" else decoder
         if reason := _unusable(name):
             raise ConfigError(f"decoder {name}: {reason}")
@@ -159,6 +161,8 @@ class VideoReader:
     def _picture_stream(self):
         import av
 
+        if self._container.format.name in _PLAYLISTS:
+            raise BadVideo(self.path, f"not a video: a {self._container.format.name} playlist")
         videos = self._container.streams.video
         moving = [s for s in videos if not s.disposition & av.stream.Disposition.attached_pic]
         if not moving:
@@ -366,9 +370,10 @@ def _why_not_opened(path: str, error: Exception) -> str:
             head = f.read(512)
     except OSError as e:
         return f"cannot be opened: {e.strerror}"
-    if head[4:8] in (b"ftyp", b"mdat", b"free"):
-        return "truncated: an MP4 whose header (moov) is missing or damaged"
-    if head.isascii() and head.decode().isprintable():
+    for name, mark in (("MP4", b"ftyp"), ("AVI", b"AVI LIST"), ("Matroska", b"matroska")):
+        if mark in head[:64]:
+            return f"truncated: begins as {name}, but its header or index is missing or damaged"
+    if all(c >= 32 or c in b"\t\n\r" for c in head):
         return "not a video: the file holds text"
     return f"not a video: {error.strerror}"
 

@@ -98,6 +98,7 @@ def build_index(
             todo.append(source)
     reused = len(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
+    end_last_line(partial)
     with open(partial, "a") as log, _bar(len(found), reused, progress) as advance:
         for source, row in _probe_all(todo, workers or os.cpu_count() or 1, timeout):
             rows[source] = row
@@ -105,7 +106,7 @@ def build_index(
             log.flush()
             advance()
     ordered = [rows[source] for source in found]
-    _write(ordered, out)
+    write_index(ordered, out)
     partial.unlink()
     good = [r for r in ordered if not r.error]
     broken = Counter(r.error.split(":")[0] for r in ordered if r.error)
@@ -138,6 +139,15 @@ def read_index(path: str | Path, broken: bool = False) -> list[VideoRow]:
     if not good:
         raise DataError(f"{path}: no usable videos among {len(rows)} rows")
     return rows if broken else good
+
+
+def end_last_line(path: Path) -> None:
+    """Complete the last line of a log that a kill cut off, so that the next starts a line."""
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
 
 
 def _check_format(out: Path) -> None:
@@ -185,7 +195,7 @@ def _earlier(path: Path) -> list[VideoRow]:
     return rows
 
 
-def _write(rows: list[VideoRow], out: Path) -> None:
+def write_index(rows: list[VideoRow], out: Path) -> None:
     """Write all rows at once or not at all; paths under the index's folder become relative."""
     folder = out.absolute().parent
     records = []

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mae_fast.config import DataConfig
 from mae_fast.data.decode import BadVideo, VideoReader
-from mae_fast.data.index import VideoRow
+from mae_fast.data.index import VideoRow, end_last_line
 from mae_fast.data.sampling import clip_indices, crop_box, crop_resize, draw
 from mae_fast.errors import DataError
 
@@ -274,6 +274,7 @@ class BadVideos:
         self.found: dict[str, str] = {}
         self._file = Path(folder) / "bad_videos.jsonl" if folder is not None else None
         if self._file and self._file.is_file():
+            end_last_line(self._file)
             for line in self._file.read_text().splitlines():
                 try:
                     record = json.loads(line)

@@ -1,0 +1,1 @@
+"""Measuring: `mae-fast bench`."""

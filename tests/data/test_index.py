@@ -1,0 +1,284 @@
+"""Indexing: layouts, labels, broken files, going on after a stop, both formats."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from mae_fast.data import index
+from mae_fast.data.index import VideoRow, build_index, read_index
+from mae_fast.data.sources import find_videos
+from mae_fast.errors import DataError
+
+
+def build(sources, out, **options):
+    return build_index(sources, out, workers=1, progress=False, **options)
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def found(root, *sources):
+    """(path relative to root, label) of each."""
+    videos = find_videos(sources)
+    return [(os.path.relpath(v.path, root), v.label) for v in videos]
+
+
+@pytest.fixture
+def one(tmp_path, video):
+    return video.write(tmp_path / "one.mp4", 12)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_and_summary(tmp_path, video, suffix):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    root = tmp_path / "vidéos 视频"
+    (root / "jump").mkdir(parents=True)
+    video.write(root / "jump" / "å b.mp4", 50)
+    video.write(root / "top.mkv", 25, width=101, height=67, pix_fmt="yuv444p")
+    (root / "broken.mp4").touch()
+    out = root / f"index.{suffix}"
+    summary = build([root], out)
+    assert (summary.videos, summary.broken, summary.reused) == (2, {"empty": 1}, 0)
+    assert summary.hours == pytest.approx(3 / 3600)
+    assert "1 broken (1 empty)" in str(summary)
+    broken, top, jump = read_index(out, broken=True)
+    assert read_index(out) == [top, jump]
+    assert broken.error == "empty: 0 bytes" and broken.path == str(root / "broken.mp4")
+    assert jump == VideoRow(
+        path=str(root / "jump" / "å b.mp4"),
+        label="jump",
+        frames=50,
+        fps=25.0,
+        duration=2.0,
+        width=64,
+        height=48,
+        codec="h264",
+        pix_fmt="yuv420p",
+        bytes=(root / "jump" / "å b.mp4").stat().st_size,
+        mtime=(root / "jump" / "å b.mp4").stat().st_mtime,
+    )
+    assert (top.label, top.width, top.height, top.frames) == (None, 101, 67, 25)
+    assert sorted(p.name for p in root.iterdir()) == sorted(
+        ["broken.mp4", f"index.{suffix}", "jump", "top.mkv"]
+    )
+    # Paths are kept relative: the whole folder may move.
+    moved = root.rename(tmp_path / "moved")
+    assert read_index(moved / out.name)[0].path == str(moved / "top.mkv")
+
+
+def test_folder_labels_order_hidden_and_links(tmp_path):
+    touch(tmp_path, "b/2.MP4", "b/10.webm", "a/x.avi", "top.mov", "a/notes.txt", "a/._x.mp4")
+    touch(tmp_path, ".cache/y.mp4")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert found(tmp_path, tmp_path) == [
+        ("top.mov", None),
+        ("a/x.avi", "a"),
+        ("b/10.webm", "b"),
+        ("b/2.MP4", "b"),
+    ]
+
+
+def test_lists(tmp_path):
+    (tmp_path / "k.txt").write_text(
+        "# comment\n\na/x.mp4 3\nwith blank, and comma.mp4 4\nplain.mp4\n/abs/y.avi,dance well\n"
+    )
+    assert [(v.path, v.label) for v in find_videos([tmp_path / "k.txt"])] == [
+        (str(tmp_path / "a/x.mp4"), "3"),
+        (str(tmp_path / "with blank, and comma.mp4"), "4"),
+        (str(tmp_path / "plain.mp4"), None),
+        ("/abs/y.avi", "dance well"),
+    ]
+    (tmp_path / "k.csv").write_text("x.mp4,0\nx.mp4,0\ny.mp4, 1\n")
+    assert found(tmp_path, tmp_path / "k.csv") == [("x.mp4", "0"), ("y.mp4", "1")]
+    (tmp_path / "bad.txt").write_text("x.mp4 1\nno video here\n")
+    with pytest.raises(DataError, match="line 2 names no video"):
+        find_videos([tmp_path / "bad.txt"])
+
+
+def test_kinetics(tmp_path, video):
+    (tmp_path / "train").mkdir()
+    video.write(tmp_path / "train" / "-abc_000001_000011.mp4", 30)
+    video.write(tmp_path / "whole.mp4", 100, rate=10)
+    (tmp_path / "train.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\n"
+        "playing cards,-abc,1,11,train\n"
+        '"a, b",whole,2,5,train\n'
+        "late,whole,90,95,train\n"
+        "gone,nowhere,0,10,train\n"
+    )
+    out = tmp_path / "k.jsonl"
+    summary = build([tmp_path / "train.csv"], out)
+    assert summary.broken == {"segment": 1, "missing": 1}
+    cut, segment = read_index(out)
+    assert (cut.label, cut.start, cut.frames) == ("playing cards", 0, 30)
+    # From 2 to 5 s of a video of 10 s at 10 frames a second.
+    assert (segment.label, segment.start, segment.frames) == ("a, b", 20, 30)
+    assert segment.duration == 3.0
+    assert [r.label for r in read_index(out, broken=True) if r.error] == ["late", "gone"]
+
+
+def test_something_something(tmp_path):
+    touch(tmp_path, "20bn/1.webm", "20bn/2.webm")
+    entries = [
+        {"id": "2", "label": "spinning a cup", "template": "Spinning [something]"},
+        {"id": "1", "label": "plain"},
+        {"id": 3},
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    assert found(tmp_path, tmp_path / "train.json") == [
+        ("20bn/2.webm", "Spinning something"),
+        ("20bn/1.webm", "plain"),
+        ("3.webm", None),
+    ]
+    (tmp_path / "labels.json").write_text('{"Spinning something": "1"}')
+    with pytest.raises(DataError, match="not a Something-Something list"):
+        find_videos([tmp_path / "labels.json"])
+
+
+def test_nothing_found_or_unknown_format(tmp_path, one):
+    with pytest.raises(DataError, match="no such file or folder"):
+        build([tmp_path / "nowhere"], tmp_path / "i.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no videos in"):
+        build([tmp_path / "empty"], tmp_path / "i.jsonl")
+    with pytest.raises(DataError, match=r"is a \.jsonl or .parquet file"):
+        build([one], tmp_path / "i.csv")
+
+
+def test_parquet_without_pyarrow_says_so(tmp_path, one, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="parquet needs pyarrow"):
+        build([one], tmp_path / "i.parquet")
+    assert build([one], tmp_path / "i.jsonl").videos == 1
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The names of the files that were really probed."""
+    names, ask = [], index._Prober.ask
+
+    def spy(self, path):
+        names.append(os.path.basename(path))
+        return ask(self, path)
+
+    monkeypatch.setattr(index._Prober, "ask", spy)
+    return names
+
+
+def test_second_run_probes_what_changed(tmp_path, video, asked):
+    for name in "abc":
+        video.write(tmp_path / f"{name}.mp4", 10)
+    (tmp_path / "broken.mp4").touch()
+    out = tmp_path / "i.jsonl"
+    build([tmp_path], out)
+    first = out.read_text()
+    del asked[:]
+    assert build([tmp_path], out).reused == 3
+    assert asked == ["broken.mp4"] and out.read_text() == first
+    del asked[:]
+    video.write(tmp_path / "b.mp4", 11)
+    assert build([tmp_path], out).reused == 2
+    assert sorted(asked) == ["b.mp4", "broken.mp4"]
+    assert [r.frames for r in read_index(out)] == [10, 11, 10]
+
+
+def test_goes_on_after_a_stop(tmp_path, video, asked):
+    """Stopped after two videos, and killed in the middle of a line."""
+    for name in "abcd":
+        video.write(tmp_path / f"{name}.mp4", 10)
+    out = tmp_path / "i.jsonl"
+    build([tmp_path], out)
+    whole = out.read_text()
+    out.unlink()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    lines = [json.dumps({**r, "path": str(tmp_path / r["path"])}) for r in rows]
+    (tmp_path / "i.jsonl.partial").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])
+    index.end_last_line(tmp_path / "i.jsonl.partial")
+    assert (tmp_path / "i.jsonl.partial").read_text().endswith(lines[2][:30] + "\n")
+    del asked[:]
+    assert build([tmp_path], out).reused == 2
+    assert asked == ["c.mp4", "d.mp4"] and out.read_text() == whole
+    assert not (tmp_path / "i.jsonl.partial").exists()
+
+
+def test_a_stop_keeps_the_rows_made_so_far(tmp_path, video, monkeypatch):
+    for name in "abc":
+        video.write(tmp_path / f"{name}.mp4", 10)
+    ask = index._Prober.ask
+
+    def stop(self, path):
+        if path.endswith("c.mp4"):
+            raise KeyboardInterrupt
+        return ask(self, path)
+
+    out = tmp_path / "i.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(index._Prober, "ask", stop)
+        build([tmp_path], out)
+    assert not out.exists()
+    assert len((tmp_path / "i.jsonl.partial").read_text().splitlines()) == 2
+    assert build([tmp_path], out).reused == 2
+
+
+LOOP = """
+import json, os, signal, sys, time
+from mae_fast.data import decode
+probe = decode.probe
+def trap(path):
+    if "killed" in path: os.kill(os.getpid(), signal.SIGKILL)
+    if "hangs" in path: time.sleep(60)
+    return probe(path)
+decode.probe = trap
+from mae_fast.data.index import _answer
+_answer()
+"""
+
+
+def test_a_file_that_kills_or_hangs_its_process_is_a_row(tmp_path, video, monkeypatch):
+    for name in ("a", "b_killed", "c", "d_hangs", "e"):
+        video.write(tmp_path / f"{name}.mp4", 10)
+    popen = index.subprocess.Popen
+    monkeypatch.setattr(
+        index.subprocess, "Popen", lambda cmd, **kw: popen([cmd[0], "-c", LOOP], **kw)
+    )
+    summary = build([tmp_path], tmp_path / "i.jsonl", timeout=1.5)
+    assert (summary.videos, summary.broken) == (3, {"crash": 1, "timeout": 1})
+    errors = [r.error for r in read_index(tmp_path / "i.jsonl", broken=True)]
+    assert errors[1] == f"crash: the decoder died with exit status {-signal.SIGKILL}"
+    assert errors[3] == "timeout: not probed within 1.5 s"
+
+
+def test_parallel_gives_the_same_file(tmp_path, folder):
+    out = tmp_path / "one.jsonl"
+    build([folder], out)
+    build_index([folder], tmp_path / "two.jsonl", workers=2, progress=False)
+    assert out.read_text() == (tmp_path / "two.jsonl").read_text()
+
+
+def test_unreadable_indexes(tmp_path):
+    def refused(text, match, name="i.jsonl"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=match):
+            read_index(tmp_path / name)
+
+    with pytest.raises(DataError, match="no such index; make one with"):
+        read_index(tmp_path / "nowhere.jsonl")
+    refused('{"path": "a.mp4", "colour": 1}\n', "columns path, colour")
+    refused('{"frames": 3}\n', "not an index: columns frames")
+    refused("[1]\n", "line 1 is not a row")
+    refused("not json\n", "not a readable index")
+    refused("", "no usable videos among 0 rows")
+    broken = dataclasses.asdict(VideoRow("a.mp4", error="empty: 0 bytes"))
+    refused(json.dumps(broken), "no usable videos among 1 rows")
+    pytest.importorskip("pyarrow")
+    refused("text", "not a readable index", "i.parquet")
