@@ -52,7 +52,9 @@ setup: $(READY)
 $(READY): Makefile setup.py constraints.txt
 	@fail() { echo "error: $$*" >&2; exit 1; }
 	exec 9< Makefile
-	if command -v flock > /dev/null; then flock 9; fi
+	if command -v flock > /dev/null; then
+	  flock --nonblock 9 || { echo 'waiting for another make' >&2; flock 9; }
+	fi
 	if [ -e $@ ] && [ -z "$$(find $^ -newer $@)" ]; then exit 0; fi
 	command -v $(PYTHON) > /dev/null || fail 'there is no $(PYTHON); PYTHON=... names another'
 	version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -83,9 +85,9 @@ $(READY): Makefile setup.py constraints.txt
 # torch goes first, so that nothing later chooses another. No build isolation: it would fetch
 # again what is here.
 define INSTALL
-echo 'installing torch $(TORCH) and the pins of constraints.txt; minutes, on the first time' >&2
+echo 'installing torch$(TORCH:%= %) and the pins of constraints.txt, minutes the first time' >&2
 $(PIP) -c constraints.txt setuptools 'torch$(if $(TORCH),==$(TORCH),>=2.11)' ||
-  fail 'pip could not install torch $(TORCH): see its words above'
+  fail 'pip could not install torch$(TORCH:%= %): see its words above'
 $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' $(if $(TRITON),triton==$(TRITON)) ||
   fail 'pip could not install what mae-fast needs: see its words above'
 endef

@@ -12,7 +12,7 @@ DEPENDENCIES = [
     "torch>=2.11",
     'triton>=3.6; sys_platform == "linux" and platform_machine in "x86_64 aarch64"',
     "numpy>=1.26",
-    "av>=14",
+    "av>=17.1",
     "safetensors>=0.5",
     "rich>=13",
     "tyro>=0.9.2",

@@ -86,7 +86,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
-            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            # Cloned: they would lie in the mapped file, and die with whoever cuts it short.
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"cannot read {path}: {e}") from e
     if "mae_fast" not in metadata:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae_fast import checkpoint, distributed
+from mae_fast import checkpoint, distributed, metrics
 from mae_fast.config import Config, to_dict
 from mae_fast.data import BadVideos, Batch, make_loader, read_index
 from mae_fast.distributed import World
@@ -25,7 +25,6 @@ from mae_fast.environment import environment
 from mae_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from mae_fast.evaluate import held_out_loss
 from mae_fast.masking import draw_ids, num_keep
-from mae_fast.metrics import Metrics, draw_curves, memory_mb
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.optim import clipped_step, lr_at, make_optimizer, peak_lr
 
@@ -101,22 +100,25 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Run every step that is left; leaves a checkpoint of the last and curves.png."""
+        if self.step >= self.total:
+            log.warning("%s: all %d steps are done already", self.folder, self.total)
+            return metrics.read(self.folder / "metrics.jsonl")[-1]
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             if not self.world.writer:
                 return self._steps(None)
-            with Metrics(self.cfg, self.total, self.step) as metrics:
-                row = self._steps(metrics)
-            draw_curves(self.folder)
+            with metrics.Metrics(self.cfg, self.total, self.step) as sink:
+                row = self._steps(sink)
+            metrics.draw_curves(self.folder)
             return row
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
-    def _steps(self, metrics: Metrics | None) -> dict[str, Any]:
+    def _steps(self, sink: metrics.Metrics | None) -> dict[str, Any]:
         cfg, row = self.cfg.train, {}
-        if self.step == 0 and metrics and self.val_rows:
-            metrics.write({"step": 0, **self._held_out()})
+        if self.step == 0 and sink and self.val_rows:
+            sink.write({"step": 0, **self._held_out()})
         batches, window = iter(self._loader()), Window()
         while self.step < self.total:
             self._one_step(batches, window)
@@ -131,8 +133,8 @@ class Run:
             if cross or stop:
                 row = self._cross(window) | (self._held_out() if save else {})
                 window = Window()
-                if metrics:
-                    metrics.write(row)
+                if sink:
+                    sink.write(row)
             if save or stop:
                 self._save()
             if stop and not last:
@@ -199,7 +201,7 @@ class Run:
             "clips_per_s": clips * self.world.size / seconds,
             "step_seconds": seconds / steps,
             "data_wait": window.waited / seconds,
-            "memory_mb": memory_mb(self.world.device),
+            "memory_mb": metrics.memory_mb(self.world.device),
             "nonfinite": self.nonfinite,
             "bad_videos": len(self.bad.found),
             "seconds_left": (self.total - self.step) * seconds / steps,

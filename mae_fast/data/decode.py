@@ -71,7 +71,8 @@ class VideoReader:
 
     num_frames, fps (average), duration (s); height and width decode one frame. Raises BadVideo
     when the file is not a usable video, ConfigError when the decoder named cannot run here.
-    torchcodec is used for MP4 and Matroska only: in others it was seen to give wrong frames.
+    torchcodec reads MP4 and Matroska without edit lists; from others it was seen to give wrong
+    frames, and PyAV reads those.
     """
 
     def __init__(self, path, decoder: str = "auto"):
@@ -84,8 +85,8 @@ class VideoReader:
         self._open()
         try:
             self._scan()
-            exact = self._ordered and any(f in self._container.format.name for f in _TORCHCODEC)
-            self._torchcodec = self._open_torchcodec() if name == "torchcodec" and exact else None
+            use = name == "torchcodec" and self._plain
+            self._torchcodec = self._open_torchcodec() if use else None
         except BaseException:
             self.close()
             raise
@@ -208,6 +209,8 @@ class VideoReader:
         guessed = self._container.format.name == "avi" and stream.codec_context.has_b_frames
         self._ordered = None not in pts and len(set(pts)) == len(pts) and not guessed
         self._pts = sorted(pts) if self._ordered else pts
+        known = any(name in self._container.format.name for name in _TORCHCODEC)
+        self._plain = self._ordered and known and len(pts) == total
         self._number = {t: i for i, t in enumerate(self._pts)}
         self._keys = sorted(k for k in keys if k is not None)
         self.num_frames = len(pts)

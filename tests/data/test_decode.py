@@ -201,6 +201,73 @@ def test_a_damaged_frame_is_named(tmp_path, files):
             reader.read([19, 20, 21])
 
 
+def test_a_frame_that_the_codec_had_to_make_up_is_named(tmp_path, video):
+    import av
+
+    path = video.write(tmp_path / "a.mp4", gop=1, bframes=0, width=320, height=240)
+    with av.open(str(path)) as container:
+        entry = container.streams.video[0].index_entries[20]
+    data = bytearray(path.read_bytes())
+    kept = int(entry.size * 0.3)
+    data[entry.pos + kept : entry.pos + entry.size] = bytes(entry.size - kept)
+    path.write_bytes(data)
+    with VideoReader(path) as reader:
+        assert reader.read([19, 21]).shape[0] == 2
+        with pytest.raises(BadVideo, match="damaged: frame 20 of 40"):
+            reader.read([20])
+
+
+class Shim:
+    """An object with some attributes replaced."""
+
+    def __init__(self, real, **changes):
+        self.__dict__.update(changes, real=real)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+def test_a_seek_between_keyframes_gives_no_torn_frames(files, video):
+    """Some containers seek to any packet; decoding from there gives pictures that look right to
+    the codec and are not."""
+    with VideoReader(files("mpeg4.mp4")) as reader:
+        want = reader.read([25])
+        real, step = reader._container, reader._pts[1] - reader._pts[0]
+        reader._container = Shim(
+            real,
+            seek=lambda pts, stream: real.seek(pts + 3 * step, stream=stream, any_frame=True),
+        )
+        assert torch.equal(reader.read([25]), want)
+
+
+def test_colour_conversion_starts_no_threads(files):
+    """swscale's default is one thread for each core, for each frame."""
+    asked = []
+
+    def spy(frame):
+        def to_ndarray(**options):
+            asked.append(options["threads"])
+            return frame.to_ndarray(**options)
+
+        return Shim(frame, to_ndarray=to_ndarray)
+
+    with VideoReader(files("bframes.mp4")) as reader:
+        decode_run = reader._decode
+        reader._decode = lambda run: ((i, spy(frame)) for i, frame in decode_run(run))
+        reader.read([3, 4])
+    assert asked == [1, 1]
+
+
+@pytest.mark.skipif(UNUSABLE is not None, reason=f"torchcodec {UNUSABLE}")
+def test_a_neighbour_in_place_of_a_missing_frame_is_refused(files):
+    """torchcodec gives one where a frame does not decode; its timestamp tells."""
+    with VideoReader(files("bframes.mp4"), "torchcodec") as reader:
+        real = reader._torchcodec
+        reader._torchcodec = Shim(real, get_frames_at=lambda wanted: real.get_frames_at([4, 7]))
+        with pytest.raises(BadVideo, match="damaged: frame 6 of 40"):
+            reader.read([4, 6])
+
+
 def test_importing_loads_no_decoder():
     code = (
         "import sys, mae_fast.data; "

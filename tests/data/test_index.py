@@ -226,8 +226,9 @@ def test_a_stop_keeps_the_rows_made_so_far(tmp_path, video, monkeypatch):
         patch.setattr(index._Prober, "ask", stop)
         build([tmp_path], out)
     assert not out.exists()
-    assert len((tmp_path / "i.jsonl.partial").read_text().splitlines()) == 2
-    assert build([tmp_path], out).reused == 2
+    kept = len((tmp_path / "i.jsonl.partial").read_text().splitlines())
+    assert kept in (1, 2)  # b may be probed but not yet noted
+    assert build([tmp_path], out).reused == kept
 
 
 LOOP = """

@@ -1,0 +1,39 @@
+"""The demo, cut down: a few steps on videos of one's own."""
+
+import json
+
+import pytest
+
+from mae_fast.demo import demo
+from mae_fast.errors import ConfigError
+
+
+def test_demo_leaves_a_page_with_everything(folder, tmp_path, capsys):
+    out = tmp_path / "demo"
+    demo(videos=str(folder), output=str(out), img_size=32, steps=20)
+    left = {p.name for p in out.iterdir()}
+    assert {
+        "checkpoint-00000020.safetensors",
+        "curves.png",
+        "reconstruction.png",
+        "reconstruction.gif",
+        "index.html",
+        "metrics.jsonl",
+    } <= left
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/") == 3 and "held-out loss" in page
+    assert "://" not in page  # one file, nothing fetched
+    result = json.loads((out / "demo.json").read_text())
+    assert result["end"] < result["start"]
+    text = capsys.readouterr().out
+    assert "predicting each patch's own mean" in text and "mae-fast reconstruct" in text
+    # Again: an earlier demo is replaced.
+    demo(videos=str(folder), output=str(out), img_size=32, steps=20)
+    assert json.loads((out / "demo.json").read_text())["steps"] == 20
+
+
+def test_demo_does_not_touch_a_folder_of_something_else(folder, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="something other"):
+        demo(videos=str(folder), output=str(tmp_path), steps=20)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"

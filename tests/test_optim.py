@@ -1,0 +1,80 @@
+"""The official optimizer: groups, learning rate, clipping, and steps that must not happen."""
+
+import pytest
+import torch
+
+from mae_fast import MaskedAutoencoder, TrainConfig, preset
+from mae_fast.optim import clipped_step, lr_at, make_optimizer, param_groups, peak_lr
+
+
+def test_trap_9_tokens_and_positions_decay():
+    with torch.device("meta"):
+        model = MaskedAutoencoder(preset("vit_tiny", depth=1, decoder_depth=1))
+    groups = param_groups(model, 0.05)
+    names = {id(p): n for n, p in model.named_parameters()}
+    rest, decay = ({names[id(p)] for p in g["params"]} for g in groups)
+    assert [g["weight_decay"] for g in groups] == [0.0, 0.05]
+    assert rest | decay == set(names.values()) and not rest & decay
+    assert rest == {n for n in names.values() if n.endswith(".bias") or "norm" in n}
+    tokens = {"cls_token", "decoder_cls_token", "mask_token", "patch_embed.proj.weight"}
+    positions = {n for n in names.values() if "pos_embed" in n}
+    assert len(positions) == 6 and tokens | positions < decay
+
+
+@pytest.mark.parametrize(
+    ("epoch", "lr"), [(0, 0), (0.5, 1.6e-4), (2.5, 8e-4), (5, 1.6e-3), (52.5, 8e-4), (100, 0)]
+)
+def test_trap_10_learning_rate_by_fractional_epoch(epoch, lr):
+    assert lr_at(epoch, 100, 5, 1.6e-3) == pytest.approx(lr, abs=1e-12)
+
+
+def test_trap_10_repeat_aug_is_not_in_the_rate():
+    assert peak_lr(TrainConfig(batch_size=2, accum_steps=4), world=32) == 1.6e-3
+
+
+@pytest.mark.parametrize("clip", [0.02, 1e6, 0.0], ids=["clips", "does_not_clip", "off"])
+def test_trap_16_clipping_is_global_and_equal_to_torchs(clip):
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = make_optimizer(models[0], TrainConfig())
+    theirs = torch.optim.AdamW(
+        param_groups(models[1], 0.05), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, foreach=True
+    )
+    for _ in range(4):
+        x = torch.randn(6, 7)
+        norms = []
+        for model in models:
+            model(x).square().sum().backward()
+        norms.append(clipped_step(ours, 1e-2, clip))
+        params = list(models[1].parameters())
+        norms.append(torch.nn.utils.clip_grad_norm_(params, clip or float("inf")))
+        theirs.step()
+        theirs.zero_grad()
+        torch.testing.assert_close(norms[0], norms[1])
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert all(p.grad is None for p in models[0].parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(value):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    optimizer = make_optimizer(model, TrainConfig())
+    model(torch.randn(2, 4)).sum().backward()
+    clipped_step(optimizer, 1e-2, 0.02)
+
+    def state():
+        moments = [v.clone() for s in optimizer.state.values() for v in s.values()]
+        return [p.detach().clone() for p in model.parameters()] + moments
+
+    before = state()
+    model(torch.randn(2, 4)).sum().backward()
+    model.weight.grad[1, 2] = value
+    norm = clipped_step(optimizer, 1e-2, 0.02)
+    assert not norm.isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    model(torch.randn(2, 4)).sum().backward()
+    clipped_step(optimizer, 1e-2, 0.02)
+    assert not torch.equal(before[0], model.weight)

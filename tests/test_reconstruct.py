@@ -1,0 +1,73 @@
+"""Pictures: the right pixels in the right rows, and every kind of file."""
+
+import numpy as np
+import pytest
+import torch
+
+from mae_fast import MaskedAutoencoder, checkpoint, preset
+from mae_fast.config import Config, to_dict
+from mae_fast.errors import ConfigError, DataError
+from mae_fast.reconstruct import draw_panel, load_clip, reconstruct
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's folder with a checkpoint of an untrained model."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = preset("vit_tiny", img_size=32, depth=1, decoder_depth=1)
+    model = MaskedAutoencoder(cfg)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(folder, 1, model, optimizer, {"config": to_dict(Config(model=cfg))}, keep=1)
+    return str(folder / "checkpoint-00000001.safetensors"), model
+
+
+@pytest.mark.parametrize("norm_pix", [True, False], ids=["norm_pix", "raw"])
+def test_rows_hold_what_their_names_say(norm_pix):
+    cfg = preset("vit_tiny", img_size=32, depth=1, decoder_depth=1, norm_pix_loss=norm_pix)
+    model = MaskedAutoencoder(cfg)
+    pixels = torch.randint(0, 256, (1, 3, 16, 32, 32))
+    clip = (pixels / 255 - 0.45) / 0.225
+    panel = draw_panel(model, clip, 0.75, "random", seed=0)
+    original, masked, predicted, together = panel.rows.astype(int)
+    frames = pixels[0, :, list(cfg.target_frames)].permute(1, 2, 3, 0).numpy()
+    assert np.array_equal(original, frames)
+    hidden = (masked != original).any(-1)
+    assert hidden.mean() == pytest.approx(0.75, abs=0.02)
+    assert (masked[hidden] == 128).all()
+    assert np.array_equal(together[hidden], predicted[hidden])
+    assert np.array_equal(together[~hidden], original[~hidden])
+    if norm_pix:  # a prediction of zeros would be the patch's mean: the scale is the target's
+        with torch.no_grad():
+            model.decoder_pred.weight.zero_()
+            model.decoder_pred.bias.zero_()
+        flat = draw_panel(model, clip, 0.75, "random", seed=0).rows[2].astype(float)
+        assert flat[0, :16, :16].std() < 1
+        assert flat[0, :16, :16].mean() == pytest.approx(original[0, :16, :16].mean(), abs=1)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".mp4"])
+def test_files_are_pictures_of_the_right_length(trained, folder, tmp_path, suffix):
+    import av
+
+    out = tmp_path / f"picture{suffix}"
+    path = str(folder / "v0.mp4")
+    reconstruct(trained[0], path, str(out), ratio=(0.75, 0.9), sampling_rate=1)
+    with av.open(str(out)) as container:
+        images = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    assert len(images) == (1 if suffix == ".png" else 8)
+    assert all(image.std() > 20 for image in images)
+
+
+def test_clip_is_the_centre_of_official_frames(trained, video, tmp_path):
+    path = video.write(tmp_path / "v.mp4", 64, rate=30)
+    clip = load_clip(str(path), trained[1], at=0.0, sampling_rate=4)
+    assert clip.shape == (1, 3, 16, 32, 32)
+
+
+def test_what_cannot_be_drawn_is_said(trained, folder, tmp_path):
+    video = str(folder / "v0.mp4")
+    with pytest.raises(ConfigError, match=r"picture\.jpeg"):
+        reconstruct(trained[0], video, str(tmp_path / "picture.jpeg"))
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty\.mp4"):
+        reconstruct(trained[0], str(tmp_path / "empty.mp4"), str(tmp_path / "out.png"))
