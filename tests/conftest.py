@@ -1,8 +1,11 @@
-"""Fixtures of every test: the golden figures recorded from the official code."""
+"""Fixtures of every test: golden figures of the official code, videos that say their number."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import av
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -61,3 +64,93 @@ def tiny_cfg() -> ModelConfig:
         decoder_depth=2,
         decoder_num_heads=2,
     )
+
+
+def image(k: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Frame k: its number as eight vertical bars, lowest bit first; the last rows are brighter."""
+    bars = np.array([200 if k >> bit & 1 else 50 for bit in range(8)], dtype=np.uint8)
+    columns = np.arange(width) * 8 // width
+    frame = np.repeat(bars[columns][None, :, None].repeat(height, 0), 3, axis=2)
+    frame[-height // 4 :] += 40
+    return frame
+
+
+def number(frame) -> int:
+    """The number of a frame that `image` made, from its upper half."""
+    frame = np.asarray(frame).astype(float)
+    top = frame[: frame.shape[0] // 2].mean(axis=(0, 2))
+    edges = [(bit * 2 + 1) * len(top) // 16 for bit in range(8)]
+    return sum(int(top[x] > 125) << bit for bit, x in enumerate(edges))
+
+
+def write(
+    path,
+    n=40,
+    *,
+    codec="libx264",
+    width=64,
+    height=48,
+    pix_fmt="yuv420p",
+    rate=25,
+    options=None,
+    pts=None,
+    bframes=2,
+    gop=10,
+    rotate=0,
+    faststart=False,
+    make=image,
+):
+    """Encode n frames; pts gives their timestamps in units of 1 / rate."""
+    movflags = {"movflags": "faststart"} if faststart else {}
+    with av.open(str(path), "w", options=movflags) as container:
+        stream = container.add_stream(codec, rate=rate, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.max_b_frames = bframes
+        stream.codec_context.gop_size = gop
+        stream.codec_context.thread_count = 1
+        if codec == "mpeg4":
+            stream.codec_context.qmax = 4
+        if rotate:
+            stream.set_display_rotation(rotate)
+        for k in range(n):
+            frame = av.VideoFrame.from_ndarray(make(k, height, width), format="rgb24")
+            frame.pts = k if pts is None else pts[k]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_audio(path, cover=False):
+    """A second of silence; with cover=True also an attached picture."""
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        sound.layout = "mono"
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            frame = av.VideoFrame.from_ndarray(image(3), format="rgb24")
+            container.mux(picture.encode(frame))
+            container.mux(picture.encode(None))
+        for k in range(16):
+            samples = np.zeros((1, 1000), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, k * 1000
+            container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    return path
+
+
+@pytest.fixture(scope="session")
+def video():
+    """video.write, video.write_audio, video.image, video.number."""
+    return SimpleNamespace(write=write, write_audio=write_audio, image=image, number=number)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Five good videos of 40 to 60 frames at 25 and 30 frames a second, read-only."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(5):
+        write(root / f"v{i}.mp4", 40 + 5 * i, rate=25 if i % 2 else 30)
+    return root

@@ -281,7 +281,8 @@ class VideoReader:
             yield from enumerate(self._frames(None))
             return
         key = bisect.bisect_right(self._keys, self._pts[first])
-        # A seek may land late (a table of decoding times, an open GOP): then start from earlier.
+        # A seek may land late (a table of decoding times), or on a picture that leans on earlier
+        # ones (an open GOP), which spoils the first frames: then start from earlier.
         for start in [*reversed(self._keys[max(key - 2, 0) : key]), None]:
             landed = start is None
             for frame in self._frames(start):
@@ -289,11 +290,12 @@ class VideoReader:
                 if i is None:
                     continue
                 landed = landed or i <= first
-                if not landed:
+                if not landed or (frame.is_corrupt and i >= first and start is not None):
                     break
                 yield i, frame
-            if landed:
-                return
+            else:
+                if landed:
+                    return
 
     def _frames(self, start: int | None) -> Iterator[Any]:
         """Decoded frames in presentation order, from the keyframe at timestamp `start`, or of the
@@ -305,18 +307,23 @@ class VideoReader:
                 self._container.close()
                 self._open()
             else:
+                self._show_first_packet()
                 self._container.seek(start, stream=self._stream)
         except av.error.FFmpegError:  # a format that cannot seek
             return
-        waiting = start is not None
         for packet in self._container.demux(self._stream):
-            waiting = waiting and not packet.is_keyframe
-            if waiting and packet.size:
-                continue
             try:
                 yield from packet.decode()
             except av.error.FFmpegError:
                 continue
+
+    def _show_first_packet(self) -> None:
+        """Let FFmpeg see which x264 made the file: old builds erred in 4:4:4, the decoder mends it
+        by the build's number, and that stands in the first packet only."""
+        context = self._stream.codec_context
+        if context.name == "h264" and "444" in (context.pix_fmt or ""):
+            self._container.seek(0, stream=self._stream)
+            next(self._container.demux(self._stream)).decode()
 
     def _open_torchcodec(self):
         from torchcodec.decoders import VideoDecoder

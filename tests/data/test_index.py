@@ -108,21 +108,24 @@ def test_kinetics(tmp_path, video):
     (tmp_path / "train").mkdir()
     video.write(tmp_path / "train" / "-abc_000001_000011.mp4", 30)
     video.write(tmp_path / "whole.mp4", 100, rate=10)
+    video.write(tmp_path / "trimmed.mp4", 30, rate=10)
     (tmp_path / "train.csv").write_text(
         "label,youtube_id,time_start,time_end,split\n"
         "playing cards,-abc,1,11,train\n"
         '"a, b",whole,2,5,train\n'
         "late,whole,90,95,train\n"
         "gone,nowhere,0,10,train\n"
+        "cut before,trimmed,50,53,train\n"
     )
     out = tmp_path / "k.jsonl"
     summary = build([tmp_path / "train.csv"], out)
     assert summary.broken == {"segment": 1, "missing": 1}
-    cut, segment = read_index(out)
+    cut, segment, trimmed = read_index(out)
     assert (cut.label, cut.start, cut.frames) == ("playing cards", 0, 30)
     # From 2 to 5 s of a video of 10 s at 10 frames a second.
     assert (segment.label, segment.start, segment.frames) == ("a, b", 20, 30)
     assert segment.duration == 3.0
+    assert (trimmed.start, trimmed.frames) == (0, 30)
     assert [r.label for r in read_index(out, broken=True) if r.error] == ["late", "gone"]
 
 

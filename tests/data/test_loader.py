@@ -5,10 +5,12 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -263,34 +265,32 @@ def test_killed_worker_is_an_error_and_no_hang(rows, step):
 
 @LINUX
 def test_no_file_descriptors_are_left(rows):
-    load(rows, config(workers=2))
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(2):
-        load(rows, config(workers=2))
-        next(
-            iter(make_loader(rows, config(workers=2), num_frames=8, batch_size=2, seed=0, steps=9))
-        )
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    """Not by passes that end, nor by passes given up."""
+
+    def passes(n):
+        options = {"num_frames": 8, "batch_size": 2, "seed": 0, "steps": 4}
+        for _ in range(n):
+            list(make_loader(rows, config(workers=2), **options))
+            next(iter(make_loader(rows, config(workers=2), **options)))
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before, after = passes(1), passes(4)
+    # Queues of the last pass may still be closing in their threads.
+    assert after <= before + 3
 
 
 @LINUX
-def test_a_batch_from_a_worker_holds_one_descriptor(rows):
-    """A file descriptor for each clip would exhaust the limit at the batch sizes of training."""
-
-    def held(batch_size):
-        source = make_loader(
-            rows, config(workers=1), num_frames=8, batch_size=batch_size, seed=0, steps=8
-        )
-        before = len(os.listdir("/proc/self/fd"))
-        kept = list(source)
-        return len(os.listdir("/proc/self/fd")) - before, kept
-
-    few, kept = held(1)
-    many, more = held(6)
-    assert many <= few + 2
-    assert len({f.untyped_storage().data_ptr() for f in more[0].frames}) == 1 and kept
+def test_a_batch_travels_in_one_descriptor(rows):
+    """One for each clip would exhaust a process's limit at the batch sizes of training."""
+    (batch,) = load(rows, batch_size=6, steps=1)
+    ForkingPickler.dumps(torch.zeros(3))  # starts the thread that hands descriptors over
+    before = len(os.listdir("/proc/self/fd"))
+    sent = ForkingPickler.dumps(batch)
+    assert len(os.listdir("/proc/self/fd")) - before <= 2
+    got = pickle.loads(sent)
+    assert clips([got]) == clips([batch]) and got.bad == batch.bad
+    assert len({f.untyped_storage().data_ptr() for f in got.frames}) == 1
 
 
 def test_batch_moves_as_one_block(rows):

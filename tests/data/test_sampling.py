@@ -64,6 +64,11 @@ def test_crop_box_area_and_aspect():
     assert (top + height).max() == 256 and (left + width).max() == 340
 
 
+def test_crop_reaches_every_place():
+    places = {crop_box(rng(i), 10, 10, (0.81, 0.81), (1.0, 1.0)) for i in range(40)}
+    assert places == {(top, left, 9, 9) for top in (0, 1) for left in (0, 1)}
+
+
 def test_crop_aspect_is_log_uniform():
     """Where every draw fits, half of the boxes are wide and half are tall."""
     ratios = []

@@ -1,0 +1,1 @@
+"""Benchmarks of mae_fast and its baselines, run from the checkout."""
