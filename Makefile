@@ -1,6 +1,7 @@
 # make demo   train a small model on real footage; ARGS="--videos FOLDER" takes your own
 # make test   run the tests; ARGS="-k mask" some of them
 # make lint   check style;  make setup  only the set-up;  make clean  remove what make made
+# make tables rewrite the README's measured tables from benchmarks/results
 # Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
 #   PYTHON=python3.12  the interpreter, 3.10 or newer      TORCH=2.13.0  TRITON=3.9.0  versions
 #   SYSTEM=1           use the torch, triton and numpy of PYTHON; add light packages only
@@ -16,7 +17,7 @@ ifeq ($(filter oneshell,$(.FEATURES)),)
 endif
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint tables setup clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -25,7 +26,7 @@ NEEDS_GB := $(if $(SYSTEM),1,$(if $(TORCH),4,12))
 WORKERS := 2
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 demo: setup
 	@$(BIN)/mae-fast demo $(ARGS)
@@ -41,6 +42,9 @@ test: setup
 lint: setup
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+tables: setup
+	@$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .benchmarks

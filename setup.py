@@ -40,6 +40,7 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "ruff>=0.12",
         "setuptools>=70.1",
+        "transformers>=4.57",
     ],
 }
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import html
+import io
 import json
 import logging
 import shutil
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from mae_fast import metrics
-from mae_fast.bench.step import time_synthetic
+from mae_fast.bench.step import time_run
 from mae_fast.checkpoint import checkpoints, write_text
-from mae_fast.config import Config, DataConfig, ModelConfig, TrainConfig, preset
+from mae_fast.config import Config, DataConfig, TrainConfig, preset
 from mae_fast.convert import load_model
 from mae_fast.data import VideoRow, build_index, read_index, write_index
 from mae_fast.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ HELD_OUT = 0.2
 def demo(
     videos: str = "",
     output: str = "runs/demo",
-    minutes: float = 4.0,
+    minutes: float = 3.5,
     img_size: int = 112,
     steps: int = 0,
 ) -> None:
@@ -63,22 +64,26 @@ def demo(
     model = preset(
         "vit_tiny", img_size=img_size, depth=6, decoder_depth=2, embed_dim=192, num_heads=3
     )
-    train = TrainConfig(
-        batch_size=2, blr=0.128, clip_grad=1.0, device="auto", log_every=20, save_every=10**9
-    )
-    steps = steps or choose_steps(model, train, minutes)
-    train = dataclasses.replace(train, steps=steps, warmup_steps=steps // 10, save_every=steps)
     data = DataConfig(
         index=str(folder / "train.jsonl"),
-        val_index=str(folder / "held_out.jsonl"),
         sampling_rate=SAMPLING_RATE,
+        span_seconds=2.0,
+        short_side=max(128, img_size),
         max_bad_share=0.5,
+    )
+    train = TrainConfig(batch_size=2, blr=0.128, clip_grad=1.0, log_every=20)
+    cfg = Config(output=output, model=model, data=data, train=train)
+    steps = steps or choose_steps(cfg, minutes)
+    cfg = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(data, val_index=str(folder / "held_out.jsonl")),
+        train=dataclasses.replace(train, steps=steps, warmup_steps=steps // 10, save_every=steps),
     )
     print(
         f"training {steps} steps of {train.batch_size * data.repeat_aug} clips, 16 x {img_size} x "
         f"{img_size}, 90% masked, on {len(train_rows)} videos"
     )
-    last = pretrain(Config(output=str(folder), model=model, data=data, train=train))
+    last = pretrain(cfg)
     picture = draw(folder, val_rows)
     report(folder, last, picture)
 
@@ -146,18 +151,11 @@ def split(source: Path, folder: Path) -> tuple[list[VideoRow], list[VideoRow]]:
     return train, held_out
 
 
-def choose_steps(model: ModelConfig, train: TrainConfig, minutes: float) -> int:
-    """How many steps fit, from three measured ones; decoding and held-out loss take the rest."""
-    device = "cuda" if _has_cuda() else "cpu"
-    clips = dataclasses.replace(train, batch_size=train.batch_size * 4, device=device)
-    seconds = float(np.median(time_synthetic(model, clips, 0.9, steps=3, warmup=1)))
-    return max(20, int(minutes * 60 / (1.25 * seconds)))
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def choose_steps(cfg: Config, minutes: float) -> int:
+    """How many steps fit, from a few measured ones, decoding included."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        seconds, _ = time_run(cfg, steps=10, warmup=6)
+    return max(20, int(minutes * 60 / (1.1 * float(np.median(seconds)))))
 
 
 def draw(folder: Path, rows: list[VideoRow]) -> str:
@@ -177,14 +175,17 @@ def report(folder: Path, last: dict[str, Any], picture: str) -> None:
     history = metrics.read(folder / "metrics.jsonl")
     first = next(r for r in history if "val_loss" in r)
     rows = [r for r in history if "loss" in r]
-    speed = float(np.median([r["clips_per_s"] for r in rows]))
+    speed, seconds, wait = (
+        float(np.median([r[key] for r in rows]))
+        for key in ("clips_per_s", "step_seconds", "data_wait")
+    )
     start, end, mean = first["val_loss"], last["val_loss"], last["val_mean_patch_loss"]
     better = f"{1 - end / mean:.0%} below" if end < mean else "NOT below"
     lines = [
         f"held-out loss: {start:.4f} at the start, {end:.4f} after {last['step']} steps",
         f"predicting each patch's own mean: {mean:.4f}; the model is {better} it",
-        f"speed: {speed:.1f} clips/s, {last['step_seconds']:.2f} s a step, "
-        f"{last['data_wait']:.0%} of it waiting for data, {last['memory_mb']:.0f} MB",
+        f"speed: {speed:.1f} clips/s, {seconds:.2f} s a step, {wait:.0%} of it waiting for data, "
+        f"{last['memory_mb']:.0f} MB",
     ]
     then = [
         f"mae-fast reconstruct --checkpoint {checkpoints(folder)[-1]} --video VIDEO -o out.gif",

@@ -4,6 +4,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +52,9 @@ def step(
     cfg = make_preset(model, variant)
     train = TrainConfig(batch_size=batch, precision=precision, device=device, clip_grad=0.02)
     if index:
-        seconds, waits = time_run(cfg, train, ratio, steps, warmup, index, workers)
+        data = DataConfig(index=index, repeat_aug=1, workers=workers)
+        run = Config(model=cfg, mask=MaskConfig(ratio=ratio), data=data, train=train)
+        seconds, waits = time_run(run, steps, warmup)
     else:
         seconds, waits = time_synthetic(cfg, train, ratio, steps, warmup), []
     median = statistics.median(seconds)
@@ -108,28 +111,12 @@ def time_synthetic(
     return seconds[warmup:]
 
 
-def time_run(
-    cfg: ModelConfig,
-    train: TrainConfig,
-    ratio: float,
-    steps: int,
-    warmup: int,
-    index: str,
-    workers: int,
-) -> tuple[list[float], list[float]]:
-    """(seconds, share spent waiting for data) of each step of a real run over `index`."""
+def time_run(cfg: Config, steps: int, warmup: int) -> tuple[list[float], list[float]]:
+    """(seconds, share spent waiting for data) of each of the first steps of a real run."""
+    total = warmup + steps
     with tempfile.TemporaryDirectory() as folder:
-        total = warmup + steps
-        run = Config(
-            output=folder,
-            model=cfg,
-            mask=MaskConfig(ratio=ratio),
-            data=DataConfig(index=index, repeat_aug=1, workers=workers),
-            train=TrainConfig(
-                **{**train.__dict__, "steps": total, "log_every": 1, "save_every": total}
-            ),
-        )
-        pretrain(run)
+        train = replace(cfg.train, steps=total, warmup_steps=0, log_every=1, save_every=total)
+        pretrain(replace(cfg, output=folder, train=train))
         rows = metrics.read(Path(folder) / "metrics.jsonl")[warmup:]
     return [r["step_seconds"] for r in rows], [r["data_wait"] for r in rows]
 

@@ -87,8 +87,9 @@ def crop_resize(
     """
     top, left, height, width = box
     cut = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)  # [T, 3, h, w]
-    x = (cut.float() / 255 - mean) / std
-    x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+    x = F.interpolate(cut.float(), size=(size, size), mode="bilinear", align_corners=False)
+    # The official code normalises first: the same to rounding, and more pixels to do it for.
+    x = (x / 255 - mean) / std
     return (x.flip(-1) if flip else x).transpose(0, 1)
 
 

@@ -1,0 +1,12 @@
+"""The README's numbers come from benchmarks/results, and nowhere else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_tables_are_what_the_results_say():
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    assert subprocess.run(command).returncode == 0, "run `make tables` and commit the README"
