@@ -22,7 +22,7 @@ from mae_fast.config import Config, to_dict
 from mae_fast.data import BadVideos, Batch, make_loader, read_index
 from mae_fast.distributed import World
 from mae_fast.environment import environment
-from mae_fast.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from mae_fast.errors import CheckpointError, ConfigError, DataError, Interrupted, NonFiniteError
 from mae_fast.evaluate import held_out_loss
 from mae_fast.masking import draw_ids, num_keep
 from mae_fast.model import MaskedAutoencoder
@@ -111,6 +111,13 @@ class Run:
                 row = self._steps(sink)
             metrics.draw_curves(self.folder)
             return row
+        except DataError:
+            self._save()  # what was learned until the videos ran out
+            raise
+        except OSError as e:
+            raise CheckpointError(
+                f"cannot write into {self.folder}: {e}; its checkpoints are as they were"
+            ) from e
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
@@ -247,7 +254,7 @@ class Run:
         )
 
     def _save(self) -> None:
-        if self.world.writer:
+        if self.world.writer and self.step:
             state = {"config": to_dict(self.cfg), "nonfinite": self.nonfinite}
             keep = self.cfg.train.keep
             checkpoint.save(self.folder, self.step, self.model, self.optimizer, state, keep)

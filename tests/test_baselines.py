@@ -296,7 +296,7 @@ def test_unknown_attention_and_precision_are_refused() -> None:
         OFFICIAL["official_eager"].build(TINY, precision="fp8")
 
 
-def test_the_ladder_is_named() -> None:
+def test_trap_18_the_ladder_of_baselines_is_named() -> None:
     assert all(name == baseline.name for name, baseline in BASELINES.items())
     assert list(OFFICIAL) == [
         "official_eager",

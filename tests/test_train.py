@@ -202,6 +202,22 @@ def test_an_unwritable_folder_is_one_clear_line(index, tmp_path):
         pretrain(_config(index, tmp_path / "file" / "run"))
 
 
+def test_a_disk_that_fills_up_is_one_clear_line_and_loses_nothing(index, tmp_path, monkeypatch):
+    true = metrics.Metrics.write
+
+    def write(self, row):
+        if row["step"] > 10:
+            raise OSError(28, "No space left on device")
+        true(self, row)
+
+    monkeypatch.setattr(metrics.Metrics, "write", write)
+    with pytest.raises(CheckpointError, match="No space left"):
+        pretrain(_config(index, tmp_path / "run"))
+    assert checkpoint.latest(tmp_path / "run")[0]["step"] == 10
+    monkeypatch.undo()
+    assert pretrain(_config(index, tmp_path / "run"))["step"] == 20
+
+
 class _Poisoned(torch.autograd.Function):
     """Identity whose gradient is NaN."""
 
@@ -263,6 +279,8 @@ def test_bad_videos_are_replaced_listed_and_too_many_stop(folder, video, tmp_pat
     assert len(listed) == 1 and "v2.mp4" in listed[0]
     with pytest.raises(DataError, match=r"v2\.mp4"):
         pretrain(Config(**{**vars(cfg), "output": str(tmp_path / "strict")}))
+    # What was learned until then is saved.
+    assert checkpoint.latest(tmp_path / "strict")[0]["step"] >= 5
 
 
 def test_epochs_count_passes_over_the_videos():

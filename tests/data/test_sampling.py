@@ -23,7 +23,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_stride_is_4_4_4_4_5_at_30_fps():
+def test_trap_11_stride_is_4_4_4_4_5_at_30_fps():
     indices = clip_indices(Fixed(0.0), 300, 30.0, 16, 4, 30.0)
     assert indices.dtype == torch.int64
     assert indices.tolist() == [0, 4, 8, 12, 16, 21, 25, 29, 33, 37, 42, 46, 50, 54, 58, 63]
@@ -104,7 +104,7 @@ def test_ten_tries_then_the_centre():
 
 @pytest.mark.parametrize("flip", [False, True], ids=["plain", "flip"])
 @pytest.mark.parametrize("box", [(3, 5, 20, 31), (0, 0, 48, 64), (10, 40, 9, 7)])
-def test_crop_resize_is_interpolate_of_the_normalised_crop(box, flip):
+def test_trap_11_crop_resize_is_interpolate_of_the_normalised_crop(box, flip):
     frames = torch.randint(0, 256, (4, 48, 64, 3), dtype=torch.uint8)
     got = crop_resize(frames, box, flip, 16)
     top, left, height, width = box
@@ -117,7 +117,7 @@ def test_crop_resize_is_interpolate_of_the_normalised_crop(box, flip):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
-def test_one_box_for_all_frames():
+def test_trap_11_one_box_for_all_frames():
     """A still video stays still."""
     frames = torch.randint(0, 256, (1, 48, 64, 3), dtype=torch.uint8).expand(5, -1, -1, -1)
     clip = crop_resize(frames, (3, 5, 20, 31), True, 16)
