@@ -7,6 +7,7 @@ import html
 import io
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -187,10 +188,13 @@ def report(folder: Path, last: dict[str, Any], picture: str) -> None:
         f"speed: {speed:.1f} clips/s, {seconds:.2f} s a step, {wait:.0%} of it waiting for data, "
         f"{last['memory_mb']:.0f} MB",
     ]
+    command = "mae-fast"
+    if not shutil.which(command):  # installed by make, and .venv not activated
+        command = os.path.relpath(Path(sys.executable).parent / command)
     then = [
-        f"mae-fast reconstruct --checkpoint {checkpoints(folder)[-1]} --video VIDEO -o out.gif",
-        "mae-fast demo --videos FOLDER",
-        "mae-fast index FOLDER -o index.jsonl && mae-fast pretrain CONFIG.toml",
+        f"{command} reconstruct --checkpoint {checkpoints(folder)[-1]} --video VIDEO -o out.gif",
+        f"{command} demo --videos FOLDER",
+        f"{command} index FOLDER -o index.jsonl && {command} pretrain CONFIG.toml",
     ]
     result = {"start": start, "end": end, "mean_patch": mean, "steps": last["step"]}
     write_text(folder / "demo.json", json.dumps(result))
