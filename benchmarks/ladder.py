@@ -10,7 +10,6 @@ memory is that of a process of its own. `--quick` keeps the harness working and 
 
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from benchmarks.baselines import BASELINES
 from benchmarks.baselines.training import CLIP_GRAD, LR, Built
 from mae_fast.config import ModelConfig, TrainConfig, preset
 from mae_fast.environment import environment
+from mae_fast.metrics import memory_mb
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.optim import clipped_step, make_optimizer
 
@@ -71,7 +71,7 @@ def main(args: Args) -> None:
         built = build(args.memory, cfg, args.ratio, args.precision)
         for _ in range(2):
             built.step(clips, torch.rand(args.batch, cfg.num_patches))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        print(memory_mb(clips.device))
         return
     names = [OURS, *(n for n in args.engines if n != OURS)]
     built = {name: build(name, cfg, args.ratio, args.precision) for name in names}

@@ -20,10 +20,13 @@ _HOME = {
     "MaskedAutoencoder": "model",
     "pretrain": "train",
 }
-__all__ = sorted([*_HOME, "__version__"])
+_MODULES = ("convert", "data", "masking", "reconstruct")
+__all__ = sorted([*_HOME, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"mae_fast.{name}")
     if name in _HOME:
         return getattr(import_module(f"mae_fast.{_HOME[name]}"), name)
     raise AttributeError(f"module 'mae_fast' has no attribute {name!r}")

@@ -1,11 +1,24 @@
 """The native model: names, loading, shapes and refusals."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import mae_fast
 from mae_fast import MaskedAutoencoder, ModelConfig, preset
 from mae_fast.convert import load_model, load_weights, to_mae_st
 from mae_fast.errors import CheckpointError, ConfigError
+
+
+def test_the_public_names_are_there_without_another_import():
+    code = "import mae_fast; print([getattr(mae_fast, n) for n in mae_fast.__all__][0] is not None)"
+    code += "; mae_fast.convert.to_mae_st; mae_fast.data.make_loader; mae_fast.masking.draw_ids"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout == "True\n", run.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mae_fast.nothing  # noqa: B018
 
 
 def _video(cfg, batch=2):

@@ -179,6 +179,22 @@ def test_accumulation_is_a_larger_batch(index, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_bf16_keeps_fp32_weights_and_learns_the_same(index, tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        cfg = _config(index, tmp_path / precision, precision=precision)
+        losses.append(pretrain(cfg)["loss"])
+        weights = _weights(tmp_path / precision)
+        assert {v.dtype for v in weights.values()} == {torch.float32}
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_tensorboard_gets_every_number(index, tmp_path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    pretrain(_config(index, tmp_path / "run", tensorboard=True))
+    assert any("tfevents" in p.name for p in (tmp_path / "run").iterdir())
+
+
 def test_a_changed_setting_is_refused_on_resume(index, tmp_path):
     pretrain(_config(index, tmp_path / "run", steps=5))
     with pytest.raises(ConfigError, match=r"train\.blr: 0\.1 -> 0\.2"):
