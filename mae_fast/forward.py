@@ -2,11 +2,10 @@
 
 One function for every family of masked autoencoder. It knows no module and no parameter name:
 a model (or an adapter) hands over `Params` and a `Spec`. Work is left out only where the
-mathematics does not need it: only visible tokens are embedded; the decoder's input is
-[cls | visible | masked], since attention does not see order, and never unshuffled; its last block
-computes queries, projection, MLP, norm and head for masked tokens only.
+mathematics does not need it; SAVINGS names each of these, and each can be switched off.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,15 @@ from torch import Tensor
 
 from mae_fast.ops.masked_mse import masked_mse_ref, target_patches
 from mae_fast.ops.patchify_gather import patchify_gather_ref
+
+# What the official code computes and this does not, by name; `without` switches one off.
+SAVINGS = {
+    "visible_embed": "only visible tokens are embedded",
+    "no_unshuffle": "the decoder's input is [cls | visible | masked]: attention sees no order",
+    # The next two build on that order.
+    "masked_last_block": "the last decoder block and the head have outputs for masked tokens only",
+    "shared_mask_tokens": "the first decoder block's q, k, v of mask tokens: once, not per clip",
+}
 
 
 class Affine(NamedTuple):
@@ -84,14 +92,18 @@ def forward(
     ids_keep: Tensor,
     ids_mask: Tensor,
     full_pred: bool = False,
+    without: Collection[str] = (),
 ) -> tuple[Tensor, Tensor]:
     """(loss, pred) of a clip [B, C, T, H, W], uint8 or normalised float, under one mask.
 
     ids_keep [B, K] and ids_mask [B, M] split the L tokens. pred is [B, M, P], in the order of
-    ids_mask, or with full_pred [B, L, P] in patch order.
+    ids_mask, or with full_pred [B, L, P] in patch order. `without` names SAVINGS to switch off.
     """
-    latent = encode(params, spec, video, ids_keep)
-    pred = decode(params, spec, latent, ids_keep, ids_mask, everything=full_pred)
+    unknown = set(without) - set(SAVINGS)
+    if unknown:
+        raise ValueError(f"unknown savings {sorted(unknown)} (known: {', '.join(SAVINGS)})")
+    latent = encode(params, spec, video, ids_keep, without)
+    pred = decode(params, spec, latent, ids_keep, ids_mask, full_pred, without)
     target = targets(spec, video, ids_mask, params.pos.dtype)
     masked = pred[:, ids_keep.shape[1] :] if full_pred else pred
     loss = masked_mse_ref(masked, target, spec.norm_pix_loss)
@@ -101,12 +113,20 @@ def forward(
     return loss, pred
 
 
-def encode(params: Params, spec: Spec, video: Tensor, ids_keep: Tensor) -> Tensor:
+def encode(
+    params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
+) -> Tensor:
     """The encoder on visible tokens only: [B, (1 +) K, D] after its last norm, cls first."""
+    ids = ids_keep
+    if "visible_embed" in without:
+        ids = torch.arange(len(params.pos), device=video.device).expand(video.shape[0], -1)
     patches = patchify_gather_ref(
-        video, ids_keep, spec.t_patch, spec.patch, spec.mean, spec.std, params.pos.dtype
+        video, ids, spec.t_patch, spec.patch, spec.mean, spec.std, params.pos.dtype
     )
-    x = F.linear(patches, *params.patch_embed) + F.embedding(ids_keep, params.pos)
+    x = F.linear(patches, *params.patch_embed)
+    if "visible_embed" in without:
+        x = _rows(x, ids_keep)
+    x = x + F.embedding(ids_keep, params.pos)
     if params.cls is not None:
         x = torch.cat([params.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
     for block in params.blocks:
@@ -121,23 +141,57 @@ def decode(
     ids_keep: Tensor,
     ids_mask: Tensor,
     everything: bool = False,
+    without: Collection[str] = (),
 ) -> Tensor:
     """The decoder: pred [B, M, P] of the masked tokens, or [B, K + M, P] of visible then masked."""
     visible = F.linear(latent, *params.decoder_embed)
     cls, visible = visible.split([latent.shape[1] - ids_keep.shape[1], ids_keep.shape[1]], dim=1)
     visible = visible + F.embedding(ids_keep, params.decoder_pos)
-    masked = params.mask_token + F.embedding(ids_mask, params.decoder_pos)
-    tokens = [visible, masked.to(visible.dtype)]
+    masked = params.mask_token + params.decoder_pos  # [L, E], the same for every clip
+    tokens = [visible, F.embedding(ids_mask, masked).to(visible.dtype)]
     if params.decoder_cls is not None:
         own = params.decoder_cls.expand(visible.shape[0], 1, -1)
         tokens.insert(0, (cls + own if spec.keep_encoder_cls else own).to(visible.dtype))
     x = torch.cat(tokens, dim=1)
-    # The last block's output is needed from here on: keys and values still come from every token.
-    first = x.shape[1] - ids_mask.shape[1] - (ids_keep.shape[1] if everything else 0)
-    for block in params.decoder_blocks[:-1]:
-        x = transformer_block(x, block, spec.decoder_num_heads, spec.eps)
-    x = transformer_block(x, params.decoder_blocks[-1], spec.decoder_num_heads, spec.eps, first)
-    return F.linear(layer_norm(x, params.decoder_norm, spec.eps), *params.head)
+    heads, eps = spec.decoder_num_heads, spec.eps
+    blocks, qkv = params.decoder_blocks, None
+    # The outputs asked for stand last; keys and values come from every token all the same.
+    wanted = ids_mask.shape[1] + (ids_keep.shape[1] if everything else 0)
+    first = x.shape[1] - wanted
+    ids = torch.cat([ids_keep, ids_mask], dim=1)
+    if "no_unshuffle" in without:
+        x = torch.cat([x[:, : -ids.shape[1]], _rows(x[:, -ids.shape[1] :], ids.argsort(dim=1))], 1)
+    elif len(blocks) > 1 and ids_mask.numel() > len(masked) and "shared_mask_tokens" not in without:
+        qkv = _shared_qkv(x[:, : -ids_mask.shape[1]], masked, ids_mask, blocks[0], heads, eps)
+    for block in blocks[:-1]:
+        x = transformer_block(x, block, heads, eps, qkv=qkv)
+        qkv = None
+    if without and {"no_unshuffle", "masked_last_block"} & set(without):
+        x = transformer_block(x, blocks[-1], heads, eps)
+        if "no_unshuffle" in without:
+            x = _rows(x[:, -ids.shape[1] :], ids)
+        x = x[:, -wanted:]
+    else:
+        x = transformer_block(x, blocks[-1], heads, eps, first)
+    return F.linear(layer_norm(x, params.decoder_norm, eps), *params.head)
+
+
+def _rows(x: Tensor, ids: Tensor) -> Tensor:
+    """x [B, N, D], ids [B, K] -> the rows x[b, ids[b]], [B, K, D]."""
+    return x.gather(1, ids.long()[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _shared_qkv(
+    others: Tensor, masked: Tensor, ids_mask: Tensor, p: Block, heads: int, eps: float
+) -> list[Tensor]:
+    """q, k, v [B, heads, S, d] of [others | mask tokens]: those of mask tokens are computed once
+    for each position ([L, E]) and looked up, so their gradients are summed over clips first."""
+    others, masked = layer_norm(others, p.norm1, eps), layer_norm(masked, p.norm1, eps)
+    qkv = []
+    for w in (p.q, p.k, p.v):
+        table = F.linear(masked, *w)
+        qkv.append(torch.cat([F.linear(others, *w), F.embedding(ids_mask, table)], dim=1))
+    return [_heads(x, heads) for x in qkv]
 
 
 def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -154,22 +208,26 @@ def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tenso
     )
 
 
-def transformer_block(x: Tensor, p: Block, heads: int, eps: float, first: int = 0) -> Tensor:
-    """x [B, S, D] -> [B, S - first, D]: the block's output for the tokens from `first` on."""
-    h = layer_norm(x, p.norm1, eps)
-    x = x[:, first:] + attention(h[:, first:], h, p, heads)
+def transformer_block(
+    x: Tensor, p: Block, heads: int, eps: float, first: int = 0, qkv: list[Tensor] | None = None
+) -> Tensor:
+    """x [B, S, D] -> [B, S - first, D]: the block's output for the tokens from `first` on.
+
+    qkv, where given, holds the queries, keys and values [B, heads, S, d] that x would give.
+    """
+    if qkv is None:
+        h = layer_norm(x, p.norm1, eps)
+        inputs = ((h[:, first:], p.q), (h, p.k), (h, p.v))
+        qkv = [_heads(F.linear(y, *w), heads) for y, w in inputs]
+    a = F.scaled_dot_product_attention(*qkv)  # [B, heads, S - first, d]
+    x = x[:, first:] + F.linear(a.transpose(1, 2).flatten(2), *p.proj)
     h = F.gelu(F.linear(layer_norm(x, p.norm2, eps), *p.fc1))
     return x + F.linear(h, *p.fc2)
 
 
-def attention(h: Tensor, context: Tensor, p: Block, heads: int) -> Tensor:
-    """Multi-head attention of h [B, Q, D] over context [B, S, D], projected: [B, Q, D]."""
-    q, k, v = (
-        F.linear(x, *w).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for x, w in ((h, p.q), (context, p.k), (context, p.v))
-    )
-    out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, Q, D / heads]
-    return F.linear(out.transpose(1, 2).flatten(2), *p.proj)
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, heads * d] -> [B, heads, S, d], a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def layer_norm(x: Tensor, p: Affine, eps: float) -> Tensor:
