@@ -23,13 +23,17 @@ from torch import Tensor
 
 from benchmarks.baselines import BASELINES
 from benchmarks.baselines.training import CLIP_GRAD, LR, Built
+from benchmarks.baselines.transformers_videomae import VIDEOMAE_B
 from mae_fast.config import ModelConfig, TrainConfig, preset
 from mae_fast.environment import environment
+from mae_fast.forward import forward
+from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.metrics import memory_mb
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.optim import clipped_step, make_optimizer
 
 OURS = "mae_fast"
+WITHOUT = OURS + "_without_"  # one exact saving switched off
 ENGINES = (OURS, "official_eager", "official_sdpa", "official_sdpa_fused_adamw")
 
 
@@ -38,10 +42,12 @@ class Args:
     """Compare training steps (forward, backward, clip, AdamW) on random uint8 clips.
 
     Args:
-        model: vit_tiny ... vit_huge, clips of 16 x 224 x 224.
+        model: vit_tiny ... vit_huge, or videomae_base, transformers' default (for its engines).
+            Clips of 16 x 224 x 224.
         batch: clips a step.
         ratio: masked share.
-        engines: what to compare; see benchmarks/baselines. mae_fast is always there.
+        engines: what to compare; see benchmarks/baselines. mae_fast is always there;
+            mae_fast_without_visible_embed, say, has that saving switched off.
         rounds: timed steps of each engine.
         precision: fp32, or bf16 by autocast.
         out: append the record to this file.
@@ -61,7 +67,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    cfg = preset(args.model)
+    cfg = VIDEOMAE_B if args.model == "videomae_base" else preset(args.model)
     if args.quick:
         cfg = preset("vit_tiny", img_size=32, depth=2, decoder_depth=1)
     torch.manual_seed(0)
@@ -110,14 +116,16 @@ def ratio(record: dict, name: str, key: str) -> float:
 
 def build(name: str, cfg: ModelConfig, mask_ratio: float, precision: str) -> Built:
     """An engine by name, ready to train."""
-    if name != OURS:
+    if not name.startswith(OURS):
         return BASELINES[name].build(cfg, mask_ratio, precision=precision)
+    without = [name[len(WITHOUT) :]] if name.startswith(WITHOUT) else []
     model = MaskedAutoencoder(cfg)
     optimizer = make_optimizer(model, TrainConfig())
 
-    def step(clips: Tensor, noise: Tensor | None = None) -> Tensor:
+    def step(clips: Tensor, noise: Tensor) -> Tensor:
+        ids = ids_from_noise(noise, num_keep("random", cfg.grid, mask_ratio))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss, _, _ = model(clips, mask_ratio, noise=noise)
+            loss, _ = forward(model.params(), model.spec, clips, *ids, without=without)
         loss.backward()
         clipped_step(optimizer, LR, CLIP_GRAD)
         return loss.detach()

@@ -4,6 +4,7 @@ With --check nothing is written, and the exit code says whether the README is up
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,11 +18,57 @@ def main(argv: list[str]) -> int:
     text = readme.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    new = f"{before}{BEGIN}\n{step_table()}{END}{after}"
+    new = f"{before}{BEGIN}\n{ladder_table()}\n{step_table()}{END}{after}"
     if "--check" in argv:
         return int(new != text)
     readme.write_text(new)
     return 0
+
+
+def _records(name: str) -> list[dict]:
+    lines = (ROOT / "benchmarks" / "results" / name).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _where(record: dict) -> str:
+    e = record["environment"]
+    return f"{e['cpu']}; torch {e['torch']}; commit {e['commit']}"
+
+
+def _ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def ladder_table() -> str:
+    """The newest ladder of each model, batch, ratio and precision: every engine against ours."""
+    newest = {}
+    for r in _records("ladder.jsonl"):
+        newest[(r["model"], r["batch_clips"], r["ratio"], r["precision"])] = r
+    parts = []
+    for (model, batch, masked, precision), r in newest.items():
+        ours = r["engines"]["mae_fast"]
+        rounds = len(ours["step"])
+        parts.append(
+            f"**{model}, {batch} clips, {masked:.0%} masked, {precision}** - training steps "
+            f"interleaved, medians of {rounds} rounds with (spread); ratios round by round. "
+            f"{_where(r)}.\n\n"
+            "| engine | seconds a step | mae_fast's speed-up | forward + backward | peak memory |\n"
+            "|---|---|---|---|---|\n"
+        )
+        for name, engine in r["engines"].items():
+            step = statistics.median(engine["step"])
+            spread = (max(engine["step"]) - min(engine["step"])) / step
+            faster = ["-", "-"]
+            if engine is not ours:
+                faster = [
+                    f"{_ratio(engine[key], ours[key]):.2f}x" for key in ("step", "forward_backward")
+                ]
+            parts.append(
+                f"| `{name}` | {step:.2f} ({spread:.0%}) | {faster[0]} | {faster[1]} "
+                f"| {engine['peak_memory_mb']:.0f} MB |\n"
+            )
+        parts.append("\n")
+    return "".join(parts).rstrip("\n") + "\n"
 
 
 def step_table() -> str:
@@ -31,17 +78,14 @@ def step_table() -> str:
         " waiting for data | peak memory | where |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for line in (ROOT / "benchmarks" / "results" / "steps.jsonl").read_text().splitlines():
-        r = json.loads(line)
+    for r in _records("steps.jsonl"):
         spread = (max(r["seconds"]) - min(r["seconds"])) / r["median_seconds"]
         wait = "none" if r["data_wait_share"] is None else f"{r['data_wait_share']:.1%}"
-        e = r["environment"]
-        where = f"{e['cpu']}; torch {e['torch']}; commit {e['commit']}"
         lines.append(
             f"| {r['model']} ({r['variant']}), {r['what'].split('training step')[-1].strip(', ')} "
             f"| {r['batch_clips']} | {r['ratio']:.0%} | {r['precision']} "
             f"| {r['median_seconds']:.2f} ({len(r['seconds'])}, {spread:.0%}) "
-            f"| {r['clips_per_second']:.2f} | {wait} | {r['peak_memory_mb']:.0f} MB | {where} |"
+            f"| {r['clips_per_second']:.2f} | {wait} | {r['peak_memory_mb']:.0f} MB | {_where(r)} |"
         )
     return "\n".join(lines) + "\n"
 
