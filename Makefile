@@ -1,7 +1,7 @@
 # make demo   train a small model on real footage; ARGS="--videos FOLDER" takes your own
 # make test   run the tests; ARGS="-k mask" some of them
 # make lint   check style;  make setup  only the set-up;  make clean  remove what make made
-# make tables rewrite the README's measured tables from benchmarks/results
+# make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  README from benchmarks/results
 # Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
 #   PYTHON=python3.12  the interpreter, 3.10 or newer      TORCH=2.13.0  TRITON=3.9.0  versions
 #   SYSTEM=1           use the torch, triton and numpy of PYTHON; add light packages only
@@ -17,7 +17,7 @@ ifeq ($(filter oneshell,$(.FEATURES)),)
 endif
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test lint tables setup clean
+.PHONY: help demo test lint bench tables setup clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -42,6 +42,9 @@ test: setup
 lint: setup
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: setup
+	@$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 tables: setup
 	@$(BIN)/python benchmarks/tables.py

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_fast.ops.linear import linear
 from mae_fast.ops.masked_mse import masked_mse_ref, target_patches
 from mae_fast.ops.patchify_gather import patchify_gather_ref
 
@@ -123,7 +124,7 @@ def encode(
     patches = patchify_gather_ref(
         video, ids, spec.t_patch, spec.patch, spec.mean, spec.std, params.pos.dtype
     )
-    x = F.linear(patches, *params.patch_embed)
+    x = linear(patches, *params.patch_embed)
     if "visible_embed" in without:
         x = _rows(x, ids_keep)
     x = x + F.embedding(ids_keep, params.pos)
@@ -144,7 +145,7 @@ def decode(
     without: Collection[str] = (),
 ) -> Tensor:
     """The decoder: pred [B, M, P] of the masked tokens, or [B, K + M, P] of visible then masked."""
-    visible = F.linear(latent, *params.decoder_embed)
+    visible = linear(latent, *params.decoder_embed)
     cls, visible = visible.split([latent.shape[1] - ids_keep.shape[1], ids_keep.shape[1]], dim=1)
     visible = visible + F.embedding(ids_keep, params.decoder_pos)
     masked = params.mask_token + params.decoder_pos  # [L, E], the same for every clip
@@ -173,7 +174,7 @@ def decode(
         x = x[:, -wanted:]
     else:
         x = transformer_block(x, blocks[-1], heads, eps, first)
-    return F.linear(layer_norm(x, params.decoder_norm, eps), *params.head)
+    return linear(layer_norm(x, params.decoder_norm, eps), *params.head)
 
 
 def _rows(x: Tensor, ids: Tensor) -> Tensor:
@@ -189,8 +190,8 @@ def _shared_qkv(
     others, masked = layer_norm(others, p.norm1, eps), layer_norm(masked, p.norm1, eps)
     qkv = []
     for w in (p.q, p.k, p.v):
-        table = F.linear(masked, *w)
-        qkv.append(torch.cat([F.linear(others, *w), F.embedding(ids_mask, table)], dim=1))
+        table = linear(masked, *w)
+        qkv.append(torch.cat([linear(others, *w), F.embedding(ids_mask, table)], dim=1))
     return [_heads(x, heads) for x in qkv]
 
 
@@ -218,11 +219,11 @@ def transformer_block(
     if qkv is None:
         h = layer_norm(x, p.norm1, eps)
         inputs = ((h[:, first:], p.q), (h, p.k), (h, p.v))
-        qkv = [_heads(F.linear(y, *w), heads) for y, w in inputs]
+        qkv = [_heads(linear(y, *w), heads) for y, w in inputs]
     a = F.scaled_dot_product_attention(*qkv)  # [B, heads, S - first, d]
-    x = x[:, first:] + F.linear(a.transpose(1, 2).flatten(2), *p.proj)
-    h = F.gelu(F.linear(layer_norm(x, p.norm2, eps), *p.fc1))
-    return x + F.linear(h, *p.fc2)
+    x = x[:, first:] + linear(a.transpose(1, 2).flatten(2), *p.proj)
+    h = F.gelu(linear(layer_norm(x, p.norm2, eps), *p.fc1))
+    return x + linear(h, *p.fc2)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

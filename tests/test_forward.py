@@ -63,7 +63,7 @@ def test_savings_leave_work_out(tiny_cfg):
 
     flops = {}
     for off in ((), *({s} for s in SAVINGS)):
-        model, video, ids = _model(tiny_cfg, torch.float32, decoder_depth=3)
+        model, video, ids = _model(tiny_cfg, torch.float64, decoder_depth=3)
         with FlopCounterMode(display=False) as counter:
             _run(model, video, ids, off)
         flops["".join(off)] = counter.get_total_flops()
@@ -76,7 +76,7 @@ def test_mask_tokens_are_not_shared_where_that_costs_more(tiny_cfg):
 
     flops = []
     for off in ((), {"shared_mask_tokens"}):
-        model, video, ids = _model(tiny_cfg, torch.float32, decoder_depth=3)
+        model, video, ids = _model(tiny_cfg, torch.float64, decoder_depth=3)
         with FlopCounterMode(display=False) as counter:
             _run(model, video[:1], [i[:1] for i in ids], off)
         flops.append(counter.get_total_flops())

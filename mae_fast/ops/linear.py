@@ -1,0 +1,74 @@
+"""linear: x @ weight.T + bias, by whichever of torch's two CPU libraries is the faster one here.
+
+torch multiplies fp32 matrices with MKL, which runs at half speed on CPUs that are not Intel's:
+185 against 390 GFLOP/s for oneDNN, also inside torch, on two cores of an AMD EPYC with AVX-512
+(shapes of ViT-B at batch 2, forward and both products of backward). Elsewhere, and for every other
+device and dtype, this is torch.nn.functional.linear. The same product to rounding.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+linear_ref = F.linear
+
+
+@functools.cache
+def why_not_onednn() -> str | None:
+    """Why fp32 products on this CPU are left to torch's default, or None where oneDNN does them."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
+        return "torch is built without oneDNN"
+    if not torch.backends.mkl.is_available():
+        return "torch does not use MKL"
+    try:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "the CPU's maker is unknown"
+    return None if amd else "MKL is fast on this CPU"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] or None -> [..., N]."""
+    onednn = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and why_not_onednn() is None
+    )
+    return _OneDNNLinear.apply(x, weight, bias) if onednn else linear_ref(x, weight, bias)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [M, K] @ b [N, K].T + bias [N] -> [M, N]; transposed views cost no copy of their own."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """Saves x and weight."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        g, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            _product(g, weight.t()).view(x.shape) if need_x else None,
+            _product(g.t(), x2.t()) if need_weight else None,
+            g.sum(0) if need_bias else None,
+        )
