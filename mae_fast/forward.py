@@ -109,8 +109,7 @@ def forward(
     masked = pred[:, ids_keep.shape[1] :] if full_pred else pred
     loss = masked_mse_ref(masked, target, spec.norm_pix_loss)
     if full_pred:
-        order = torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1)
-        pred = pred.gather(1, order[..., None].expand(-1, -1, pred.shape[-1]))
+        pred = _rows(pred, torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1))
     return loss, pred
 
 
@@ -167,7 +166,7 @@ def decode(
     for block in blocks[:-1]:
         x = transformer_block(x, block, heads, eps, qkv=qkv)
         qkv = None
-    if without and {"no_unshuffle", "masked_last_block"} & set(without):
+    if "no_unshuffle" in without or "masked_last_block" in without:
         x = transformer_block(x, blocks[-1], heads, eps)
         if "no_unshuffle" in without:
             x = _rows(x[:, -ids.shape[1] :], ids)
