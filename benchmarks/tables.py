@@ -72,13 +72,14 @@ def ladder_table() -> str:
 
 
 def step_table() -> str:
-    """One line for each record of steps.jsonl: what ran, how long, under which conditions."""
+    """The newest record of steps.jsonl for each thing timed: how long, under which conditions."""
     lines = [
         "| training step | clips | masked | precision | seconds (median of n, spread) | clips/s |"
         " waiting for data | peak memory | where |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in _records("steps.jsonl"):
+    keys = ("model", "variant", "what", "batch_clips", "ratio", "precision")
+    for r in {tuple(r[k] for k in keys): r for r in _records("steps.jsonl")}.values():
         spread = (max(r["seconds"]) - min(r["seconds"])) / r["median_seconds"]
         wait = "none" if r["data_wait_share"] is None else f"{r['data_wait_share']:.1%}"
         lines.append(

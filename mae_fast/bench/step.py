@@ -113,11 +113,13 @@ def time_synthetic(
 
 def time_run(cfg: Config, steps: int, warmup: int) -> tuple[list[float], list[float]]:
     """(seconds, share spent waiting for data) of each of the first steps of a real run."""
-    total = warmup + steps
+    # Workers run ahead of the loop: near its end they are done, and steps have both cores.
+    ahead = 2 + 2 * cfg.data.workers
+    total = warmup + steps + ahead
     with tempfile.TemporaryDirectory() as folder:
         train = replace(cfg.train, steps=total, warmup_steps=0, log_every=1, save_every=total)
         pretrain(replace(cfg, output=folder, train=train))
-        rows = metrics.read(Path(folder) / "metrics.jsonl")[warmup:]
+        rows = metrics.read(Path(folder) / "metrics.jsonl")[warmup : warmup + steps]
     return [r["step_seconds"] for r in rows], [r["data_wait"] for r in rows]
 
 
