@@ -215,10 +215,11 @@ class Loader:
             except DataError as e:
                 # From a worker it comes wrapped in that worker's traceback.
                 raise DataError(str(e).rsplit("DataError: ", 1)[-1].strip()) from None
-            except RuntimeError as e:
-                if "DataLoader" not in str(e):
+            except (RuntimeError, ConnectionError, EOFError) as e:
+                # A connection breaks where the worker died while its batch was on the way.
+                if isinstance(e, RuntimeError) and "DataLoader" not in str(e):
                     raise
-                reason = str(e).splitlines()[0]
+                reason = (str(e).splitlines() or [type(e).__name__])[0]
                 raise DataError(f"a data worker was lost (out of memory?): {reason}") from e
             yield batch
 
