@@ -4,7 +4,10 @@ The tests have passed with the floors of triton, numpy, av, safetensors, rich, t
 pyarrow and the pytest family, beside torch 2.13; the other floors are not tested yet.
 """
 
+import os
+import platform
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -47,6 +50,55 @@ EXTRAS = {
 HERE = Path(__file__).parent
 VERSION = re.search('__version__ = "(.+)"', (HERE / "mae_fast/__init__.py").read_text())[1]
 
+# One library for each CPU capability, from one source, as torch builds its own kernels. The flags
+# are torch's; the library that fits the CPU is chosen when it is loaded.
+X86 = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
+}
+CAPABILITIES = X86 if platform.machine() in ("x86_64", "AMD64") else {"default": ""}
+
+
+def cpu_kernels() -> dict:
+    """The arguments of setup() that build csrc, or none, and a line that says why."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not shutil.which(compiler):
+        print(f"mae_fast: no C++ compiler ({compiler}): the C++ kernels are not built")
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as e:
+        print(f"mae_fast: {e}: the C++ kernels are not built (pip needs --no-build-isolation)")
+        return {}
+    extensions = [
+        CppExtension(
+            f"mae_fast._cpu_{name}",
+            ["csrc/register.cpp"],
+            depends=[str(p.relative_to(HERE)) for p in HERE.glob("csrc/cpu/*.h")],
+            extra_compile_args=[
+                "-O3",
+                "-g0",
+                "-fopenmp",
+                f"-DCPU_CAPABILITY={name.upper()}",
+                f"-DCPU_CAPABILITY_{name.upper()}",
+                *flags.split(),
+            ],
+            # No Python in them: they are loaded by torch.ops.load_library.
+            py_limited_api=True,
+        )
+        for name, flags in CAPABILITIES.items()
+    ]
+
+    class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
+        def build_extension(self, ext) -> None:
+            # The objects of each apart, so that a second build finds what is up to date.
+            folder, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
+            super().build_extension(ext)
+            self.build_temp = folder
+
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+
+
 setup(
     name="mae-fast",
     version=VERSION,
@@ -61,6 +113,7 @@ setup(
     package_dir={"mae_fast.kernels": "kernels"},
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
+    **cpu_kernels(),
     entry_points={"console_scripts": ["mae-fast = mae_fast.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

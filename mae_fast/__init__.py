@@ -18,6 +18,7 @@ _HOME = {
     "TrainConfig": "config",
     "preset": "config",
     "MaskedAutoencoder": "model",
+    "backends": "ops.dispatch",
     "pretrain": "train",
 }
 _MODULES = ("convert", "data", "masking", "reconstruct")

@@ -1,0 +1,87 @@
+// What every CPU kernel shares: vectors that compute in fp32 (fp64 for double) whatever is stored.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+// One library for each CPU capability is built from the same source: names must not meet.
+#define MAE_FAST_BEGIN namespace mae_fast { inline namespace CPU_CAPABILITY {
+#define MAE_FAST_END }}
+
+#define MAE_FAST_FLOATS(TYPE, NAME, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
+
+MAE_FAST_BEGIN
+
+using at::Tensor;
+
+template <typename T>
+using acc_t = at::opmath_type<T>;
+template <typename T>
+using Vec = at::vec::Vectorized<acc_t<T>>;
+
+// n elements at p, n <= Vec<T>::size(), the rest zero.
+template <typename T>
+inline Vec<T> load(const T* p, int64_t n = Vec<T>::size()) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return n == Vec<T>::size() ? Vec<T>::loadu(p) : Vec<T>::loadu(p, n);
+  } else {
+    return std::get<0>(at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, n)));
+  }
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> v, int64_t n = Vec<T>::size()) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    v.store(p, n);
+  } else {
+    at::vec::convert_from_float<T>(v, v).store(p, n);
+  }
+}
+
+template <typename A>
+inline A sum(const at::vec::Vectorized<A>& v) {
+  return at::vec::vec_reduce_all<A>([](auto& a, auto& b) { return a + b; }, v);
+}
+
+// f(i, n) for every vector of a row: n elements from i on, n < the vector's size only at the end.
+template <typename T, typename F>
+inline void each(int64_t size, const F& f) {
+  constexpr int64_t V = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + V <= size; i += V) f(i, V);
+  if (i < size) f(i, size - i);
+}
+
+// Rows go to blocks of a number that no thread count changes, so that sums over rows, taken block
+// by block and then over the blocks in order, give the same bits every time.
+constexpr int64_t kBlocks = 64;
+
+inline int64_t num_blocks(int64_t rows) {
+  return std::clamp<int64_t>(rows / 8, 1, kBlocks);
+}
+
+// f(block, first row, end row), in parallel over blocks.
+template <typename F>
+inline void parallel_blocks(int64_t rows, const F& f) {
+  const int64_t blocks = num_blocks(rows);
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b, rows * b / blocks, rows * (b + 1) / blocks);
+  });
+}
+
+inline void check_cpu(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.device().is_cpu(), name, " must be on the CPU, it is on ", t.device());
+}
+
+MAE_FAST_END

@@ -1,0 +1,133 @@
+"""Which backend computes an op: by capability, shape and dtype, logged once, or as it is forced.
+
+Every op file makes one `Op`. Its backends stand in order of preference; each has a function that
+returns None, or the reason why it does not take these arguments. `reference` stands last and takes
+everything.
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("mae_fast")
+
+# The schemas of all ops are defined in mae_fast/ops; csrc and kernels give the implementations.
+LIBRARY = torch.library.Library("mae_fast", "DEF")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPS: dict[str, "Op"] = {}
+_forced: dict[str, str] = {}
+_logged: set[tuple] = set()
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the engine: its name, what it does in one line, its backends by preference."""
+
+    name: str
+    what: str
+    backends: dict[str, Callable[..., str | None]]
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    def choose(self, *args) -> str:
+        """The backend for these arguments. Raises BackendError if a forced one does not take them."""
+        if self.name in _forced:
+            name = _forced[self.name]
+            reason = self.backends[name](*args)
+            if reason:
+                raise BackendError(f"{self.name}: {name} was asked for, but {reason}")
+            return name
+        declined = ()
+        for name, why_not in self.backends.items():
+            reason = why_not(*args)
+            if reason is None:
+                break
+            declined += (f"{name}: {reason}",)
+        if not torch.compiler.is_compiling() and (self.name, name, declined) not in _logged:
+            _logged.add((self.name, name, declined))
+            log.info("%s: %s%s", self.name, name, f" ({'; '.join(declined)})" if declined else "")
+        return name
+
+
+def anything(*args) -> None:
+    """The `why_not` of a backend that takes everything."""
+
+
+@contextlib.contextmanager
+def backends(**choices: str) -> Iterator[None]:
+    """Force backends by op, in this process: `with mae_fast.backends(masked_mse="reference"):`.
+
+    Raises ValueError on an unknown op or backend, and the op BackendError if it cannot run.
+    """
+    before = dict(_forced)
+    force(choices)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def force(choices: dict[str, str]) -> None:
+    """Force backends by op from here on."""
+    import mae_fast.ops  # noqa: F401  all of them, so that every name is known
+
+    for op, backend in choices.items():
+        if op not in OPS:
+            raise ValueError(f"unknown op {op!r} (known: {', '.join(OPS)})")
+        if backend not in OPS[op].backends:
+            known = ", ".join(OPS[op].backends)
+            raise ValueError(f"{op} has no backend {backend!r} (it has: {known})")
+    _forced.update(choices)
+
+
+def why_not_cpp(*tensors: Tensor | None) -> str | None:
+    """Why the C++ kernels cannot take these tensors, or None."""
+    for t in tensors:
+        if t is not None and t.device.type != "cpu":
+            return f"a tensor is on {t.device}, not on the CPU"
+    return load_cpp()
+
+
+def why_not_dtype(*dtypes: torch.dtype) -> str | None:
+    """A reason if one of them is not a floating dtype that kernels take."""
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            return f"dtype {dtype} is none of {', '.join(map(str, DTYPES))}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def load_cpp() -> str | None:
+    """Load the C++ kernels built for this CPU; the reason if that cannot be done, else None."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    folder = Path(__file__).resolve().parent.parent
+    built = sorted(p.stem.removeprefix("_cpu_") for p in folder.glob("_cpu_*.so"))
+    if not built:
+        reason = (
+            "the C++ kernels were not built (a C++ compiler is needed when mae_fast is installed)"
+        )
+    else:
+        name = capability if capability in built else "default"
+        if name not in built:
+            reason = f"the C++ kernels are built for {', '.join(built)}; this CPU has {capability}"
+        else:
+            try:
+                torch.ops.load_library(str(folder / f"_cpu_{name}.so"))
+                return None
+            except OSError as e:  # built for another torch, most often
+                reason = f"the C++ kernels do not load: {e}"
+    log.warning("%s; plain torch is used in their place", reason)
+    return reason

@@ -1,0 +1,40 @@
+"""The tolerance rule of the ops' tests: against fp64, beside plain torch in the same dtype."""
+
+import torch
+
+# Relative to the norm of the exact answer: what an error may be besides twice plain torch's.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def gradients(function, args, dout=None):
+    """[output, gradient of each floating argument that requires one] of one call."""
+    args = [a.detach().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in args]
+    out = function(*args)
+    outs = out if isinstance(out, tuple) else (out,)
+    dout = [torch.ones_like(o) for o in outs] if dout is None else dout
+    leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+    dout = [d.to(o.dtype) for d, o in zip(dout, outs, strict=True)]
+    return [*(o.detach() for o in outs), *torch.autograd.grad(outs, leaves, dout)]
+
+
+def assert_as_good_as_torch(ours, plain, exact):
+    """style.md's rule, for lists of tensors: at most twice the error of plain torch in the same
+    dtype against the fp64 answer, plus a small floor."""
+    for i, (o, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert o.dtype == p.dtype and o.shape == e.shape
+        assert o.isfinite().all(), f"number {i} holds what is not finite"
+        error, allowed = (o - e).norm(), 2 * (p - e).norm()
+        assert error <= allowed + FLOOR[o.dtype] * e.norm(), f"number {i}: {error} > {allowed}"
+
+
+def check_op(function, reference, args, dout=None):
+    """Forward and every gradient of `function` against `reference` in fp64 and in args' dtype."""
+    wide = [
+        a.detach().double().requires_grad_(a.requires_grad)
+        if torch.is_tensor(a) and a.is_floating_point()
+        else a
+        for a in args
+    ]
+    ours, plain = (gradients(f, args, dout) for f in (function, reference))
+    assert_as_good_as_torch(ours, plain, gradients(reference, wide, dout))

@@ -1,0 +1,63 @@
+"""layer_norm: every backend against the fp64 reference, forward and gradients."""
+
+import pytest
+import torch
+from op_checks import DTYPES, check_op
+
+import mae_fast
+from mae_fast.ops.layer_norm import layer_norm, layer_norm_ref
+
+SHAPES = {
+    "one_element": (1,),
+    "no_rows": (0, 8),
+    "prime": (7, 13),
+    "vit_b": (2, 157, 768),
+    "decoder": (1, 1569, 512),
+}
+EPS = 1e-6
+
+
+def make(shape, dtype):
+    x = (torch.randn(shape) * 3 + 1).to(dtype).requires_grad_()
+    weight = (torch.randn(shape[-1]) + 1).to(dtype).requires_grad_()
+    bias = torch.randn(shape[-1]).to(dtype).requires_grad_()
+    return [x, weight, bias, EPS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_norm_matches_fp64(backend, shape, dtype):
+    with mae_fast.backends(layer_norm=backend):
+        dout = [torch.randn(SHAPES[shape])]
+        check_op(layer_norm, layer_norm_ref, make(SHAPES[shape], DTYPES[dtype]), dout)
+
+
+def test_layer_norm_takes_strided_input(backend):
+    x = torch.randn(4, 9, 40)[:, ::2, 3:33].requires_grad_()
+    weight, bias = torch.randn(60)[::2].requires_grad_(), torch.randn(30).requires_grad_()
+    dout = [torch.randn(30, 5, 4).permute(2, 1, 0)]
+    with mae_fast.backends(layer_norm=backend):
+        check_op(layer_norm, layer_norm_ref, [x, weight, bias, EPS], dout)
+
+
+def test_layer_norm_of_a_distant_mean(backend):
+    """The variance of numbers around 3000 is lost by E[x^2] - E[x]^2 in fp32."""
+    args = make((5, 64), torch.float32)
+    args[0] = (args[0].detach() + 3000).requires_grad_()
+    with mae_fast.backends(layer_norm=backend):
+        check_op(layer_norm, layer_norm_ref, args, [torch.randn(5, 64)])
+
+
+def test_layer_norm_keeps_bf16_beside_fp32_weights(backend):
+    """What autocast gives it."""
+    x, *rest = make((3, 24), torch.float32)
+    with mae_fast.backends(layer_norm=backend):
+        out = layer_norm(x.bfloat16(), *rest)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, layer_norm_ref(x.bfloat16(), *rest))
+
+
+def test_layer_norm_refuses_shapes(backend):
+    x, weight, bias, eps = make((3, 8), torch.float32)
+    with pytest.raises(ValueError, match=r"x \[3, 8\], weight \[7\]"):
+        layer_norm(x, weight[:7], bias[:7], eps)
