@@ -41,7 +41,7 @@ class Op:
         OPS[self.name] = self
 
     def choose(self, *args) -> str:
-        """The backend for these arguments. Raises BackendError if a forced one does not take them."""
+        """The backend for these arguments; BackendError if a forced one does not take them."""
         if self.name in _forced:
             name = _forced[self.name]
             reason = self.backends[name](*args)
