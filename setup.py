@@ -78,6 +78,7 @@ def cpu_kernels() -> dict:
             extra_compile_args=[
                 "-O3",
                 "-g0",
+                "-Wno-unknown-pragmas",
                 "-fopenmp",
                 f"-DCPU_CAPABILITY={name.upper()}",
                 f"-DCPU_CAPABILITY_{name.upper()}",

@@ -1,11 +1,23 @@
 // Every CPU kernel, under the schemas of mae_fast/ops. The only file that is compiled, since
 // torch's headers cost 15 seconds each time: once for each CPU capability, each into a library of
 // its own, of which Python loads the one that fits (mae_fast/ops/dispatch.py).
+#include "cpu/attention.h"
+#include "cpu/bias_gelu.h"
+#include "cpu/decoder_tokens.h"
 #include "cpu/layer_norm.h"
+#include "cpu/masked_mse.h"
 
 TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
-  m.impl("layer_norm_fwd", mae_fast::layer_norm_fwd);
-  m.impl("layer_norm_bwd", mae_fast::layer_norm_bwd);
   m.impl("add_layer_norm_fwd", mae_fast::add_layer_norm_fwd);
   m.impl("add_layer_norm_bwd", mae_fast::add_layer_norm_bwd);
+  m.impl("attention_fwd", mae_fast::attention_fwd);
+  m.impl("attention_bwd", mae_fast::attention_bwd);
+  m.impl("bias_gelu_fwd", mae_fast::bias_gelu_fwd);
+  m.impl("bias_gelu_bwd", mae_fast::bias_gelu_bwd);
+  m.impl("decoder_tokens_fwd", mae_fast::decoder_tokens_fwd);
+  m.impl("decoder_tokens_bwd", mae_fast::decoder_tokens_bwd);
+  m.impl("layer_norm_fwd", mae_fast::layer_norm_fwd);
+  m.impl("layer_norm_bwd", mae_fast::layer_norm_bwd);
+  m.impl("masked_mse_fwd", mae_fast::masked_mse_fwd);
+  m.impl("masked_mse_bwd", mae_fast::masked_mse_bwd);
 }

@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_fast.ops.add_layer_norm import add_layer_norm
+from mae_fast.ops.attention import attention
+from mae_fast.ops.bias_gelu import bias_gelu
+from mae_fast.ops.decoder_tokens import decoder_tokens
+from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.ops.linear import linear
-from mae_fast.ops.masked_mse import masked_mse_ref, target_patches
+from mae_fast.ops.masked_mse import masked_mse, target_patches
 from mae_fast.ops.patchify_gather import patchify_gather_ref
 
 # What the official code computes and this does not, by name; `without` switches one off.
@@ -27,7 +32,7 @@ SAVINGS = {
 
 
 class Affine(NamedTuple):
-    """Weight and bias of a linear layer or a norm. A bias may be absent."""
+    """Weight and bias of a linear layer or a norm. Only q, k, v may lack a bias."""
 
     weight: Tensor
     bias: Tensor | None
@@ -105,9 +110,17 @@ def forward(
         raise ValueError(f"unknown savings {sorted(unknown)} (known: {', '.join(SAVINGS)})")
     latent = encode(params, spec, video, ids_keep, without)
     pred = decode(params, spec, latent, ids_keep, ids_mask, full_pred, without)
-    target = targets(spec, video, ids_mask, params.pos.dtype)
-    masked = pred[:, ids_keep.shape[1] :] if full_pred else pred
-    loss = masked_mse_ref(masked, target, spec.norm_pix_loss)
+    loss = masked_mse(
+        pred[:, ids_keep.shape[1] :] if full_pred else pred,
+        video,
+        ids_mask,
+        spec.target_frames,
+        spec.pred_t_patch,
+        spec.patch,
+        spec.mean,
+        spec.std,
+        spec.norm_pix_loss,
+    )
     if full_pred:
         pred = _rows(pred, torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1))
     return loss, pred
@@ -129,9 +142,10 @@ def encode(
     x = x + F.embedding(ids_keep, params.pos)
     if params.cls is not None:
         x = torch.cat([params.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
+    y = None
     for block in params.blocks:
-        x = transformer_block(x, block, spec.num_heads, spec.eps)
-    return layer_norm(x, params.norm, spec.eps)
+        x, y = transformer_block(x, y, block, spec.num_heads, spec.eps)
+    return _norm(x, y, params.norm, spec.eps)[1]
 
 
 def decode(
@@ -146,34 +160,36 @@ def decode(
     """The decoder: pred [B, M, P] of the masked tokens, or [B, K + M, P] of visible then masked."""
     visible = linear(latent, *params.decoder_embed)
     cls, visible = visible.split([latent.shape[1] - ids_keep.shape[1], ids_keep.shape[1]], dim=1)
-    visible = visible + F.embedding(ids_keep, params.decoder_pos)
-    masked = params.mask_token + params.decoder_pos  # [L, E], the same for every clip
-    tokens = [visible, F.embedding(ids_mask, masked).to(visible.dtype)]
-    if params.decoder_cls is not None:
-        own = params.decoder_cls.expand(visible.shape[0], 1, -1)
-        tokens.insert(0, (cls + own if spec.keep_encoder_cls else own).to(visible.dtype))
-    x = torch.cat(tokens, dim=1)
+    if params.decoder_cls is None:
+        cls = None
+    elif spec.keep_encoder_cls:
+        cls = cls[:, 0] + params.decoder_cls
+    else:
+        cls = params.decoder_cls.expand(visible.shape[0], -1)
+    x = decoder_tokens(visible, cls, params.mask_token, params.decoder_pos, ids_keep, ids_mask)
     heads, eps = spec.decoder_num_heads, spec.eps
-    blocks, qkv = params.decoder_blocks, None
+    blocks, y, qkv = params.decoder_blocks, None, None
     # The outputs asked for stand last; keys and values come from every token all the same.
     wanted = ids_mask.shape[1] + (ids_keep.shape[1] if everything else 0)
-    first = x.shape[1] - wanted
     ids = torch.cat([ids_keep, ids_mask], dim=1)
+    length = len(params.decoder_pos)
     if "no_unshuffle" in without:
         x = torch.cat([x[:, : -ids.shape[1]], _rows(x[:, -ids.shape[1] :], ids.argsort(dim=1))], 1)
-    elif len(blocks) > 1 and ids_mask.numel() > len(masked) and "shared_mask_tokens" not in without:
-        qkv = _shared_qkv(x[:, : -ids_mask.shape[1]], masked, ids_mask, blocks[0], heads, eps)
+    elif len(blocks) > 1 and ids_mask.numel() > length and "shared_mask_tokens" not in without:
+        table = params.mask_token + params.decoder_pos  # [L, E], the same for every clip
+        qkv = _shared_qkv(x[:, : -ids_mask.shape[1]], table, ids_mask, blocks[0], heads, eps)
     for block in blocks[:-1]:
-        x = transformer_block(x, block, heads, eps, qkv=qkv)
+        x, y = transformer_block(x, y, block, heads, eps, qkv=qkv)
         qkv = None
-    if "no_unshuffle" in without or "masked_last_block" in without:
-        x = transformer_block(x, blocks[-1], heads, eps)
-        if "no_unshuffle" in without:
-            x = _rows(x[:, -ids.shape[1] :], ids)
-        x = x[:, -wanted:]
-    else:
-        x = transformer_block(x, blocks[-1], heads, eps, first)
-    return linear(layer_norm(x, params.decoder_norm, eps), *params.head)
+    everywhere = "no_unshuffle" in without or "masked_last_block" in without
+    first = 0 if everywhere else x.shape[1] - wanted
+    x, y = transformer_block(x, y, blocks[-1], heads, eps, first)
+    if everywhere:
+        x, y = (
+            _rows(t[:, -ids.shape[1] :], ids) if "no_unshuffle" in without else t for t in (x, y)
+        )
+        x, y = x[:, -wanted:], y[:, -wanted:]
+    return linear(_norm(x, y, params.decoder_norm, eps)[1], *params.head)
 
 
 def _rows(x: Tensor, ids: Tensor) -> Tensor:
@@ -182,16 +198,16 @@ def _rows(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _shared_qkv(
-    others: Tensor, masked: Tensor, ids_mask: Tensor, p: Block, heads: int, eps: float
+    others: Tensor, table: Tensor, ids_mask: Tensor, p: Block, heads: int, eps: float
 ) -> list[Tensor]:
-    """q, k, v [B, heads, S, d] of [others | mask tokens]: those of mask tokens are computed once
+    """q, k, v [B, S, heads, d] of [others | mask tokens]: those of mask tokens are computed once
     for each position ([L, E]) and looked up, so their gradients are summed over clips first."""
-    others, masked = layer_norm(others, p.norm1, eps), layer_norm(masked, p.norm1, eps)
+    others, table = (layer_norm(x, *p.norm1, eps) for x in (others, table))
     qkv = []
     for w in (p.q, p.k, p.v):
-        table = linear(masked, *w)
-        qkv.append(torch.cat([linear(others, *w), F.embedding(ids_mask, table)], dim=1))
-    return [_heads(x, heads) for x in qkv]
+        masked = F.embedding(ids_mask, linear(table, *w))
+        qkv.append(torch.cat([linear(others, *w), masked], dim=1).unflatten(-1, (heads, -1)))
+    return qkv
 
 
 def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,27 +225,29 @@ def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def transformer_block(
-    x: Tensor, p: Block, heads: int, eps: float, first: int = 0, qkv: list[Tensor] | None = None
-) -> Tensor:
-    """x [B, S, D] -> [B, S - first, D]: the block's output for the tokens from `first` on.
+    x: Tensor,
+    y: Tensor | None,
+    p: Block,
+    heads: int,
+    eps: float,
+    first: int = 0,
+    qkv: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The block's output for the tokens from `first` on, as the two parts [B, S - first, D] of a
+    sum that the next norm takes; its input is x + y [B, S, D] (y None: x alone).
 
-    qkv, where given, holds the queries, keys and values [B, heads, S, d] that x would give.
+    qkv, where given, holds the queries, keys and values [B, S, heads, d] that the input would give.
     """
     if qkv is None:
-        h = layer_norm(x, p.norm1, eps)
+        x, h = _norm(x, y, p.norm1, eps)
         inputs = ((h[:, first:], p.q), (h, p.k), (h, p.v))
-        qkv = [_heads(linear(y, *w), heads) for y, w in inputs]
-    a = F.scaled_dot_product_attention(*qkv)  # [B, heads, S - first, d]
-    x = x[:, first:] + linear(a.transpose(1, 2).flatten(2), *p.proj)
-    h = F.gelu(linear(layer_norm(x, p.norm2, eps), *p.fc1))
-    return x + linear(h, *p.fc2)
+        qkv = [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
+    a = attention(*qkv).flatten(2)  # [B, S - first, D]
+    x, h = _norm(x[:, first:], linear(a, *p.proj), p.norm2, eps)
+    h = bias_gelu(linear(h, p.fc1.weight), p.fc1.bias)
+    return x, linear(h, *p.fc2)
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """[B, S, heads * d] -> [B, heads, S, d], a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def layer_norm(x: Tensor, p: Affine, eps: float) -> Tensor:
-    """Layer norm over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], p.weight, p.bias, eps)
+def _norm(x: Tensor, y: Tensor | None, p: Affine, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + y, its layer norm), where y may be absent."""
+    return (x, layer_norm(x, *p, eps)) if y is None else add_layer_norm(x, y, *p, eps)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast.config import TrainConfig
+from mae_fast.ops.adamw import adamw
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -43,8 +44,8 @@ def lr_at(at: float, total: float, warmup: float, peak: float, floor: float = 0.
 def clipped_step(optimizer: torch.optim.AdamW, lr: float, clip: float) -> Tensor:
     """One AdamW step with global-norm clipping; returns the norm before clipping, on the device.
 
-    The fused kernel divides gradients by `grad_scale` and does nothing at all when `found_inf` is
-    set, so clipping costs no pass of its own and a non-finite step is skipped without a sync.
+    Clipping costs no pass of its own, and a step whose norm is not finite changes nothing; neither
+    makes the host wait.
     """
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params]).float()
@@ -52,7 +53,6 @@ def clipped_step(optimizer: torch.optim.AdamW, lr: float, clip: float) -> Tensor
     scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.grad_scale, optimizer.found_inf = scale, (~norm.isfinite()).float()
-    optimizer.step()
+    adamw(optimizer, scale, skip=(~norm.isfinite()).float())
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -148,7 +148,7 @@ inline std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, con
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
-    const Tensor& dtotal, const Tensor& dout, const Tensor& total, const Tensor& weight,
+    const std::optional<Tensor>& dtotal, const Tensor& dout, const Tensor& total, const Tensor& weight,
     const Tensor& mean, const Tensor& rstd) {
   return norm_backward(dtotal, dout, total, weight, mean, rstd);
 }

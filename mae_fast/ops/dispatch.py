@@ -108,6 +108,21 @@ def why_not_dtype(*dtypes: torch.dtype) -> str | None:
     return None
 
 
+def check_ids(*ids: Tensor) -> None:
+    """Raises ValueError on ids that are not int32 or int64 [B, n]."""
+    for t in ids:
+        if t.dim() != 2 or t.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"ids must be int32 or int64 [B, n], got {t.dtype} {list(t.shape)}")
+
+
+def check_range(ids: Tensor, length: int) -> None:
+    """Raises IndexError on an id outside [0, length). On a CPU only: elsewhere it would wait."""
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= length:
+            raise IndexError(f"ids hold {low if low < 0 else high}, outside [0, {length})")
+
+
 @torch.compiler.assume_constant_result
 @functools.cache
 def load_cpp() -> str | None:
@@ -126,7 +141,11 @@ def load_cpp() -> str | None:
         else:
             try:
                 torch.ops.load_library(str(folder / f"_cpu_{name}.so"))
-                return None
+                has = torch._C._dispatch_has_kernel_for_dispatch_key
+                missing = sorted(op for op in LIBRARY._op_defs if not has(op, "CPU"))
+                if not missing:
+                    return None
+                reason = f"the C++ kernels are built from other sources: {missing[0]} is not there"
             except OSError as e:  # built for another torch, most often
                 reason = f"the C++ kernels do not load: {e}"
     log.warning("%s; plain torch is used in their place", reason)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_fast.ops import dispatch
+
 linear_ref = F.linear
 
 
@@ -30,18 +32,6 @@ def why_not_onednn() -> str | None:
     except OSError:
         return "the CPU's maker is unknown"
     return None if amd else "MKL is fast on this CPU"
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] or None -> [..., N]."""
-    onednn = (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and why_not_onednn() is None
-    )
-    return _OneDNNLinear.apply(x, weight, bias) if onednn else linear_ref(x, weight, bias)
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,3 +62,27 @@ class _OneDNNLinear(torch.autograd.Function):
             _product(g.t(), x2.t()) if need_weight else None,
             g.sum(0) if need_bias else None,
         )
+
+
+def _why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on the CPU"
+    if not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "the product is not in fp32"
+    if x.numel() == 0:
+        return "x is empty"
+    return why_not_onednn()
+
+
+OP = dispatch.Op(
+    "linear",
+    "fp32 products by the faster CPU library",
+    {"onednn": _why_not_onednn, "reference": dispatch.anything},
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] or None -> [..., N]."""
+    if OP.choose(x, weight) == "reference":
+        return linear_ref(x, weight, bias)
+    return _OneDNNLinear.apply(x, weight, bias)

@@ -1,13 +1,15 @@
 """masked_mse: the loss on masked patches, its target read straight from the clip.
 
-loss = mean over (b, m, value) of (pred - target)^2, target = norm(patch of token ids_mask[b, m]).
+loss = mean over (b, m, value) of (pred - target)^2, target = norm(patch of token ids[b, m]).
 A target patch is flattened channel last (u, p, p, C), unlike the patch embedding's. With
 norm_pix_loss it is (x - mean) / sqrt(var + 1e-6) over all its values, var unbiased, eps inside.
+Backward saves pred - target, in pred's dtype, and nothing else.
 """
 
 import torch
 from torch import Tensor
 
+from mae_fast.ops import dispatch
 from mae_fast.ops.patchify_gather import gather_patches, normalise
 
 
@@ -37,11 +39,100 @@ def norm_pix(target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (target - mean) / std, mean, std
 
 
-def masked_mse_ref(pred: Tensor, target: Tensor, norm_pix_loss: bool) -> Tensor:
-    """pred, target [B, M, P] -> scalar, in the target's precision (NaN when M is 0)."""
+def masked_mse_ref(
+    pred: Tensor,
+    video: Tensor,
+    ids: Tensor,
+    frames: tuple[int, ...],
+    t_patch: int,
+    patch: int,
+    mean: float,
+    std: float,
+    norm_pix_loss: bool,
+) -> Tensor:
+    """The specification. The mean over no patches is NaN."""
+    wide = torch.promote_types(pred.dtype, torch.float32)
+    target = target_patches(video, ids, frames, t_patch, patch, mean, std, wide)
     if norm_pix_loss:
         target, _, _ = norm_pix(target)
-    return (pred.to(target.dtype) - target).square().mean()
+    return (pred.to(wide) - target).square().mean()
+
+
+dispatch.LIBRARY.define(
+    "masked_mse_fwd(Tensor pred, Tensor video, Tensor ids, int[] frames, int t_patch, int patch,"
+    " float mean, float std, bool norm_pix_loss, bool need_grad) -> (Tensor, Tensor)"
+)
+dispatch.LIBRARY.define("masked_mse_bwd(Tensor diff, Tensor dloss) -> Tensor")
+
+
+@torch.library.register_fake("mae_fast::masked_mse_fwd")
+def _(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix_loss, need_grad):
+    loss = pred.new_empty((), dtype=torch.promote_types(pred.dtype, torch.float32))
+    return loss, pred.new_empty(pred.shape if need_grad else (0,))
+
+
+@torch.library.register_fake("mae_fast::masked_mse_bwd")
+def _(diff, dloss):
+    return torch.empty_like(diff)
+
+
+def _save(ctx, inputs, output):
+    diff = output[1]
+    ctx.mark_non_differentiable(diff)
+    ctx.save_for_backward(diff)
+
+
+def _backward(ctx, dloss, _):
+    return torch.ops.mae_fast.masked_mse_bwd(*ctx.saved_tensors, dloss), *(None,) * 9
+
+
+torch.library.register_autograd("mae_fast::masked_mse_fwd", _backward, setup_context=_save)
+
+
+def _why_not_cpp(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
+    if video.requires_grad:
+        return "the clip wants a gradient"
+    return dispatch.why_not_cpp(pred, video, ids) or dispatch.why_not_dtype(pred.dtype)
+
+
+OP = dispatch.Op(
+    "masked_mse",
+    "per-patch-normalised target from uint8 pixels, loss and gradient in one pass",
+    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+)
+
+
+def masked_mse(
+    pred: Tensor,
+    video: Tensor,
+    ids: Tensor,
+    frames: tuple[int, ...],
+    t_patch: int,
+    patch: int,
+    mean: float,
+    std: float,
+    norm_pix_loss: bool,
+) -> Tensor:
+    """pred [B, M, P] float; video [B, C, T, H, W] uint8, or float already normalised; ids [B, M]
+    int -> the loss, a scalar in fp32 (fp64 for double).
+
+    `frames`: the numbers of the frames that are targets, t_patch of them a token. Raises ValueError
+    on a shape or an ids dtype that does not fit, IndexError on an id out of range.
+    """
+    size = t_patch * patch * patch * video.shape[1]
+    if pred.shape != (*ids.shape, size) or ids.shape[:1] != video.shape[:1]:
+        raise ValueError(
+            f"masked_mse: pred {list(pred.shape)}, ids {list(ids.shape)} and video "
+            f"{list(video.shape)} do not fit: a patch has {size} values"
+        )
+    dispatch.check_ids(ids)
+    args = (pred, video, ids, frames, t_patch, patch, mean, std, norm_pix_loss)
+    if OP.choose(pred, video, ids) == "reference":
+        rows, columns = video.shape[3] // patch, video.shape[4] // patch
+        dispatch.check_range(ids, len(frames) // t_patch * rows * columns)
+        return masked_mse_ref(*args)
+    need_grad = torch.is_grad_enabled() and pred.requires_grad
+    return torch.ops.mae_fast.masked_mse_fwd(*args, need_grad)[0]
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: int, chans: int = 3) -> Tensor:
