@@ -24,6 +24,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
@@ -81,8 +82,8 @@ void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_k, const T* b, int
           int64_t ldc, bool accumulate) {
   using Vec = Vectorized<T>;
   constexpr int WIDTH = Vec::size();
-  constexpr std::make_integer_sequence<int, MR * NV> all;
-  constexpr std::make_integer_sequence<int, NV> columns;
+  constexpr std::make_integer_sequence<int, MR * NV> all{};
+  constexpr std::make_integer_sequence<int, NV> columns{};
   const auto load = [&](auto i) { return Vec::loadu(c + i / NV * ldc + i % NV * WIDTH); };
   auto acc = accumulate ? vectors(all, load) : vectors(all, [](auto) { return Vec(T(0)); });
   for (int64_t k = 0; k < depth; ++k, a += a_k, b += ldb) {
@@ -319,11 +320,9 @@ void bwd(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const
       copy_rows(qs, d, qh.data, qh.row, Sq, d, scale * T(M_LOG2E));
       copy_rows(dos, d, doh.data, doh.row, Sq, d, T(1));
       for (int64_t i = 0; i < Sq; ++i) {
-        T sum = 0;
-        for (int64_t j = 0; j < d; ++j) {
-          sum += dos[i * d + j] * static_cast<T>(oh.at(i)[j]);
-        }
-        delta[i] = sum;
+        delta[i] = at::vec::map2_reduce_all<S>([](auto x, auto y) { return x * y; },
+                                               [](auto x, auto y) { return x + y; }, doh.at(i),
+                                               oh.at(i), d);
         lses[i] = lse.data_ptr<T>()[task * Sq + i] * T(M_LOG2E);
       }
       for (int64_t key = 0; key < Sk; key += BWD_KEYS) {
@@ -352,20 +351,19 @@ void bwd(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const
 }
 
 inline void check(const char* name, const at::Tensor& t, at::IntArrayRef sizes,
-                  const at::Tensor& like) {
+                  at::ScalarType dtype) {
   TORCH_CHECK(t.sizes() == sizes, "attention: ", name, " must be ", sizes, ", got ", t.sizes());
-  TORCH_CHECK(t.scalar_type() == like.scalar_type(), "attention: ", name, " must be ",
-              like.scalar_type(), ", got ", t.scalar_type());
-  TORCH_CHECK(t.device() == like.device(), "attention: ", name, " must be on ", like.device(),
-              ", got ", t.device());
+  TORCH_CHECK(t.scalar_type() == dtype, "attention: ", name, " must be ", dtype, ", got ",
+              t.scalar_type());
+  TORCH_CHECK(t.device().is_cpu(), "attention: ", name, " must be on cpu, got ", t.device());
 }
 
 inline void check_qkv(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   TORCH_CHECK(q.dim() == 4, "attention: q must be [B, Sq, H, d], got ", q.sizes());
   TORCH_CHECK(k.dim() == 4, "attention: k must be [B, Sk, H, d], got ", k.sizes());
-  TORCH_CHECK(q.device().is_cpu(), "attention: q must be on cpu, got ", q.device());
-  check("k", k, {q.size(0), k.size(1), q.size(2), q.size(3)}, q);
-  check("v", v, k.sizes(), q);
+  check("q", q, q.sizes(), q.scalar_type());
+  check("k", k, {q.size(0), k.size(1), q.size(2), q.size(3)}, q.scalar_type());
+  check("v", v, k.sizes(), q.scalar_type());
   TORCH_CHECK(q.size(3) >= 1 && q.size(3) <= MAX_HEAD_DIM, "attention: head dim must be 1 to ",
               MAX_HEAD_DIM, ", got ", q.size(3));
   TORCH_CHECK(k.size(1) >= 1, "attention: k must have at least one key, got ", k.sizes());
@@ -375,18 +373,14 @@ inline at::Tensor rows_of_one_stride(const at::Tensor& t) {
   return t.stride(3) == 1 ? t : t.contiguous();
 }
 
-inline at::ScalarType statistics_dtype(const at::Tensor& q) {
-  return at::toOpMathType(q.scalar_type());
-}
-
 // q [B, Sq, H, d], k and v [B, Sk, H, d] -> out [B, Sq, H, d], lse [B, H, Sq] (natural logarithm;
 // float, or double for double)
 inline std::tuple<at::Tensor, at::Tensor> attention_fwd(const at::Tensor& q, const at::Tensor& k,
                                                         const at::Tensor& v) {
   check_qkv(q, k, v);
   const auto out = at::empty(q.sizes(), q.options());
-  const auto lse =
-      at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(statistics_dtype(q)));
+  const auto lse = at::empty({q.size(0), q.size(2), q.size(1)},
+                             q.options().dtype(at::toOpMathType(q.scalar_type())));
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, q.scalar_type(), "attention_fwd", [&] {
         fwd<scalar_t>(rows_of_one_stride(q), rows_of_one_stride(k), rows_of_one_stride(v), out,
@@ -400,10 +394,9 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_bwd(
     const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& out, const at::Tensor& lse) {
   check_qkv(q, k, v);
-  check("dout", dout, q.sizes(), q);
-  check("out", out, q.sizes(), q);
-  check("lse", lse, {q.size(0), q.size(2), q.size(1)},
-        at::empty({0}, q.options().dtype(statistics_dtype(q))));
+  check("dout", dout, q.sizes(), q.scalar_type());
+  check("out", out, q.sizes(), q.scalar_type());
+  check("lse", lse, {q.size(0), q.size(2), q.size(1)}, at::toOpMathType(q.scalar_type()));
   const auto dq = at::empty(q.sizes(), q.options());
   const auto dk = at::empty(k.sizes(), q.options());
   const auto dv = at::empty(k.sizes(), q.options());

@@ -10,3 +10,4 @@ from mae_fast.ops import (  # noqa: F401  every op, so that dispatch.OPS is whol
     linear,
     masked_mse,
 )
+from mae_fast.ops.dispatch import OPS  # noqa: F401

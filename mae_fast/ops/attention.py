@@ -14,10 +14,10 @@ from mae_fast.ops import dispatch
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The specification, by plain products."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).to(q.dtype)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).to(dtype)
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -123,8 +123,21 @@ def check_range(ids: Tensor, length: int) -> None:
             raise IndexError(f"ids hold {low if low < 0 else high}, outside [0, {length})")
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+def constant(function: Callable) -> Callable:
+    """Evaluate a function without arguments once, also while torch.compile traces.
+
+    As torch.compiler.assume_constant_result, whose call would import torch's compiler: a second.
+    """
+    cached = functools.cache(function)
+
+    def once():
+        return cached()
+
+    once._dynamo_marked_constant = True
+    return once
+
+
+@constant
 def load_cpp() -> str | None:
     """Load the C++ kernels built for this CPU; the reason if that cannot be done, else None."""
     capability = torch.backends.cpu.get_cpu_capability().lower()

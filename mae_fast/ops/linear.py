@@ -6,7 +6,6 @@ torch multiplies fp32 matrices with MKL, which runs at half speed on CPUs that a
 device and dtype, this is torch.nn.functional.linear. The same product to rounding.
 """
 
-import functools
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from mae_fast.ops import dispatch
 linear_ref = F.linear
 
 
-@functools.cache
+@dispatch.constant
 def why_not_onednn() -> str | None:
     """Why fp32 products on this CPU are left to torch's default, or None where oneDNN does them."""
     if not torch.backends.mkldnn.is_available() or not hasattr(

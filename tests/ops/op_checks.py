@@ -2,8 +2,9 @@
 
 import torch
 
-# Relative to the norm of the exact answer: what an error may be besides twice plain torch's.
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+# What an error may be besides twice plain torch's, relative to the greatest norm among the exact
+# output and gradients: some are exactly zero, and what is computed is the rounding of the others.
+FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -21,11 +22,12 @@ def gradients(function, args, dout=None):
 def assert_as_good_as_torch(ours, plain, exact):
     """style.md's rule, for lists of tensors: at most twice the error of plain torch in the same
     dtype against the fp64 answer, plus a small floor."""
+    greatest = max(e.norm() for e in exact)
     for i, (o, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
-        assert o.dtype == p.dtype and o.shape == e.shape
+        assert (o.dtype, o.shape) == (p.dtype, p.shape), f"number {i}: {o.dtype} {o.shape}"
         assert o.isfinite().all(), f"number {i} holds what is not finite"
-        error, allowed = (o - e).norm(), 2 * (p - e).norm()
-        assert error <= allowed + FLOOR[o.dtype] * e.norm(), f"number {i}: {error} > {allowed}"
+        error, allowed = (o - e).norm(), 2 * (p - e).norm() + FLOOR[o.dtype] * greatest
+        assert error <= allowed, f"number {i}: {error} > {allowed}"
 
 
 def check_op(function, reference, args, dout=None):

@@ -8,7 +8,7 @@ import mae_fast
 from mae_fast.ops.layer_norm import layer_norm, layer_norm_ref
 
 SHAPES = {
-    "one_element": (1,),
+    "one_row": (1, 3),
     "no_rows": (0, 8),
     "prime": (7, 13),
     "vit_b": (2, 157, 768),
@@ -38,6 +38,12 @@ def test_layer_norm_takes_strided_input(backend):
     dout = [torch.randn(30, 5, 4).permute(2, 1, 0)]
     with mae_fast.backends(layer_norm=backend):
         check_op(layer_norm, layer_norm_ref, [x, weight, bias, EPS], dout)
+
+
+def test_layer_norm_of_one_value_is_the_bias(backend):
+    x, weight, bias = (torch.randn(5, 1), torch.randn(1), torch.randn(1))
+    with mae_fast.backends(layer_norm=backend):
+        assert torch.equal(layer_norm(x, weight, bias, EPS), bias.expand(5, 1))
 
 
 def test_layer_norm_of_a_distant_mean(backend):

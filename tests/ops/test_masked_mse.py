@@ -1,0 +1,131 @@
+"""masked_mse: every backend against the fp64 reference, forward and gradient."""
+
+import pytest
+import torch
+from op_checks import DTYPES, check_op
+
+import mae_fast
+from mae_fast.masking import draw_ids
+from mae_fast.ops.masked_mse import masked_mse, masked_mse_ref
+
+# batch, channels, frames of the clip, height, width, target frames, patch in time, in space, masked
+SHAPES = {
+    "two_values": (1, 2, 1, 1, 1, (0,), 1, 1, 1.0),
+    "prime": (3, 1, 5, 21, 14, (0, 3, 4), 1, 7, 0.6),
+    "vit_b": (2, 3, 16, 64, 64, (0, 2, 4, 6, 8, 10, 12, 15), 1, 16, 0.9),
+    "two_frames_a_token": (2, 3, 4, 16, 24, (0, 1, 2, 3), 2, 8, 0.5),
+    "nothing_masked": (2, 3, 2, 8, 8, (0,), 1, 4, 0.0),
+}
+NORM = [(0.45, 0.225, True), (0.45, 0.225, False)]
+
+
+def make(shape, dtype, norm=(0.45, 0.225, True), pixels=torch.uint8):
+    batch, chans, t, h, w, frames, u, p, ratio = SHAPES[shape]
+    video = torch.randint(0, 256, (batch, chans, t, h, w), dtype=torch.uint8)
+    if pixels.is_floating_point:
+        video = (video / 255 - 0.45).to(pixels)
+    grid = (len(frames) // u, h // p, w // p)
+    if ratio == 1:
+        ids = torch.zeros(batch, 1, dtype=torch.int32)
+    else:
+        _, ids = draw_ids("random", grid, ratio, seed=0, step=0, samples=torch.arange(batch))
+    pred = torch.randn(*ids.shape, u * p * p * chans).to(dtype).requires_grad_()
+    return [pred, video, ids, frames, u, p, *norm]
+
+
+@pytest.mark.parametrize("norm", NORM, ids=["norm_pix", "raw"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "nothing_masked"])
+def test_masked_mse_matches_fp64(backend, shape, dtype, norm):
+    with mae_fast.backends(masked_mse=backend):
+        check_op(masked_mse, masked_mse_ref, make(shape, DTYPES[dtype], norm))
+
+
+@pytest.mark.parametrize("pixels", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_masked_mse_takes_normalised_clips(backend, pixels):
+    args = make("vit_b", torch.float32)
+    args[1] = (args[1] / 255 - 0.45).to(pixels)
+    exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    with mae_fast.backends(masked_mse=backend):
+        loss = masked_mse(*args)
+    torch.testing.assert_close(loss.double(), masked_mse_ref(*exact), rtol=1e-5, atol=0)
+
+
+LAYOUTS = {
+    "channel_last": lambda v: v.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3),
+    "every_second_frame": lambda v: v.repeat_interleave(2, 2)[:, :, ::2],
+    "crop": lambda v: torch.nn.functional.pad(v, (3, 5, 2, 1))[..., 2:-1, 3:-5],
+    "mirrored": lambda v: v.transpose(3, 4).contiguous().transpose(3, 4),
+    "one_clip_for_all": lambda v: v[:1].expand(v.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=["uint8", "f32"])
+def test_masked_mse_reads_any_strides(backend, layout, pixels):
+    args = make("vit_b", torch.float32)
+    args[1] = LAYOUTS[layout](args[1] if pixels == torch.uint8 else args[1] / 255 - 0.45)
+    assert args[1].shape == (2, 3, 16, 64, 64)
+    args[0] = torch.randn(2, 130, 768)[:, -args[2].shape[1] :].requires_grad_()
+    with mae_fast.backends(masked_mse=backend):
+        check_op(masked_mse, masked_mse_ref, args)
+
+
+def test_masked_mse_of_a_flat_patch(backend):
+    """Its deviation is sqrt(1e-6): a mean that is off by rounding would show a thousandfold."""
+    args = make("vit_b", torch.float32)
+    args[1].fill_(77)
+    with mae_fast.backends(masked_mse=backend):
+        loss = masked_mse(*args)
+    torch.testing.assert_close(loss, args[0].square().mean(), rtol=1e-6, atol=0)
+
+
+def test_masked_mse_of_nothing_is_nan(backend):
+    args = make("nothing_masked", torch.float32)
+    with mae_fast.backends(masked_mse=backend):
+        loss = masked_mse(*args)
+        loss.backward()
+    assert loss.isnan() and args[0].grad.shape == (2, 0, 48)
+
+
+def test_masked_mse_gradient_survives_fp16(backend):
+    """2 / (a million values) is less than fp16's smallest number: scaling comes last."""
+    args = make("vit_b", torch.float16)
+    with mae_fast.backends(masked_mse=backend):
+        (masked_mse(*args) * 65536).backward()
+    wide = make("vit_b", torch.float64)
+    wide[:3] = args[0].detach().double().requires_grad_(), *args[1:3]
+    (masked_mse_ref(*wide) * 65536).backward()
+    error = (args[0].grad - wide[0].grad).norm() / wide[0].grad.norm()
+    assert error < 1e-3
+
+
+def test_masked_mse_keeps_nothing_where_no_gradient_is_wanted(cpp):
+    args = make("vit_b", torch.float32)
+    with torch.no_grad(), mae_fast.backends(masked_mse="cpp"):
+        loss = masked_mse(*args)
+    torch.testing.assert_close(loss, masked_mse_ref(*args).detach())
+
+
+@pytest.mark.parametrize("bad", [-1, 16 * 8, -(2**31)])
+def test_masked_mse_refuses_an_id_out_of_range(backend, bad):
+    args = make("vit_b", torch.float32)
+    args[2] = args[2].clone()
+    args[2][1, 3] = bad
+    with mae_fast.backends(masked_mse=backend), pytest.raises(IndexError, match=str(bad)):
+        masked_mse(*args)
+
+
+def test_masked_mse_refuses(backend):
+    pred, video, ids, *rest = make("vit_b", torch.float32)
+    with mae_fast.backends(masked_mse=backend):
+        with pytest.raises(ValueError, match=r"pred \[2, 116, 767\]"):
+            masked_mse(pred[..., :767], video, ids, *rest)
+        with pytest.raises(ValueError, match=r"got torch\.float32"):
+            masked_mse(pred, video, ids.float(), *rest)
+        with pytest.raises(ValueError, match=r"video \[1, 3, 16, 64, 64\]"):
+            masked_mse(pred, video[:1], ids, *rest)
+        with pytest.raises((RuntimeError, IndexError)):
+            masked_mse(pred, video, ids, (0, 2, 4, 6, 8, 10, 12, 16), *rest[1:])
+        with pytest.raises(RuntimeError):
+            masked_mse(pred.to("meta"), video, ids, *rest)
