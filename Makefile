@@ -1,6 +1,7 @@
 # make demo   train a small model on real footage; ARGS="--videos FOLDER" takes your own
 # make test   run the tests; ARGS="-k mask" some of them
 # make lint   check style;  make setup  only the set-up;  make clean  remove what make made
+# make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, minutes
 # make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  README from benchmarks/results
 # Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
 #   PYTHON=python3.12  the interpreter, 3.10 or newer      TORCH=2.13.0  TRITON=3.9.0  versions
@@ -17,7 +18,7 @@ ifeq ($(filter oneshell,$(.FEATURES)),)
 endif
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test lint bench tables setup clean
+.PHONY: help demo test lint sanitize bench tables setup clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -26,7 +27,7 @@ NEEDS_GB := $(if $(SYSTEM),1,$(if $(TORCH),4,12))
 WORKERS := 2
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,9s/^# //p' Makefile
 
 demo: setup
 	@$(BIN)/mae-fast demo $(ARGS)
@@ -43,6 +44,23 @@ lint: setup
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# In a copy of the sources, so that nothing else meets these builds. A sanitizer's report ends
+# the run. Python and torch hold memory until the end: leaks are not looked for. libstdc++ must be
+# there before a kernel throws.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: setup
+	@mkdir -p build/sanitize
+	cp -r setup.py pyproject.toml README.md LICENSE mae_fast kernels csrc build/sanitize/
+	rm -f build/sanitize/mae_fast/*.so
+	cd build/sanitize
+	sed -i 's/"-O3"/"-O1"/' setup.py
+	CFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' ../../$(BIN)/python setup.py -q build_ext --inplace \
+	  > build.log 2>&1 || { cat build.log; exit 1; }
+	library() { $${CXX:-c++} -print-file-name=$$1; }
+	LD_PRELOAD="$$(library libasan.so) $$(library libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider --rootdir=../.. -c ../../pyproject.toml \
+	  --ignore=../../tests/ops/test_dispatch.py -k 'not home' $(ARGS) ../../tests/ops
+
 bench: setup
 	@$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
@@ -50,13 +68,13 @@ tables: setup
 	@$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv build mae_fast/*.so *.egg-info .pytest_cache .ruff_cache .benchmarks
 
 setup: $(READY)
 
 # READY is written last, so that a set-up that was interrupted is done again. The lock, on this
 # file, makes a second make wait for the first.
-$(READY): Makefile setup.py constraints.txt
+$(READY): Makefile setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	@fail() { echo "error: $$*" >&2; exit 1; }
 	exec 9< Makefile
 	if command -v flock > /dev/null; then
@@ -70,7 +88,7 @@ $(READY): Makefile setup.py constraints.txt
 	[ -z '$(SYSTEM)' ] || [ -z '$(TORCH)$(TRITON)' ] ||
 	  fail 'SYSTEM=1 excludes TORCH= and TRITON=; make clean forgets what was chosen before'
 	command -v c++ > /dev/null ||
-	  echo 'warning: there is no C++ compiler (c++): what compiles as it runs will not' >&2
+	  echo 'warning: there is no C++ compiler (c++): plain torch in place of the C++ kernels' >&2
 	made_with="$(PYTHON) $$version SYSTEM=$(SYSTEM)"
 	if [ -x $(BIN)/pip ] && [ ! -e .venv/made-with ]; then
 	  echo 'using the .venv that is here, which make did not make' >&2
@@ -93,7 +111,7 @@ $(READY): Makefile setup.py constraints.txt
 # again what is here.
 define INSTALL
 echo 'installing torch$(TORCH:%= %) and the pins of constraints.txt, minutes the first time' >&2
-$(PIP) -c constraints.txt setuptools 'torch$(if $(TORCH),==$(TORCH),>=2.11)' ||
+$(PIP) -c constraints.txt setuptools ninja 'torch$(if $(TORCH),==$(TORCH),>=2.11)' ||
   fail 'pip could not install torch$(TORCH:%= %): see its words above'
 $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' $(if $(TRITON),triton==$(TRITON)) ||
   fail 'pip could not install what mae-fast needs: see its words above'
@@ -109,6 +127,7 @@ $(PYTHON) -c "$$SHOW_SITES" > "$$site/system.pth"
 $(BIN)/python -c 'import torch' 2> /dev/null || fail '$(PYTHON) has no torch that imports'
 $(BIN)/python -c "$$HAS_SETUPTOOLS" 2> /dev/null || $(PIP) -c constraints.txt 'setuptools>=70.1' ||
   fail '$(PYTHON) has no setuptools >= 70.1, and pip could not install it'
+$(BIN)/python -m pip install -qq ninja 2> /dev/null || true  # without it the build is slower
 $(PIP) --no-build-isolation --no-deps -e . || fail 'pip could not install mae-fast'
 $(BIN)/python -c "$$ADD_MISSING"
 endef

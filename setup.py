@@ -37,6 +37,7 @@ EXTRAS = {
     "dev": [
         "build>=1.2",
         "hypothesis>=6.100",
+        "ninja>=1.11",
         "pyarrow>=18.1",
         "pytest>=8",
         "pytest-benchmark>=4",

@@ -238,6 +238,7 @@ class TrainConfig:
     blr * batch_size * accum_steps * processes / 256, without repeat_aug, as in the official code.
     epochs and warmup_epochs count passes over the index and may be fractions; steps, when not 0,
     replaces epochs. clip_grad 0 turns clipping off. keep is the number of checkpoints kept.
+    backends forces an op's backend by name ({"attention": "sdpa"}); `mae-fast info` lists them.
     """
 
     batch_size: int = 2
@@ -261,6 +262,7 @@ class TrainConfig:
     max_nonfinite: int = 10
     tensorboard: bool = False
     wandb: bool = False
+    backends: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accum_steps", "log_every", "save_every", "keep", "blr"):
@@ -390,6 +392,9 @@ def _coerce(where: str, value: Any, kind: Any) -> Any:
         ok = isinstance(value, list | tuple) and len(value) == len(get_args(kind))
         _require(ok, f"{where} must hold {len(get_args(kind))} numbers, got {value!r}")
         return tuple(_coerce(where, v, k) for v, k in zip(value, get_args(kind), strict=True))
+    elif get_origin(kind) is dict:
+        ok = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+        _require(ok, f"{where} must be a table of strings, got {value!r}")
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     elif kind in (int, float, str, bool):

@@ -57,14 +57,16 @@ def devices() -> dict[str, str]:
 
         capability = torch.backends.cpu.get_cpu_capability()
         cores += f", torch uses {torch.get_num_threads()} threads"
+        from mae_fast.ops.dispatch import load_cpp
         from mae_fast.ops.linear import why_not_onednn
 
-        reason = why_not_onednn()
+        products, kernels = why_not_onednn(), load_cpp()
     except Exception as e:  # a broken torch must still be told of
         return {"cpu": f"{_cpu_model()}, {cores}", "cuda": f"none: torch does not import: {e}"}
     found = {
         "cpu": f"{_cpu_model()}, {cores}, {capability}",
-        "cpu fp32 products": f"torch's default: {reason}" if reason else "oneDNN: MKL is slow here",
+        "cpu fp32 products": f"torch's default: {products}" if products else "oneDNN",
+        "cpu kernels": f"plain torch: {kernels}" if kernels else "C++",
     }
     if torch.version.cuda is None:
         return {**found, "cuda": f"none: torch {torch.__version__} is built without CUDA"}

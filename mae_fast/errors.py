@@ -13,6 +13,10 @@ class ConfigError(MaeFastError, ValueError):
     exit_code = 2
 
 
+class BackendError(ConfigError):
+    """A backend that was asked for by name cannot run; the message says why."""
+
+
 class DataError(MaeFastError):
     """No usable videos, or more broken ones than the run allows."""
 

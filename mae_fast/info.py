@@ -1,4 +1,4 @@
-"""`mae-fast info`: versions, devices, decoders, and why an optional library is not used."""
+"""`mae-fast info`: versions, devices, decoders, ops, and why an optional library is not used."""
 
 import json as jsonlib
 import platform
@@ -56,6 +56,7 @@ def collect() -> dict[str, dict[str, str]]:
         },
         "devices": devices(),
         "decoders": _decoders(),
+        "ops": _ops(),
         "optional libraries": optional,
     }
 
@@ -76,6 +77,23 @@ def _optional(distribution: str) -> str:
     lines = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
     errors = [line for line in lines if "Error" in line]
     return f"not used: {found} does not import: {(errors or lines)[-1].strip()}"
+
+
+def _ops() -> dict[str, str]:
+    """The backend that each op takes on this CPU, and why those before it do not run."""
+    try:
+        from mae_fast.ops import OPS
+        from mae_fast.ops.dispatch import MACHINE
+
+        reasons = {name: why_not() for name, why_not in MACHINE.items()}
+    except Exception as e:
+        return {"error": f"{type(e).__name__}: {e}"}
+    found = {}
+    for op in OPS.values():
+        declined = [b for b in op.backends if reasons.get(b)]
+        taken = next(b for b in op.backends if b not in declined)
+        found[op.name] = "; ".join([taken, *(f"not {b}: {reasons[b]}" for b in declined)])
+    return found
 
 
 def _decoders() -> dict[str, str]:

@@ -26,6 +26,7 @@ from mae_fast.errors import CheckpointError, ConfigError, DataError, Interrupted
 from mae_fast.evaluate import held_out_loss
 from mae_fast.masking import draw_ids, num_keep
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.dispatch import backends
 from mae_fast.optim import clipped_step, lr_at, make_optimizer, peak_lr
 
 log = logging.getLogger("mae_fast")
@@ -56,7 +57,8 @@ def pretrain(cfg: Config) -> dict[str, Any]:
     """
     world = distributed.start(cfg.train.device)
     try:
-        return Run(cfg, world).train()
+        with backends(**cfg.train.backends):
+            return Run(cfg, world).train()
     finally:
         distributed.finish()
 

@@ -169,7 +169,7 @@ def test_closed_pipe_is_quiet():
 def test_info_json_is_one_document(capsys):
     assert exit_code(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["versions", "devices", "decoders", "optional libraries"]
+    assert list(found) == ["versions", "devices", "decoders", "ops", "optional libraries"]
     assert set(found["optional libraries"]) == set(info.OPTIONAL)
     assert all(isinstance(v, str) and v for rows in found.values() for v in rows.values())
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -43,16 +44,20 @@ def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of what it is made of, without a network."""
+    """A wheel built from a copy of what it is made of, without a network and a C++ compiler."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed")
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mae_fast", "kernels"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "csrc"):
         (source / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "mae_fast", source / "mae_fast", ignore=lambda *_: ["__pycache__"])
+    for built in source.glob("mae_fast/*.so"):
+        built.unlink()
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     run = subprocess.run(
         [*command, "--no-build-isolation", "--wheel-dir", str(out), str(source)],
+        env={**os.environ, "CXX": "no-such-compiler"},
         capture_output=True,
         text=True,
     )
@@ -67,6 +72,7 @@ def test_wheel_holds_the_package_only(wheel):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"mae_fast"}
     assert "mae_fast/cli.py" in names
     assert "mae_fast/kernels/__init__.py" in names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_wheel_imports_kernels_by_one_name(wheel, tmp_path):

@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mae_fast.errors import BackendError, ConfigError
+
 log = logging.getLogger("mae_fast")
 
 # The schemas of all ops are defined in mae_fast/ops; csrc and kernels give the implementations.
 LIBRARY = torch.library.Library("mae_fast", "DEF")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS: dict[str, "Op"] = {}
+# Backends that not every machine has: why this one has not, or None.
+MACHINE: dict[str, Callable[[], str | None]] = {}
 _forced: dict[str, str] = {}
 _logged: set[tuple] = set()
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -68,28 +68,23 @@ def anything(*args) -> None:
 def backends(**choices: str) -> Iterator[None]:
     """Force backends by op, in this process: `with mae_fast.backends(masked_mse="reference"):`.
 
-    Raises ValueError on an unknown op or backend, and the op BackendError if it cannot run.
+    Raises ConfigError on an unknown op or backend, and the op BackendError if it cannot run.
     """
+    import mae_fast.ops  # noqa: F401  all of them, so that every name is known
+
+    for op, backend in choices.items():
+        if op not in OPS:
+            raise ConfigError(f"unknown op {op!r} (known: {', '.join(OPS)})")
+        if backend not in OPS[op].backends:
+            known = ", ".join(OPS[op].backends)
+            raise ConfigError(f"{op} has no backend {backend!r} (it has: {known})")
     before = dict(_forced)
-    force(choices)
+    _forced.update(choices)
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
-
-
-def force(choices: dict[str, str]) -> None:
-    """Force backends by op from here on."""
-    import mae_fast.ops  # noqa: F401  all of them, so that every name is known
-
-    for op, backend in choices.items():
-        if op not in OPS:
-            raise ValueError(f"unknown op {op!r} (known: {', '.join(OPS)})")
-        if backend not in OPS[op].backends:
-            known = ", ".join(OPS[op].backends)
-            raise ValueError(f"{op} has no backend {backend!r} (it has: {known})")
-    _forced.update(choices)
 
 
 def why_not_cpp(*tensors: Tensor | None) -> str | None:
@@ -137,8 +132,7 @@ def constant(function: Callable) -> Callable:
     return once
 
 
-@constant
-def load_cpp() -> str | None:
+def _load_cpp() -> str | None:
     """Load the C++ kernels built for this CPU; the reason if that cannot be done, else None."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     folder = Path(__file__).resolve().parent.parent
@@ -163,3 +157,7 @@ def load_cpp() -> str | None:
                 reason = f"the C++ kernels do not load: {e}"
     log.warning("%s; plain torch is used in their place", reason)
     return reason
+
+
+load_cpp = constant(_load_cpp)
+MACHINE["cpp"] = load_cpp

@@ -73,6 +73,7 @@ def _why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
     return why_not_onednn()
 
 
+dispatch.MACHINE["onednn"] = why_not_onednn
 OP = dispatch.Op(
     "linear",
     "fp32 products by the faster CPU library",
