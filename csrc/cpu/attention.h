@@ -15,7 +15,7 @@
 //              where delta = rowsum(do * out). dk^T and dv^T stay in cache, dq is summed in a
 //              buffer of the head.
 //
-// k (q in backward) is packed times 1 / sqrt(d); bf16 and half become float when packed. A task's order of sums depends on the shapes alone: the bits are the same with any
+// k is packed times 1 / sqrt(d), in both, so that backward's scores have forward's bits; bf16 and half become float when packed. A task's order of sums depends on the shapes alone: the bits are the same with any
 // number of threads.
 #pragma once
 
@@ -314,7 +314,7 @@ void bwd(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const
       const Head<const S> qh(q, b, h), kh(k, b, h), vh(v, b, h), oh(out, b, h), doh(dout, b, h);
       const T* lses = lse.data_ptr<T>() + task * Sq;
       const Head<S> dqh(dq, b, h), dkh(dk, b, h), dvh(dv, b, h);
-      copy_rows(qs, d, qh.data, qh.row, Sq, d, scale);
+      copy_rows(qs, d, qh.data, qh.row, Sq, d, T(1));
       copy_rows(dos, d, doh.data, doh.row, Sq, d, T(1));
       for (int64_t i = 0; i < Sq; ++i) {
         delta[i] = at::vec::map2_reduce_all<S>([](auto x, auto y) { return x * y; },
@@ -323,8 +323,8 @@ void bwd(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const
       }
       for (int64_t key = 0; key < Sk; key += BWD_KEYS) {
         const int64_t keys = std::min(Sk - key, BWD_KEYS), n = round_up<T>(keys);
-        copy_rows(kr, dp, kh.at(key), kh.row, keys, d, T(1));
-        copy_transposed(kt, ld, kh.at(key), kh.row, keys, d);
+        copy_rows(kr, dp, kh.at(key), kh.row, keys, d, scale);
+        copy_transposed(kt, ld, kr, dp, keys, d);
         copy_transposed(vt, ld, vh.at(key), vh.row, keys, d);
         for (int64_t i = 0; i < Sq; i += BWD_QUERIES) {
           const int64_t queries = std::min(Sq - i, BWD_QUERIES);
@@ -336,10 +336,11 @@ void bwd(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const
           product(d, n, queries, qi, int64_t(1), d, ds, ld, dkt, ld, i > 0);
           product(queries, dp, keys, ds, ld, int64_t(1), kr, dp, dqs + i * dp, dp, key > 0);
         }
+        copy_rows(dkt, ld, dkt, ld, d, n, scale);
         copy_transposed(dkh.at(key), dkh.row, dkt, ld, d, keys);
         copy_transposed(dvh.at(key), dvh.row, dvt, ld, d, keys);
       }
-      copy_rows(dqh.data, dqh.row, dqs, dp, Sq, d, scale);
+      copy_rows(dqh.data, dqh.row, dqs, dp, Sq, d, T(1));
     }
   });
 }

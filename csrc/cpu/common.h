@@ -54,12 +54,13 @@ inline A sum(const at::vec::Vectorized<A>& v) {
   return at::vec::vec_reduce_all<A>([](auto& a, auto& b) { return a + b; }, v);
 }
 
-// f(i, n) for every vector of a row: n elements from i on, n < the vector's size only at the end.
+// f(i, n) for every vector of a row: n elements from i on. n is a constant, the vector's size, but
+// for what is left at the end, so that f takes it as `auto`.
 template <typename T, typename F>
 inline void each(int64_t size, const F& f) {
   constexpr int64_t V = Vec<T>::size();
   int64_t i = 0;
-  for (; i + V <= size; i += V) f(i, V);
+  for (; i + V <= size; i += V) f(i, std::integral_constant<int64_t, V>());
   if (i < size) f(i, size - i);
 }
 
@@ -68,7 +69,7 @@ inline void each(int64_t size, const F& f) {
 constexpr int64_t kBlocks = 64;
 
 inline int64_t num_blocks(int64_t rows) {
-  return std::clamp<int64_t>(rows / 8, 1, kBlocks);
+  return std::clamp<int64_t>(rows / 32, 1, kBlocks);
 }
 
 // f(block, first row, end row), in parallel over blocks.

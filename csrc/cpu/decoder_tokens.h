@@ -57,7 +57,7 @@ inline Tensor decoder_tokens_fwd(const Tensor& visible_, const std::optional<Ten
         const bool keep = i < kept;
         const scalar_t* token = keep ? vp + (b * kept + i) * size : tp;
         const scalar_t* at = pp + size * (keep ? kp[b * kept + i] : mp[b * masked + i - kept]);
-        each<scalar_t>(size, [&](int64_t j, int64_t n) {
+        each<scalar_t>(size, [&](int64_t j, auto n) {
           store(to + j, load(token + j, n) + load(at + j, n), n);
         });
       }
@@ -90,7 +90,7 @@ inline std::tuple<Tensor, Tensor> decoder_tokens_bwd(const Tensor& dout_, const 
     // A block owns some positions, and looks through all ids for them.
     parallel_blocks(length, [&](int64_t block, int64_t begin, int64_t end) {
       const auto add = [&](A* to, const scalar_t* row) {
-        each<scalar_t>(size, [&](int64_t j, int64_t n) {
+        each<scalar_t>(size, [&](int64_t j, auto n) {
           store(to + j, load(to + j, n) + load(row + j, n), n);
         });
       };

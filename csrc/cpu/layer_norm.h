@@ -11,16 +11,16 @@ void norm_row(const T* row, const acc_t<T>* weight, const acc_t<T>* bias, acc_t<
               int64_t size, T* out, acc_t<T>& mean, acc_t<T>& rstd) {
   using A = acc_t<T>;
   Vec<T> total(A(0)), squares(A(0));
-  each<T>(size, [&](int64_t i, int64_t n) { total = total + load(row + i, n); });
+  each<T>(size, [&](int64_t i, auto n) { total = total + load(row + i, n); });
   mean = sum<A>(total) / size;
   const Vec<T> m(mean);
-  each<T>(size, [&](int64_t i, int64_t n) {
+  each<T>(size, [&](int64_t i, auto n) {
     const auto d = Vec<T>::set(Vec<T>(A(0)), load(row + i, n) - m, n);
     squares = at::vec::fmadd(d, d, squares);
   });
   rstd = 1 / std::sqrt(sum<A>(squares) / size + eps);
   const Vec<T> r(rstd);
-  each<T>(size, [&](int64_t i, int64_t n) {
+  each<T>(size, [&](int64_t i, auto n) {
     const auto x = (load(row + i, n) - m) * r;
     store(out + i, at::vec::fmadd(x, load(weight + i, n), load(bias + i, n)), n);
   });
@@ -63,7 +63,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
       for (int64_t r = begin; r < end; ++r) {
         const scalar_t* row = xp + r * size;
         if (yp) {
-          each<scalar_t>(size, [&](int64_t i, int64_t n) {
+          each<scalar_t>(size, [&](int64_t i, auto n) {
             store(tp + r * size + i, load(row + i, n) + load(yp + r * size + i, n), n);
           });
           row = tp + r * size;
@@ -118,7 +118,7 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
         const scalar_t *row = xp + r * size, *grad = gp + r * size;
         const Vec<scalar_t> m(mp[r]), s(rp[r]);
         Vec<scalar_t> g1(A(0)), g2(A(0));
-        each<scalar_t>(size, [&](int64_t i, int64_t n) {
+        each<scalar_t>(size, [&](int64_t i, auto n) {
           // Past the row's end grad is zero, and so is everything added.
           const auto d = load(grad + i, n), x = (load(row + i, n) - m) * s;
           const auto g = d * load(wp + i, n);
@@ -128,7 +128,7 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
           store(dbias + i, load(dbias + i, n) + d, n);
         });
         const Vec<scalar_t> a(sum<A>(g1) / size), b(sum<A>(g2) / size);
-        each<scalar_t>(size, [&](int64_t i, int64_t n) {
+        each<scalar_t>(size, [&](int64_t i, auto n) {
           const auto x = (load(row + i, n) - m) * s;
           auto d = (load(grad + i, n) * load(wp + i, n) - a - x * b) * s;
           if (tp) d = d + load(tp + r * size + i, n);

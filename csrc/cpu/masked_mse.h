@@ -123,7 +123,7 @@ inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tens
           const Vec<scalar_t> shifts(shift), scales(scale);
           Vec<scalar_t> squares(A(0));
           alignas(64) A target[Vec<scalar_t>::size()];
-          each<scalar_t>(size, [&](int64_t i, int64_t n) {
+          each<scalar_t>(size, [&](int64_t i, auto n) {
             for (int64_t j = 0; j < n; ++j) target[j] = A(pixels[i + j]);
             auto d = load(from + i, n) - (Vec<scalar_t>::loadu(target, n) - shifts) * scales;
             if (n < Vec<scalar_t>::size()) d = Vec<scalar_t>::set(Vec<scalar_t>(A(0)), d, n);
@@ -161,7 +161,7 @@ inline Tensor masked_mse_bwd(const Tensor& diff_, const Tensor& dloss) {
     constexpr int64_t kChunk = 1 << 14;
     at::parallel_for(0, diff.numel() / kChunk + 1, 1, [&](int64_t begin, int64_t end) {
       const int64_t start = begin * kChunk, stop = std::min(end * kChunk, diff.numel());
-      each<scalar_t>(stop - start, [&](int64_t i, int64_t n) {
+      each<scalar_t>(stop - start, [&](int64_t i, auto n) {
         store(to + start + i, load(from + start + i, n) * f, n);
       });
     });
