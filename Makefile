@@ -65,7 +65,7 @@ bench: setup
 	@$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 tables: setup
-	@$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf .venv build mae_fast/*.so *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -45,6 +45,16 @@ def spread(samples: Sequence[float]) -> float:
     return (max(samples) - min(samples)) / statistics.median(samples)
 
 
+def share(
+    record: dict, work: dict, seconds: Sequence[float], product: str = "engine_product"
+) -> float:
+    """Of the product rate where `work` has "flop", else of the copy bandwidth for its "bytes": the
+    median over the rounds of a record, whose "limits" were timed in the same rounds."""
+    unit, name = ("flop", product) if work["flop"] else ("bytes", "copy")
+    limit = record["limits"][name]
+    return work[unit] / limit[unit] * ratio(limit["seconds"], seconds)
+
+
 def append(path: str, record: dict) -> None:
     """Add one line of JSON to a file of records."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import tyro
 from benchmarks import machine
 from benchmarks.ops.bench_overhead import WAYS, call
 from benchmarks.ops.case import CLIPS, MODEL, Case
-from benchmarks.timing import append, interleave, ratio, spread
+from benchmarks.timing import append, interleave, ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.environment import environment
 from mae_fast.ops import OPS
@@ -102,19 +102,12 @@ def show(record: dict) -> None:
     """One line for each backend."""
     for name, samples in record["seconds"].items():
         faster = ratio(record["seconds"][record["baseline"]], samples)
+        reached = share(record, record, samples)
         print(
             f"{record['op']:16} {record['shape']:32} {name:10} "
             f"{1e3 * statistics.median(samples):9.3f} ms (spread {spread(samples):.0%}), "
-            f"{faster:6.2f}x {record['baseline']}, {share(record, samples):.0%} of the machine"
+            f"{faster:6.2f}x {record['baseline']}, {reached:.0%} of the machine"
         )
-
-
-def share(record: dict, samples: list[float]) -> float:
-    """Of the copy bandwidth, or of the product rate for an op that is bound by its products: the
-    median over rounds."""
-    unit, name = ("flop", "engine_product") if record["flop"] else ("bytes", "copy")
-    limit = record["limits"][name]
-    return record[unit] / limit[unit] * ratio(limit["seconds"], samples)
 
 
 def repeated(function: Callable[[], object]) -> Callable[[], None]:
