@@ -62,7 +62,8 @@ sanitize: setup
 	  --ignore=../../tests/ops/test_dispatch.py -k 'not home' $(ARGS) ../../tests/ops
 
 bench: setup
-	@$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
+	@$(BIN)/python -m pytest benchmarks --benchmark-group-by=func \
+	  --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 tables: setup
 	@$(BIN)/python -m benchmarks.tables
