@@ -62,10 +62,11 @@ sanitize: setup
 	  --ignore=../../tests/ops/test_dispatch.py -k 'not home' $(ARGS) ../../tests/ops
 
 bench: setup
-	@$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
+	@$(BIN)/python -m pytest benchmarks --benchmark-group-by=func \
+	  --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 tables: setup
-	@$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf .venv build mae_fast/*.so *.egg-info .pytest_cache .ruff_cache .benchmarks

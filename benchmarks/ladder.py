@@ -1,19 +1,21 @@
 """Training steps of mae_fast beside the official code's, rung by rung, and a peer's.
 
-    python -m benchmarks.ladder --model vit_base --batch 2 --out benchmarks/results/ladder.jsonl
+    python -m benchmarks.ladder --batch 1 2 4 --out benchmarks/results/ladder.jsonl
+    python -m benchmarks.ladder --engines mae_fast_encode_all --out benchmarks/results/ladder.jsonl
 
-Every round runs one step of every engine, in an order drawn anew, so that a machine whose speed
-drifts is the same for all of them; ratios are taken round by round. Before anything is timed,
-engines that compute the same model must give the same loss from the same weights and mask. Peak
-memory is that of a process of its own. `--quick` keeps the harness working and says nothing.
+Steps are taken in turn (benchmarks/timing.py), the machine's limits among them. Before anything is
+timed, engines that compute the same model must give the same loss from the same weights and mask.
+Peak memory is that of a process of its own. `--quick` keeps the harness working and says nothing.
+
+`mae_fast_encode_all` is masking at 0%: the encoder sees every token. The decoder and the loss stay
+those of the 90% mask, since 0% leaves nothing to predict; the paper's dense encoder is the same.
 """
 
-import json
-import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,20 +23,28 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.baselines import BASELINES
+from benchmarks import machine
+from benchmarks.baselines import BASELINES, OFFICIAL, OfficialMAE, normalise
+from benchmarks.baselines.official_repository import OfficialRepository
 from benchmarks.baselines.training import CLIP_GRAD, LR, Built
 from benchmarks.baselines.transformers_videomae import VIDEOMAE_B
+from benchmarks.flops import official_step_flop, step_flop
+from benchmarks.timing import append, interleave, ratio
 from mae_fast.config import ModelConfig, TrainConfig, preset
 from mae_fast.environment import environment
-from mae_fast.forward import forward
+from mae_fast.forward import decode, encode, forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.metrics import memory_mb
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.masked_mse import masked_mse
 from mae_fast.optim import clipped_step, make_optimizer
 
 OURS = "mae_fast"
 WITHOUT = OURS + "_without_"  # one exact saving switched off
+ENCODE_ALL = OURS + "_encode_all"
+REPOSITORY = "official_repository"
 ENGINES = (OURS, "official_eager", "official_sdpa", "official_sdpa_fused_adamw")
+QUICK = preset("vit_tiny", img_size=32, depth=2, decoder_depth=2)
 
 
 @dataclass(frozen=True)
@@ -44,88 +54,109 @@ class Args:
     Args:
         model: vit_tiny ... vit_huge, or videomae_base, transformers' default (for its engines).
             Clips of 16 x 224 x 224.
-        batch: clips a step.
+        batch: clips a step; a record for each number.
         ratio: masked share.
         engines: what to compare; see benchmarks/baselines. mae_fast is always there;
             mae_fast_without_visible_embed, say, has that saving switched off.
+        official: a checkout of facebookresearch/mae_st, to run as official_repository.
         rounds: timed steps of each engine.
         precision: fp32, or bf16 by autocast.
-        out: append the record to this file.
+        out: append the records to this file.
         quick: a tiny model and two rounds, to see that the harness works.
         memory: only run two steps of this engine and print the peak memory in MB.
     """
 
     model: str = "vit_base"
-    batch: int = 2
+    batch: tuple[int, ...] = (2,)
     ratio: float = 0.9
     engines: tuple[str, ...] = ENGINES
+    official: str = ""
     rounds: int = 5
     precision: str = "fp32"
     out: str = ""
     quick: bool = False
     memory: str = ""
 
+    @property
+    def cfg(self) -> ModelConfig:
+        if self.quick:
+            return QUICK
+        return VIDEOMAE_B if self.model == "videomae_base" else preset(self.model)
+
 
 def main(args: Args) -> None:
-    cfg = VIDEOMAE_B if args.model == "videomae_base" else preset(args.model)
-    if args.quick:
-        cfg = preset("vit_tiny", img_size=32, depth=2, decoder_depth=1)
+    for batch in args.batch:
+        if args.memory:
+            print(peak_memory(args.memory, args, batch))
+        else:
+            compare(args, batch)
+
+
+def compare(args: Args, batch: int) -> None:
+    """Check, time and record the engines at one number of clips."""
     torch.manual_seed(0)
-    shape = (args.batch, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-    clips = torch.randint(0, 256, shape, dtype=torch.uint8)
-    if args.memory:
-        built = build(args.memory, cfg, args.ratio, args.precision)
-        for _ in range(2):
-            built.step(clips, torch.rand(args.batch, cfg.num_patches))
-        print(memory_mb(clips.device))
-        return
-    names = [OURS, *(n for n in args.engines if n != OURS)]
-    built = {name: build(name, cfg, args.ratio, args.precision) for name in names}
-    check_losses(built, clips, cfg, args.precision)
-    seconds = time_rounds(built, clips, cfg, 2 if args.quick else args.rounds)
-    memory = {name: measure_memory(name, args) for name in names}
+    cfg, clips = args.cfg, make_clips(args.cfg, batch)
+    names = [OURS, *(n for n in args.engines if n != OURS), *([REPOSITORY] * bool(args.official))]
+    built = {name: build(name, args) for name in names}
+    check_losses(built, clips, args)
+    limits = machine.limits(args.quick)
+    seconds, update_after = time_rounds(built, limits, clips, 2 if args.quick else args.rounds)
+    engines = {
+        name: {
+            "step": seconds[name],
+            "forward_backward": update_after[name],
+            "flop": flop(name, cfg, batch, args.ratio),
+            "peak_memory_mb": measure_memory(name, args, batch),
+        }
+        for name in names
+    }
     record = {
         "what": "training step, synthetic clips, interleaved",
-        "model": args.model,
-        "batch_clips": args.batch,
+        "model": "quick" if args.quick else args.model,
+        "batch_clips": batch,
         "ratio": args.ratio,
         "precision": args.precision,
-        "engines": {
-            n: {"step": s, "forward_backward": f, "peak_memory_mb": memory[n]}
-            for n, (s, f) in seconds.items()
-        },
+        "engines": engines,
+        "limits": machine.as_record(limits, seconds),
         "environment": environment(),
     }
-    for name in names:
-        step, both = (ratio(record, name, key) for key in ("step", "forward_backward"))
+    if args.official:
+        record[REPOSITORY] = OfficialRepository(args.official).source()
+    for name, engine in engines.items():
+        faster = [ratio(engine[key], engines[OURS][key]) for key in ("step", "forward_backward")]
         print(
-            f"{name:28} {statistics.median(seconds[name][0]):8.3f} s a step  "
-            f"{step:5.2f}x ours, forward + backward {both:5.2f}x, {memory[name]:6.0f} MB"
+            f"{name:28} {batch} clips, {statistics.median(engine['step']):8.3f} s a step, "
+            f"{faster[0]:5.2f}x ours, forward + backward {faster[1]:5.2f}x, "
+            f"{engine['peak_memory_mb']:6.0f} MB"
         )
-    if args.out and not args.quick:
-        with open(args.out, "a") as f:
-            f.write(json.dumps(record) + "\n")
+    if args.out:
+        append(args.out, record)
 
 
-def ratio(record: dict, name: str, key: str) -> float:
-    """Median over rounds of an engine's time over ours in the same round."""
-    engines = record["engines"]
-    pairs = zip(engines[name][key], engines[OURS][key], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+def make_clips(cfg: ModelConfig, batch: int) -> Tensor:
+    """Random uint8 clips [B, C, T, H, W]."""
+    shape = (batch, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
-def build(name: str, cfg: ModelConfig, mask_ratio: float, precision: str) -> Built:
+def build(name: str, args: Args) -> Built:
     """An engine by name, ready to train."""
+    cfg, precision = args.cfg, args.precision
+    if name == REPOSITORY:
+        return OfficialRepository(args.official).build(cfg, args.ratio, precision=precision)
     if not name.startswith(OURS):
-        return BASELINES[name].build(cfg, mask_ratio, precision=precision)
+        return BASELINES[name].build(cfg, args.ratio, precision=precision)
     without = [name[len(WITHOUT) :]] if name.startswith(WITHOUT) else []
     model = MaskedAutoencoder(cfg)
     optimizer = make_optimizer(model, TrainConfig())
 
     def step(clips: Tensor, noise: Tensor) -> Tensor:
-        ids = ids_from_noise(noise, num_keep("random", cfg.grid, mask_ratio))
+        ids = ids_from_noise(noise, num_keep("random", cfg.grid, args.ratio))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss, _ = forward(model.params(), model.spec, clips, *ids, without=without)
+            if name == ENCODE_ALL:
+                loss = encode_all_loss(model, clips, *ids)
+            else:
+                loss, _ = forward(model.params(), model.spec, clips, *ids, without=without)
         loss.backward()
         clipped_step(optimizer, LR, CLIP_GRAD)
         return loss.detach()
@@ -133,48 +164,100 @@ def build(name: str, cfg: ModelConfig, mask_ratio: float, precision: str) -> Bui
     return Built(model, optimizer, step)
 
 
-def check_losses(built: dict[str, Built], clips: Tensor, cfg: ModelConfig, precision: str) -> None:
+def encode_all_loss(
+    model: MaskedAutoencoder, clips: Tensor, ids_keep: Tensor, ids_mask: Tensor
+) -> Tensor:
+    """The loss on masked tokens where the encoder has seen every token, and hands over the kept."""
+    params, s = model.params(), model.spec
+    latent = encode(params, s, clips, torch.cat([ids_keep, ids_mask], dim=1))
+    latent = latent[:, : latent.shape[1] - ids_mask.shape[1]]  # (cls and) the kept stand first
+    pred = decode(params, s, latent, ids_keep, ids_mask)
+    pixels = (s.target_frames, s.pred_t_patch, s.patch, s.mean, s.std, s.norm_pix_loss)
+    return masked_mse(pred, clips, ids_mask, *pixels)
+
+
+def check_losses(built: dict[str, Built], clips: Tensor, args: Args) -> None:
     """The first step's loss, which also warms up: the same weights and mask, the same loss."""
-    noise = torch.rand(len(clips), cfg.num_patches)
+    noise = torch.rand(len(clips), args.cfg.num_patches)
     ours = built[OURS]
     state = {k: v.clone() for k, v in ours.model.state_dict().items()}
     expected = float(ours.step(clips, noise))
     for name, engine in built.items():
-        if name == OURS or name.startswith("transformers"):
+        if name == OURS:
+            continue
+        if name.startswith("transformers"):  # another model
+            engine.step(clips, noise)
             continue
         engine.model.load_state_dict(state)
+        want = official_encode_all(state, clips, noise, args) if name == ENCODE_ALL else expected
         loss = float(engine.step(clips, noise))
-        if abs(loss / expected - 1) > (1e-5 if precision == "fp32" else 1e-2):
-            raise SystemExit(f"{name} gives loss {loss}, mae_fast {expected}: nothing is timed")
+        if not abs(loss / want - 1) <= (1e-5 if args.precision == "fp32" else 1e-2):
+            raise SystemExit(f"{name} gives loss {loss}, expected {want}: nothing is timed")
+
+
+@torch.no_grad()
+def official_encode_all(
+    state: dict[str, Tensor], clips: Tensor, noise: Tensor, args: Args
+) -> float:
+    """What the official model gives where its encoder sees every token."""
+    model = OfficialMAE(args.cfg, "sdpa")
+    model.load_state_dict(state)
+    video, kept = normalise(clips), num_keep("random", args.cfg.grid, args.ratio)
+    latent, _, ids_restore = model.encode(video, 0.0, noise)
+    mask = (ids_restore >= kept).float()
+    pred = model.decode(latent[:, : int(args.cfg.cls_embed) + kept], ids_restore, mask)
+    return float(model.loss(video, pred, mask))
 
 
 def time_rounds(
-    built: dict[str, Built], clips: Tensor, cfg: ModelConfig, rounds: int
-) -> dict[str, tuple[list[float], list[float]]]:
-    """{engine: (seconds of each step, seconds until its optimizer began)}."""
-    times = {name: ([], []) for name in built}
+    built: dict[str, Built], limits: dict[str, machine.Limit], clips: Tensor, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """({engine or limit: seconds of each round}, {engine: seconds until its optimizer began})."""
+    update_after = {name: [] for name in built}
+    num_patches = built[OURS].model.cfg.num_patches
     began_update = [0.0]
-    for engine in built.values():
+
+    def timed(name: str, engine: Built) -> Callable[[], None]:
+        def step() -> None:
+            noise = torch.rand(len(clips), num_patches)
+            begin = time.perf_counter()
+            engine.step(clips, noise)
+            update_after[name].append(began_update[0] - begin)
+
+        return step
+
+    functions = {name: limit.run for name, limit in limits.items()}
+    for name, engine in built.items():
         engine.optimizer.register_step_pre_hook(
             lambda *_: began_update.__setitem__(0, time.perf_counter())
         )
-    order = list(built)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            noise = torch.rand(len(clips), cfg.num_patches)
-            begin = time.perf_counter()
-            built[name].step(clips, noise)
-            times[name][0].append(time.perf_counter() - begin)
-            times[name][1].append(began_update[0] - begin)
-    return times
+        functions[name] = timed(name, engine)
+    return interleave(functions, rounds), update_after
 
 
-def measure_memory(name: str, args: Args) -> float:
-    """Peak resident memory in MB of a process that does two steps of one engine."""
+def flop(name: str, cfg: ModelConfig, clips: int, mask_ratio: float) -> int | None:
+    """FLOP of one step (benchmarks/flops.py); None for a model that is not counted."""
+    if name == REPOSITORY or name in OFFICIAL:
+        return official_step_flop(cfg, clips, mask_ratio)
+    if not name.startswith(OURS):
+        return None
+    without = [name[len(WITHOUT) :]] if name.startswith(WITHOUT) else []
+    return step_flop(cfg, clips, mask_ratio, without, encode_all=name == ENCODE_ALL)
+
+
+def peak_memory(name: str, args: Args, batch: int) -> float:
+    """Peak resident memory in MB of this process after two steps."""
+    built, clips = build(name, args), make_clips(args.cfg, batch)
+    for _ in range(2):
+        built.step(clips, torch.rand(batch, args.cfg.num_patches))
+    return memory_mb(clips.device)
+
+
+def measure_memory(name: str, args: Args, batch: int) -> float:
+    """Peak resident memory in MB of a process of its own that does two steps of one engine."""
     command = [sys.executable, "-m", "benchmarks.ladder", "--memory", name, "--model", args.model]
-    command += ["--batch", str(args.batch), "--ratio", str(args.ratio)]
-    command += ["--precision", args.precision, *(["--quick"] if args.quick else [])]
+    command += ["--batch", str(batch), "--ratio", str(args.ratio), "--precision", args.precision]
+    command += ["--official", args.official, *(["--quick"] if args.quick else [])]
     root = Path(__file__).resolve().parent.parent
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     return float(run.stdout)

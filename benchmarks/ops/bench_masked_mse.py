@@ -1,49 +1,50 @@
 """The loss at 90%: masked patches only, from uint8, against the official one over all patches."""
 
-import pytest
 import torch
 
-from mae_fast import preset
-from mae_fast.masking import draw_ids, mask_from_keep
-from mae_fast.ops.masked_mse import masked_mse_ref, target_patches
-
-CFG = preset("vit_base")
-BATCH = 2
+from benchmarks.ops.case import EPS, MEAN, STD, Case, clip_and_ids, entry, forward_backward, rows
+from mae_fast.masking import mask_from_keep
+from mae_fast.ops.masked_mse import masked_mse, masked_mse_ref
 
 
-def ours(video, keep, masked, pred):
-    """pred [B, M, 768] in mask order."""
-    target = target_patches(video, masked, CFG.target_frames, 1, 16, 0.45, 0.225, pred.dtype)
-    return masked_mse_ref(pred, target, norm_pix_loss=True)
+def decoder(cfg, clips):
+    video, normal, keep, masked = clip_and_ids(cfg, clips)
+    (t, h, w), u, p, length = cfg.grid, cfg.pred_t_patch_size, cfg.patch_size, cfg.num_patches
+    full = torch.randn(clips, length, cfg.pred_dim)
+    some = rows(full, masked).contiguous()
+    pixels = (cfg.target_frames, u, p, MEAN, STD, True)
+    frames = torch.tensor(cfg.target_frames)
+
+    def official():
+        """full [B, L, P] in patch order; the clip is normalised by the loader, for free."""
+        x = normal.index_select(2, frames).reshape(clips, -1, t, u, h, p, w, p)
+        target = torch.einsum("nctuhpwq->nthwupqc", x).reshape(full.shape)
+        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+        loss = ((full - (target - mean) / (var + EPS) ** 0.5) ** 2).mean(-1)
+        mask = mask_from_keep(keep, length)
+        return (loss * mask).sum() / mask.sum()
+
+    return Case(
+        "masked_mse",
+        f"{clips} clips, pred {list(some.shape)}",
+        forward_backward(lambda: masked_mse(some, video, masked, *pixels), [some]),
+        forward_backward(official, [full]),
+        "official",
+        bytes=9 * some.numel(),  # pred and a byte of the clip -> the gradient
+        project=lambda loss, grad: (loss, rows(grad, masked)),
+    )
 
 
-def official(video, keep, masked, pred):
-    """pred [B, L, 768] in patch order; the clip is normalised by the loader, for free."""
-    x = video.index_select(2, torch.tensor(CFG.target_frames))
-    x = x.reshape(BATCH, 3, 8, 1, 14, 16, 14, 16)
-    target = torch.einsum("nctuhpwq->nthwupqc", x).reshape(BATCH, 1568, 768)
-    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-    target = (target - mean) / (var + 1e-6) ** 0.5
-    loss = ((pred - target) ** 2).mean(-1)
-    mask = mask_from_keep(keep, 1568)
-    return (loss * mask).sum() / mask.sum()
+def smallest():
+    """A patch of two pixels: the variance of one is not defined."""
+    video = torch.zeros(1, 2, 1, 1, 1, dtype=torch.uint8)
+    pred, ids = torch.randn(1, 1, 2, requires_grad=True), torch.zeros(1, 1, dtype=torch.int32)
+    args = pred, video, ids, (0,), 1, 1, MEAN, STD, True
+
+    def bare(*args):
+        return torch.ops.mae_fast.masked_mse_fwd(*args, True)
+
+    return masked_mse, bare, masked_mse_ref, args
 
 
-@pytest.mark.parametrize("form", [ours, official], ids=lambda f: f.__name__)
-def bench_masked_mse(benchmark, form):
-    torch.manual_seed(0)
-    video = torch.randint(0, 256, (BATCH, 3, 16, 224, 224), dtype=torch.uint8)
-    normal = (video.float() / 255 - 0.45) / 0.225
-    keep, masked = draw_ids("random", CFG.grid, 0.9, seed=0, step=0, samples=torch.arange(BATCH))
-    full = torch.randn(BATCH, 1568, 768)
-    some = full.gather(1, masked.long()[..., None].expand(-1, -1, 768))
-    forms = {ours: (video, some.requires_grad_()), official: (normal, full.requires_grad_())}
-    torch.testing.assert_close(*(f(clip, keep, masked, pred) for f, (clip, pred) in forms.items()))
-    clip, pred = forms[form]
-
-    def forward_backward():
-        loss = form(clip, keep, masked, pred)
-        return torch.autograd.grad(loss, pred)
-
-    benchmark.extra_info.update(batch=BATCH, ratio=0.9, dtype="uint8 -> fp32")
-    benchmark(forward_backward)
+bench_masked_mse = entry("masked_mse", decoder, baseline="official")

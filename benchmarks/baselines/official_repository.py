@@ -1,0 +1,134 @@
+"""The official repository itself (facebookresearch/mae_st, a checkout of it), as one more engine.
+
+It imports itself as `mae_st` and needs timm, iopath and simplejson, of which it uses a handful of
+names: stand-ins for these are made here while it is imported, and taken away again. Nothing is
+written into the checkout.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines.official import EPS, normalise
+from benchmarks.baselines.training import Built, make_optimizer, make_step
+from mae_fast.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class OfficialRepository:
+    """models_mae.py of the checkout at `path`, trained as its engine_pretrain.py does."""
+
+    path: str
+    name: str = "official_repository"
+
+    def build(
+        self,
+        cfg: ModelConfig,
+        mask_ratio: float = 0.9,
+        device: str = "cpu",
+        precision: str = "fp32",
+    ) -> Built:
+        """The model with its own starting values. ValueError on a variant that it is not."""
+        if cfg.variant != "mae_st":
+            raise ValueError(f"the official repository has no variant {cfg.variant}")
+        names = "img_size patch_size in_chans embed_dim depth num_heads decoder_embed_dim"
+        names += " decoder_depth decoder_num_heads mlp_ratio norm_pix_loss num_frames t_patch_size"
+        names += " no_qkv_bias sep_pos_embed trunc_init cls_embed pred_t_dim"
+        settings = {name: getattr(cfg, name) for name in names.split()}
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that it is there
+            model = import_models(self.path).MaskedAutoencoderViT(
+                norm_layer=partial(nn.LayerNorm, eps=EPS), **settings
+            )
+        model.to(device).train()
+        optimizer = make_optimizer(model)
+
+        def loss_of(clips: Tensor, noise: Tensor | None) -> Tensor:
+            if clips.dtype == torch.uint8:
+                clips = normalise(clips)
+            # The noise is the only random number of its forward.
+            given = contextlib.nullcontext()
+            if noise is not None:
+                given = mock.patch.object(torch, "rand", lambda *size, device: noise.to(device))
+            with given:
+                return model(clips, mask_ratio)[0]
+
+        return Built(model, optimizer, make_step(model, optimizer, loss_of, precision))
+
+    def source(self) -> str:
+        """A hash of the files that make the model, for records: a checkout may have no git."""
+        files = (Path(self.path) / name for name in ("models_mae.py", "util/video_vit.py"))
+        return "sha256 " + hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+
+
+def import_models(path: str) -> ModuleType:
+    """models_mae.py of the checkout. Raises FileNotFoundError where there is none."""
+    if not (Path(path) / "models_mae.py").exists():
+        raise FileNotFoundError(f"{path} has no models_mae.py: it is no checkout of mae_st")
+    with _stand_ins(path):
+        return importlib.import_module("mae_st.models_mae")
+
+
+@contextlib.contextmanager
+def _stand_ins(path: str) -> Iterator[None]:
+    """Modules under the names that the repository imports, for as long as it does so."""
+    package = ModuleType("mae_st")
+    package.__path__ = [path]
+    contents = {
+        "timm": {},
+        "timm.models": {},
+        "timm.models.layers": {"to_2tuple": lambda x: x if isinstance(x, tuple) else (x, x)},
+        "timm.models.vision_transformer": {"DropPath": _NoDropPath, "Mlp": _Mlp},
+        "iopath": {},
+        "iopath.common": {},
+        "iopath.common.file_io": {"g_pathmgr": None},
+        "simplejson": {},
+    }
+    made = {"mae_st": package}
+    for name, names in contents.items():
+        made[name] = ModuleType(name)
+        made[name].__dict__.update(names)
+    before = {name: sys.modules.get(name) for name in made}
+    sys.modules.update(made)
+    try:
+        yield
+    finally:
+        for name in [n for n in sys.modules if n.startswith("mae_st.")]:
+            del sys.modules[name]
+        for name, module in before.items():
+            sys.modules.pop(name)
+            if module is not None:
+                sys.modules[name] = module
+
+
+class _NoDropPath(nn.Module):
+    """Pre-training drops no path."""
+
+    def __init__(self, drop_prob: float) -> None:
+        raise ValueError(f"drop_path must be 0 in pre-training, got {drop_prob}")
+
+
+class _Mlp(nn.Module):
+    """The MLP under timm's argument and parameter names."""
+
+    def __init__(
+        self, in_features: int, hidden_features: int, act_layer: type[nn.Module], drop: float
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -1,0 +1,89 @@
+"""Loss curves: training with every op forced to its reference, and with the ops chosen as ever.
+
+    python -m benchmarks.curves --model vit_base --out benchmarks/results/curves.jsonl
+
+Same starting values, clips and masks; the losses may differ by rounding only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+import mae_fast
+from benchmarks.baselines.training import CLIP_GRAD
+from benchmarks.timing import append
+from mae_fast.config import ModelConfig, TrainConfig, preset
+from mae_fast.environment import environment
+from mae_fast.masking import draw_ids
+from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops import OPS
+from mae_fast.optim import clipped_step, make_optimizer
+
+LR = 1e-3  # large enough that the losses move in a few steps
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train twice on the same random clips and compare the losses.
+
+    Args:
+        model: vit_tiny ... vit_huge.
+        steps: training steps.
+        batch: clips a step.
+        out: append the record to this file.
+        quick: clips of 32 x 32 and three steps, to see that the harness works.
+    """
+
+    model: str = "vit_tiny"
+    steps: int = 20
+    batch: int = 2
+    out: str = ""
+    quick: bool = False
+
+
+def main(args: Args) -> None:
+    cfg = preset(args.model, **({"img_size": 32} if args.quick else {}))
+    steps = 3 if args.quick else args.steps
+    with mae_fast.backends(**dict.fromkeys(OPS, "reference")):
+        reference = losses(cfg, steps, args.batch)
+    chosen = losses(cfg, steps, args.batch)
+    greatest = max(abs(c / r - 1) for c, r in zip(chosen, reference, strict=True))
+    for step, (c, r) in enumerate(zip(chosen, reference, strict=True)):
+        print(f"step {step:3}  chosen {c:.7f}  reference {r:.7f}")
+    print(f"greatest relative difference {greatest:.1e}")
+    if args.out:
+        record = {
+            "what": "losses, ops chosen against all forced to reference",
+            "model": "quick" if args.quick else args.model,
+            "batch_clips": args.batch,
+            "ratio": 0.9,
+            "precision": "fp32",
+            "lr": LR,
+            "chosen": chosen,
+            "reference": reference,
+            "greatest_relative_difference": greatest,
+            "environment": environment(),
+        }
+        append(args.out, record)
+
+
+def losses(cfg: ModelConfig, steps: int, clips: int) -> list[float]:
+    """The loss of each training step, from seeds."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(cfg)
+    optimizer = make_optimizer(model, TrainConfig())
+    size = (clips, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
+    found = []
+    for step in range(steps):
+        video = torch.randint(0, 256, size, dtype=torch.uint8)
+        ids = draw_ids("random", cfg.grid, 0.9, seed=0, step=step, samples=torch.arange(clips))
+        loss, _, _ = model(video, ids_keep=ids[0], ids_mask=ids[1])
+        loss.backward()
+        clipped_step(optimizer, LR, CLIP_GRAD)
+        found.append(loss.item())
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,63 @@
+"""What this machine can do at most: the bandwidth of a copy and the rate of fp32 products.
+
+    python -m benchmarks.machine
+
+Whatever is held against these is measured in the same process, and round by round with them.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.timing import interleave, spread
+from mae_fast.ops.linear import linear
+
+COPY_BYTES = 128 << 20  # of each of the two tensors: beyond any cache
+SIDE = 2048  # of the matrices: large enough for the best rate, 0.1 s at 170 GFLOP/s
+
+
+class Limit(NamedTuple):
+    """One function to time, and the bytes it moves or the FLOP it does."""
+
+    run: Callable[[], object]
+    unit: str  # "bytes" or "flop"
+    amount: int
+
+
+def limits(quick: bool = False) -> dict[str, Limit]:
+    """`copy`: bytes read + written. `torch_mm`: torch's own sgemm, which is MKL's on most builds.
+    `engine_product`: the product that mae_fast's linear layers use here, oneDNN's on AMD."""
+    side, length = (256, 1 << 18) if quick else (SIDE, COPY_BYTES // 4)
+    a, b, out = torch.rand(side, side), torch.rand(side, side), torch.empty(side, side)
+    source, target = torch.ones(length), torch.zeros(length)
+    found = {
+        "copy": Limit(lambda: target.copy_(source), "bytes", 8 * length),
+        "torch_mm": Limit(lambda: torch.mm(a, b, out=out), "flop", 2 * side**3),
+        "engine_product": Limit(lambda: linear(a, b), "flop", 2 * side**3),
+    }
+    for limit in found.values():
+        limit.run()
+    return found
+
+
+def as_record(found: dict[str, Limit], seconds: dict[str, list[float]]) -> dict[str, dict]:
+    """{limit: {"bytes" or "flop": a call's, "seconds": samples}}, for a record."""
+    return {n: {unit: amount, "seconds": seconds[n]} for n, (_, unit, amount) in found.items()}
+
+
+def main() -> None:
+    found = limits()
+    seconds = interleave({name: limit.run for name, limit in found.items()}, rounds=7)
+    for name, samples in seconds.items():
+        rate = found[name].amount / 1e9
+        unit = "GB/s" if found[name].unit == "bytes" else "GFLOP/s"
+        print(
+            f"{name:15} {rate / statistics.median(samples):7.1f} {unit}, best "
+            f"{rate / min(samples):.1f}, spread {spread(samples):.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

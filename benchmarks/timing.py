@@ -1,0 +1,62 @@
+"""Times taken in turn: every round runs each function once, in an order drawn anew, so that a
+machine whose speed drifts is the same for all of them; ratios are then taken round by round."""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # more than a last-level cache holds
+
+
+def interleave(
+    functions: dict[str, Callable[[], object]], rounds: int, cold: bool = False
+) -> dict[str, list[float]]:
+    """{name: seconds of its one call in each round}. Call each once before: this does not warm up.
+
+    cold: other memory is read before each call, so that none finds its inputs in a cache and all
+    can be held against the bandwidth of memory.
+    """
+    times = {name: [] for name in functions}
+    flush = torch.ones(FLUSH_BYTES // 4) if cold else None
+    order = list(functions)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            if cold:
+                flush.sum()
+            begin = time.perf_counter()
+            functions[name]()
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median over rounds of a's time over b's in the same round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def spread(samples: Sequence[float]) -> float:
+    """(slowest - fastest) / median."""
+    return (max(samples) - min(samples)) / statistics.median(samples)
+
+
+def share(
+    record: dict, work: dict, seconds: Sequence[float], product: str = "engine_product"
+) -> float:
+    """Of the product rate where `work` has "flop", else of the copy bandwidth for its "bytes": the
+    median over the rounds of a record, whose "limits" were timed in the same rounds."""
+    unit, name = ("flop", product) if work["flop"] else ("bytes", "copy")
+    limit = record["limits"][name]
+    return work[unit] / limit[unit] * ratio(limit["seconds"], seconds)
+
+
+def append(path: str, record: dict) -> None:
+    """Add one line of JSON to a file of records."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as f:
+        f.write(json.dumps(record) + "\n")
