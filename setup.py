@@ -80,6 +80,8 @@ def cpu_kernels() -> dict:
                 "-O3",
                 "-g0",
                 "-Wno-unknown-pragmas",
+                "-Wno-maybe-uninitialized",
+                "-Wno-uninitialized",
                 "-fopenmp",
                 f"-DCPU_CAPABILITY={name.upper()}",
                 f"-DCPU_CAPABILITY_{name.upper()}",
