@@ -5,7 +5,8 @@ a model (or an adapter) hands over `Params` and a `Spec`. Work is left out only 
 mathematics does not need it; SAVINGS names each of these, and each can be switched off.
 """
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -240,12 +241,42 @@ def transformer_block(
     """
     if qkv is None:
         x, h = _norm(x, y, p.norm1, eps)
-        inputs = ((h[:, first:], p.q), (h, p.k), (h, p.v))
-        qkv = [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
+        with _made_again(h, layer_norm, x, *p.norm1, eps):
+            inputs = ((h[:, first:], p.q), (h, p.k), (h, p.v))
+            qkv = [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
     a = attention(*qkv).flatten(2)  # [B, S - first, D]
     x, h = _norm(x[:, first:], linear(a, *p.proj), p.norm2, eps)
-    h = bias_gelu(linear(h, p.fc1.weight), p.fc1.bias)
-    return x, linear(h, *p.fc2)
+    with _made_again(h, layer_norm, x, *p.norm2, eps):
+        h = linear(h, p.fc1.weight)
+    g = bias_gelu(h, p.fc1.bias)
+    with _made_again(g, bias_gelu, h, p.fc1.bias):
+        return x, linear(g, *p.fc2)
+
+
+@contextlib.contextmanager
+def _made_again(out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
+    """What is called inside keeps, in place of `out`, how to make it again: function(*args), a pass
+    over memory. Norms and activations are two thirds of what a block would keep for backward."""
+    if (
+        not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    ):  # a compiler chooses for itself
+        yield
+        return
+    storage = out.untyped_storage()._cdata
+    args = [a.detach() if torch.is_tensor(a) else a for a in args]
+
+    def pack(t: Tensor):
+        mine = t.untyped_storage()._cdata == storage
+        return (t.shape, t.stride(), t.storage_offset()) if mine else t
+
+    def unpack(kept):
+        if torch.is_tensor(kept):
+            return kept
+        with torch.no_grad():
+            return function(*args).as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def _norm(x: Tensor, y: Tensor | None, p: Affine, eps: float) -> tuple[Tensor, Tensor]:
