@@ -101,6 +101,7 @@ def compare(args: Args, batch: int) -> None:
     check_losses(built, clips, args)
     limits = machine.limits(args.quick)
     seconds, update_after = time_rounds(built, limits, clips, 2 if args.quick else args.rounds)
+    built.clear()  # what follows needs the memory
     engines = {
         name: {
             "step": seconds[name],
