@@ -4,23 +4,23 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ops.case import MEAN, STD, Case, clip_and_ids, entry, forward_backward, rows
-from mae_fast.ops.linear import linear
-from mae_fast.ops.patchify_gather import patchify_gather_ref
+from mae_fast.ops.patch_embed import patch_embed, patch_embed_ref
 
 
 def encoder(cfg, clips):
     video, normal, ids, _ = clip_and_ids(cfg, clips)
     size = (cfg.t_patch_size, cfg.patch_size, cfg.patch_size)
     weight = torch.randn(cfg.embed_dim, cfg.in_chans, *size).mul_(0.02)
-    leaves = weight, torch.zeros(cfg.embed_dim)
+    leaves = weight, torch.zeros(cfg.embed_dim), torch.randn(cfg.num_patches, cfg.embed_dim)
 
     def ours():
-        patches = patchify_gather_ref(video, ids, *size[:2], MEAN, STD, weight.dtype)
-        return linear(patches, weight.flatten(1), leaves[1])
+        matrix = weight.flatten(1)
+        return patch_embed(video, ids, matrix, *leaves[1:], *size[:2], MEAN, STD)
 
     def official():
         """The clip is normalised by the loader, for free."""
-        return rows(F.conv3d(normal, *leaves, stride=size).flatten(2).transpose(1, 2), ids)
+        x = F.conv3d(normal, *leaves[:2], stride=size).flatten(2).transpose(1, 2)
+        return rows(x + leaves[2], ids)
 
     return Case(
         "patch_embed",
@@ -30,6 +30,13 @@ def encoder(cfg, clips):
         "official",
         flop=4 * ids.numel() * weight.numel(),  # forward and the weight's gradient
     )
+
+
+def smallest():
+    video, ids = torch.zeros(1, 1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int32)
+    weight, bias, pos = (torch.randn(s, requires_grad=True) for s in ((1, 1), (1,), (1, 1)))
+    args = video, ids, weight, bias, pos, 1, 1, MEAN, STD
+    return patch_embed, torch.ops.mae_fast.patch_embed_fwd, patch_embed_ref, args
 
 
 bench_patch_embed = entry("patch_embed", encoder, baseline="official")
