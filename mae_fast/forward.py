@@ -20,7 +20,7 @@ from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.ops.linear import linear
 from mae_fast.ops.masked_mse import masked_mse, target_patches
-from mae_fast.ops.patchify_gather import patchify_gather_ref
+from mae_fast.ops.patch_embed import patch_embed
 
 # What the official code computes and this does not, by name; `without` switches one off.
 SAVINGS = {
@@ -131,16 +131,14 @@ def encode(
     params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
 ) -> Tensor:
     """The encoder on visible tokens only: [B, (1 +) K, D] after its last norm, cls first."""
+    everywhere = "visible_embed" in without
     ids = ids_keep
-    if "visible_embed" in without:
+    if everywhere:
         ids = torch.arange(len(params.pos), device=video.device).expand(video.shape[0], -1)
-    patches = patchify_gather_ref(
-        video, ids, spec.t_patch, spec.patch, spec.mean, spec.std, params.pos.dtype
-    )
-    x = linear(patches, *params.patch_embed)
-    if "visible_embed" in without:
+    pixels = (spec.t_patch, spec.patch, spec.mean, spec.std)
+    x = patch_embed(video, ids, *params.patch_embed, params.pos, *pixels)
+    if everywhere:
         x = _rows(x, ids_keep)
-    x = x + F.embedding(ids_keep, params.pos)
     if params.cls is not None:
         x = torch.cat([params.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
     y = None
