@@ -3,9 +3,12 @@
 // its own, of which Python loads the one that fits (mae_fast/ops/dispatch.py).
 #include "cpu/attention.h"
 #include "cpu/bias_gelu.h"
+#include "cpu/crop_resize_patchify_gather.h"
 #include "cpu/decoder_tokens.h"
 #include "cpu/layer_norm.h"
 #include "cpu/masked_mse.h"
+#include "cpu/patch_embed.h"
+#include "cpu/patchify_gather.h"
 
 TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
   m.impl("add_layer_norm_fwd", mae_fast::add_layer_norm_fwd);
@@ -14,10 +17,14 @@ TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
   m.impl("attention_bwd", mae_fast::attention_bwd);
   m.impl("bias_gelu_fwd", mae_fast::bias_gelu_fwd);
   m.impl("bias_gelu_bwd", mae_fast::bias_gelu_bwd);
+  m.impl("crop_resize_patchify_gather_fwd", mae_fast::crop_resize_patchify_gather_fwd);
   m.impl("decoder_tokens_fwd", mae_fast::decoder_tokens_fwd);
   m.impl("decoder_tokens_bwd", mae_fast::decoder_tokens_bwd);
   m.impl("layer_norm_fwd", mae_fast::layer_norm_fwd);
   m.impl("layer_norm_bwd", mae_fast::layer_norm_bwd);
   m.impl("masked_mse_fwd", mae_fast::masked_mse_fwd);
   m.impl("masked_mse_bwd", mae_fast::masked_mse_bwd);
+  m.impl("patch_embed_grads", mae_fast::patch_embed_grads);
+  m.impl("patch_embed_add_pos", mae_fast::patch_embed_add_pos);
+  m.impl("patchify_gather_fwd", mae_fast::patchify_gather_fwd);
 }

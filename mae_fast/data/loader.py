@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from mae_fast.config import DataConfig
 from mae_fast.data.decode import BadVideo, VideoReader
 from mae_fast.data.index import VideoRow, end_last_line
-from mae_fast.data.sampling import clip_indices, crop_box, crop_resize, draw
+from mae_fast.data.sampling import clip_indices, crop_box, draw
 from mae_fast.errors import DataError
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 
 log = logging.getLogger("mae_fast")
 

@@ -72,27 +72,6 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def crop_resize(
-    frames: Tensor,
-    box: tuple[int, int, int, int],
-    flip: bool,
-    size: int,
-    mean: float = 0.45,
-    std: float = 0.225,
-) -> Tensor:
-    """Cut one box out of every frame, normalise, resize to size x size, mirror if flip.
-
-    uint8 [T, H, W, 3] and (top, left, height, width) -> float32 [3, T, size, size], on the
-    frames' device. Bilinear with align_corners=False and no antialias, as the official code.
-    """
-    top, left, height, width = box
-    cut = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)  # [T, 3, h, w]
-    x = F.interpolate(cut.float(), size=(size, size), mode="bilinear", align_corners=False)
-    # The official code normalises first: the same to rounding, and more pixels to do it for.
-    x = (x / 255 - mean) / std
-    return (x.flip(-1) if flip else x).transpose(0, 1)
-
-
 def shrink(frames: Tensor, short_side: int) -> Tensor:
     """uint8 [T, H, W, 3] with its short side brought down to short_side pixels, antialiased.
 

@@ -5,9 +5,12 @@ from mae_fast.ops import (  # noqa: F401  every op, so that dispatch.OPS is whol
     add_layer_norm,
     attention,
     bias_gelu,
+    crop_resize_patchify_gather,
     decoder_tokens,
     layer_norm,
     linear,
     masked_mse,
+    patch_embed,
+    patchify_gather,
 )
 from mae_fast.ops.dispatch import OPS  # noqa: F401

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mae_fast.data.sampling import clip_indices, crop_box, crop_resize, draw, order, shrink
+from mae_fast.data.sampling import clip_indices, crop_box, draw, order, shrink
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 
 
 class Fixed:

@@ -1,0 +1,159 @@
+"""patch_embed: patches of just the wanted tokens @ weight.T + bias + pos[ids].
+
+video [B, C, T, H, W] uint8 or float, ids [B, K], weight [D, C*t_patch*patch*patch], bias [D] or
+None, pos [L, D] -> [B, K, D], of the dtype that plain torch gives. Patches are gathered again in
+backward: it saves video and ids only. Under autocast the product is of autocast's dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mae_fast.ops import dispatch
+from mae_fast.ops.linear import linear
+from mae_fast.ops.patchify_gather import (
+    check_clip,
+    patchify_gather_ref,
+    why_not_cpp,
+)
+
+
+def patch_embed_ref(
+    video: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor,
+    t_patch: int,
+    patch: int,
+    mean: float,
+    std: float,
+) -> Tensor:
+    """The specification."""
+    patches = patchify_gather_ref(video, ids, t_patch, patch, mean, std, weight.dtype)
+    return linear(patches, weight, bias) + F.embedding(ids, pos)
+
+
+dispatch.LIBRARY.define(
+    "patch_embed_fwd(Tensor video, Tensor ids, Tensor weight, Tensor? bias, Tensor pos,"
+    " int t_patch, int patch, float mean, float std) -> Tensor"
+)
+# The gradients of weight, bias and pos; a weight's or pos' that nobody needs has no rows.
+dispatch.LIBRARY.define(
+    "patch_embed_bwd(Tensor dout, Tensor video, Tensor ids, SymInt length, int t_patch, int patch,"
+    " float mean, float std, ScalarType dtype, ScalarType pos_dtype, bool needs_weight,"
+    " bool needs_pos) -> (Tensor, Tensor, Tensor)"
+)
+# What the CPU's implementation puts around torch's product: csrc/cpu/patch_embed.h.
+dispatch.LIBRARY.define("patch_embed_add_pos(Tensor(a!) out, Tensor ids, Tensor pos) -> ()")
+dispatch.LIBRARY.define(
+    "patch_embed_grads(Tensor dout, Tensor ids, SymInt length, ScalarType dtype,"
+    " ScalarType pos_dtype, bool needs_pos) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("mae_fast::patch_embed_fwd")
+def _(video, ids, weight, bias, pos, t_patch, patch, mean, std):
+    dtype = torch.promote_types(weight.dtype, pos.dtype)
+    return weight.new_empty((*ids.shape, weight.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake("mae_fast::patch_embed_bwd")
+def _(dout, video, ids, length, t_patch, patch, mean, std, dtype, pos_dtype, *needs):
+    size, values = dout.shape[-1], video.shape[1] * t_patch * patch * patch
+    dweight = dout.new_empty((size if needs[0] else 0, values), dtype=dtype)
+    dpos = dout.new_empty((length if needs[1] else 0, size), dtype=pos_dtype)
+    return dweight, dout.new_empty(size, dtype=dtype), dpos
+
+
+def _forward_cpu(video, ids, weight, bias, pos, t_patch, patch, mean, std):
+    ops = torch.ops.mae_fast
+    patches = ops.patchify_gather_fwd(video, ids, t_patch, patch, mean, std, weight.dtype)
+    out = linear(patches, weight, bias).to(torch.promote_types(weight.dtype, pos.dtype))
+    ops.patch_embed_add_pos(out, ids, pos)
+    return out
+
+
+def _backward_cpu(dout, video, ids, length, t_patch, patch, mean, std, dtype, pos_dtype, *needs):
+    needs_weight, needs_pos = needs
+    ops = torch.ops.mae_fast
+    columns, dbias, dpos = ops.patch_embed_grads(dout, ids, length, dtype, pos_dtype, needs_pos)
+    dweight = dout.new_empty((0, video.shape[1] * t_patch * patch * patch), dtype=dtype)
+    if needs_weight:
+        patches = ops.patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype)
+        dweight = linear(columns, patches.flatten(0, 1).t())
+    return dweight, dbias, dpos
+
+
+dispatch.LIBRARY.impl("patch_embed_fwd", _forward_cpu, "CPU")
+dispatch.LIBRARY.impl("patch_embed_bwd", _backward_cpu, "CPU")
+
+
+def _save(ctx, inputs, output):
+    video, ids, weight, _, pos, *ctx.numbers = inputs
+    ctx.length, ctx.dtypes = pos.shape[0], (weight.dtype, pos.dtype)
+    ctx.save_for_backward(video, ids)
+
+
+def _backward(ctx, dout):
+    needs = ctx.needs_input_grad[2:5]
+    grads = torch.ops.mae_fast.patch_embed_bwd(
+        dout, *ctx.saved_tensors, ctx.length, *ctx.numbers, *ctx.dtypes, needs[0], needs[2]
+    )
+    grads = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return None, None, *grads, None, None, None, None
+
+
+torch.library.register_autograd("mae_fast::patch_embed_fwd", _backward, setup_context=_save)
+
+
+def _why_not_cpp(video: Tensor, ids: Tensor, weight: Tensor, bias, pos: Tensor) -> str | None:
+    return dispatch.why_not_cpp(weight, bias, pos) or why_not_cpp(
+        video, ids, weight.dtype, pos.dtype
+    )
+
+
+OP = dispatch.Op(
+    "patch_embed",
+    "the patch embedding of the wanted tokens, and their positions",
+    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+)
+
+
+def patch_embed(
+    video: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos: Tensor,
+    t_patch: int,
+    patch: int,
+    mean: float,
+    std: float,
+) -> Tensor:
+    """The embedded tokens [B, K, D] of ids [B, K].
+
+    Raises ValueError on arguments that do not fit, IndexError on an id that is no token.
+    """
+    length = check_clip("patch_embed", video, ids, t_patch, patch)
+    shapes = [list(x.shape) for x in (weight, bias, pos) if x is not None]
+    size, values = weight.shape[0], video.shape[1] * t_patch * patch * patch
+    if shapes != [[size, values], *([[size]] if bias is not None else []), [length, size]]:
+        raise ValueError(
+            f"patch_embed: weight, bias and pos {shapes} do not fit {length} tokens of {values} "
+            "values"
+        )
+    if any(x.device != video.device for x in (weight, bias, pos) if x is not None):
+        raise ValueError(f"patch_embed: video is on {video.device}, a parameter elsewhere")
+    device = video.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if weight.dtype != torch.float64:  # autocast lets it be
+            dtype = torch.get_autocast_dtype(device)
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"patch_embed: weight is {weight.dtype} and bias {bias.dtype}")
+    args = (video, ids, weight, bias, pos, t_patch, patch, mean, std)
+    if OP.choose(*args[:5]) == "reference":
+        dispatch.check_range(ids, length)
+        return patch_embed_ref(*args)
+    return torch.ops.mae_fast.patch_embed_fwd(*args)
