@@ -46,7 +46,7 @@ class Case:
         """{backend: run}, the baseline last."""
         ours = self.ours
         if not isinstance(ours, dict):
-            ours = dict.fromkeys(backends(self.op), ours)
+            ours = dict.fromkeys(OPS[self.op].backends, ours)
         found = {name: forced(self.op, name, run) for name, run in ours.items()}
         return {**found, self.baseline_name: self.baseline}
 
@@ -76,16 +76,11 @@ class Case:
         return runs
 
 
-def backends(op: str) -> list[str]:
-    """An op's backends. TODO: only OPS[op] once patch_embed is in OPS."""
-    return list(OPS[op].backends) if op in OPS else ["mae_fast"]
-
-
 def forced(op: str, backend: str, run: Run) -> Run:
     """`run` with the op's backend forced."""
 
     def forced_run() -> Sequence[Tensor]:
-        with dispatch.backends(**({op: backend} if op in OPS else {})):
+        with dispatch.backends(**{op: backend}):
             return run()
 
     return forced_run
