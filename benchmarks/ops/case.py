@@ -117,7 +117,7 @@ def entry(op: str, *cases: Callable[[ModelConfig, int], Case], baseline: str) ->
     """The pytest-benchmark function of an op: every case, under every backend and the baseline."""
 
     @pytest.mark.parametrize("case", cases, ids=lambda c: c.__name__)
-    @pytest.mark.parametrize("variant", [*backends(op), baseline])
+    @pytest.mark.parametrize("variant", [*OPS[op].backends, baseline])
     def bench(benchmark, case, variant):
         torch.manual_seed(0)
         made = case(preset(MODEL), CLIPS)
