@@ -7,6 +7,16 @@
 
 MAE_FAST_BEGIN
 
+template <typename P, typename N>
+inline void interleave(const P* line, int64_t stride, N patch, P* __restrict out) {
+  const P* __restrict red = line;
+  const P* __restrict green = line + stride;
+  const P* __restrict blue = line + 2 * stride;
+  for (int64_t x = 0; x < patch; ++x) {
+    out[3 * x] = red[x], out[3 * x + 1] = green[x], out[3 * x + 2] = blue[x];
+  }
+}
+
 // Where the values of target patches lie in a clip [B, C, T, H, W] of any strides.
 struct TargetGrid {
   int64_t chans, t_patch, patch, rows, columns;
@@ -15,21 +25,42 @@ struct TargetGrid {
 
   int64_t size() const { return t_patch * patch * patch * chans; }
 
+  // Where frame u of token `id` of clip b begins.
+  template <typename P>
+  const P* corner(const P* clip, int64_t b, int64_t id, int64_t u) const {
+    const int64_t t = id / (rows * columns), r = id / columns % rows, c = id % columns;
+    return clip + b * stride[0] + frames[t * t_patch + u] * stride[2] + r * patch * stride[3] +
+           c * patch * stride[4];
+  }
+
+  // Tokens come in random order, and their rows lie far apart: they are sent for ahead of time.
+  template <typename P>
+  void prefetch(const P* clip, int64_t b, int64_t id) const {
+    for (int64_t u = 0; u < t_patch; ++u) {
+      const P* frame = corner(clip, b, id, u);
+      for (int64_t y = 0; y < patch; ++y) {
+        for (int64_t k = 0; k < chans; ++k) {
+          __builtin_prefetch(frame + y * stride[3] + k * stride[1]);
+        }
+      }
+    }
+  }
+
   // The patch of token `id` of clip b, flattened channel last (u, p, p, C).
   template <typename P>
-  void read(const P* clip, int64_t b, int64_t id, P* out) const {
-    const int64_t t = id / (rows * columns), r = id / columns % rows, c = id % columns;
-    const P* corner = clip + b * stride[0] + r * patch * stride[3] + c * patch * stride[4];
+  void read(const P* clip, int64_t b, int64_t id, P* __restrict out) const {
     for (int64_t u = 0; u < t_patch; ++u) {
-      const P* frame = corner + frames[t * t_patch + u] * stride[2];
+      const P* frame = corner(clip, b, id, u);
       for (int64_t y = 0; y < patch; ++y, out += patch * chans) {
         const P* line = frame + y * stride[3];
         if (stride[1] == 1 && stride[4] == chans) {
           std::copy_n(line, patch * chans, out);
         } else if (chans == 3 && stride[4] == 1) {
-          const P *red = line, *green = line + stride[1], *blue = line + 2 * stride[1];
-          for (int64_t x = 0; x < patch; ++x) {
-            out[3 * x] = red[x], out[3 * x + 1] = green[x], out[3 * x + 2] = blue[x];
+          // A constant length is what the compiler needs to shuffle vectors.
+          if (patch == 16) {
+            interleave(line, stride[1], std::integral_constant<int64_t, 16>(), out);
+          } else {
+            interleave(line, stride[1], patch, out);
           }
         } else {
           for (int64_t x = 0; x < patch; ++x) {
@@ -76,6 +107,11 @@ std::pair<A, A> target_affine(const P* pixels, int64_t size, double mean, double
   return {A(average), A(1 / (unit * std::sqrt(variance / (unit * unit) + 1e-6)))};
 }
 
+template <typename P, typename A>
+void widen(const P* __restrict from, int64_t size, A* __restrict to) {
+  for (int64_t i = 0; i < size; ++i) to[i] = A(from[i]);
+}
+
 // pred [B, M, P]; video [B, C, T, H, W]; ids [B, M] -> (loss [], pred - target [B, M, P] of pred's
 // dtype, or empty where nobody needs it)
 inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tensor& video,
@@ -115,17 +151,18 @@ inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tens
       using P = std::remove_const_t<std::remove_pointer_t<decltype(clip)>>;
       at::parallel_for(0, batch * masked, 8, [&](int64_t begin, int64_t end) {
         std::vector<P> pixels(size);
+        std::vector<A> wide(size);
         for (int64_t row = begin; row < end; ++row) {
           const int64_t b = row / masked, m = row % masked;
+          if (row + 1 < end) grid.prefetch(clip, (row + 1) / masked, ip[row + 1]);
           grid.read(clip, b, ip[row], pixels.data());
           const auto [shift, scale] = target_affine<P, A>(pixels.data(), size, mean, std, norm);
+          widen(pixels.data(), size, wide.data());
           const scalar_t* from = pp + b * pred.stride(0) + m * pred.stride(1);
           const Vec<scalar_t> shifts(shift), scales(scale);
           Vec<scalar_t> squares(A(0));
-          alignas(64) A target[Vec<scalar_t>::size()];
           each<scalar_t>(size, [&](int64_t i, auto n) {
-            for (int64_t j = 0; j < n; ++j) target[j] = A(pixels[i + j]);
-            auto d = load(from + i, n) - (Vec<scalar_t>::loadu(target, n) - shifts) * scales;
+            auto d = load(from + i, n) - (load(wide.data() + i, n) - shifts) * scales;
             if (n < Vec<scalar_t>::size()) d = Vec<scalar_t>::set(Vec<scalar_t>(A(0)), d, n);
             squares = at::vec::fmadd(d, d, squares);
             if (dp) store(dp + row * size + i, d, n);
