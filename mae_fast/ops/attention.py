@@ -51,6 +51,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs, out, lse)
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx, dout, _):
     return torch.ops.mae_fast.attention_bwd(dout, *ctx.saved_tensors)
 

@@ -45,6 +45,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx, dout, *_):
     return *torch.ops.mae_fast.layer_norm_bwd(dout, *ctx.saved_tensors), None
 

@@ -82,6 +82,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(diff)
 
 
+@torch.autograd.function.once_differentiable
 def _backward(ctx, dloss, _):
     return torch.ops.mae_fast.masked_mse_bwd(*ctx.saved_tensors, dloss), *(None,) * 9
 

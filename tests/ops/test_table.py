@@ -222,3 +222,14 @@ def test_op_works_under_activation_checkpointing(case, reentrant):
     _sum(checkpoint(function, *args, use_reentrant=reentrant)).backward()
     got = [a.grad for a in args if a.requires_grad]
     torch.testing.assert_close(got, list(_gradients(function, args)))
+
+
+def test_op_refuses_a_second_gradient(case):
+    """The C++ kernels have none: zeros in its place would be a wrong answer."""
+    if case in NO_GRADIENT | UNREGISTERED:
+        pytest.skip(f"{case} has no backward of its own")
+    function, args = _args(case)
+    leaves = [a for a in args if a.requires_grad]
+    first = torch.autograd.grad(_sum(function(*args)), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(sum(g.sum() for g in first), leaves)
