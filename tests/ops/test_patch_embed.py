@@ -226,4 +226,3 @@ def test_patch_embed_compiles_without_a_break(backend):
         gradient = dout(args)
         got, want = (gradients(f, args, gradient) for f in (compiled, patch_embed))
     torch.testing.assert_close(got, want)
-
