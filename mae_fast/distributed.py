@@ -1,6 +1,7 @@
 """One process or several: torchrun's environment, DDP, and what ranks tell each other."""
 
 import contextlib
+import gc
 import os
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ def start(device: str = "auto") -> World:
 def finish() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
+        gc.collect()  # a model in a cycle would keep the group's threads, which abort at exit
         dist.destroy_process_group()
 
 

@@ -58,7 +58,9 @@ def pretrain(cfg: Config) -> dict[str, Any]:
     world = distributed.start(cfg.train.device)
     try:
         with backends(**cfg.train.backends):
-            return Run(cfg, world).train()
+            row = Run(cfg, world).train()
+        distributed.gather(None, world)  # ranks leave together, when the writer has written
+        return row
     finally:
         distributed.finish()
 
