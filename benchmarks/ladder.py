@@ -32,11 +32,10 @@ from benchmarks.flops import official_step_flop, step_flop
 from benchmarks.timing import append, interleave, ratio
 from mae_fast.config import ModelConfig, TrainConfig, preset
 from mae_fast.environment import environment
-from mae_fast.forward import decode, encode, forward
+from mae_fast.forward import decode, encode, forward, masked_loss
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.metrics import memory_mb
 from mae_fast.model import MaskedAutoencoder
-from mae_fast.ops.masked_mse import masked_mse
 from mae_fast.optim import clipped_step, make_optimizer
 
 OURS = "mae_fast"
@@ -173,8 +172,7 @@ def encode_all_loss(
     latent = encode(params, s, clips, torch.cat([ids_keep, ids_mask], dim=1))
     latent = latent[:, : latent.shape[1] - ids_mask.shape[1]]  # (cls and) the kept stand first
     pred = decode(params, s, latent, ids_keep, ids_mask)
-    pixels = (s.target_frames, s.pred_t_patch, s.patch, s.mean, s.std, s.norm_pix_loss)
-    return masked_mse(pred, clips, ids_mask, *pixels)
+    return masked_loss(s, pred, clips, ids_mask)
 
 
 def check_losses(built: dict[str, Built], clips: Tensor, args: Args) -> None:

@@ -111,17 +111,8 @@ def forward(
         raise ValueError(f"unknown savings {sorted(unknown)} (known: {', '.join(SAVINGS)})")
     latent = encode(params, spec, video, ids_keep, without)
     pred = decode(params, spec, latent, ids_keep, ids_mask, full_pred, without)
-    loss = masked_mse(
-        pred[:, ids_keep.shape[1] :] if full_pred else pred,
-        video,
-        ids_mask,
-        spec.target_frames,
-        spec.pred_t_patch,
-        spec.patch,
-        spec.mean,
-        spec.std,
-        spec.norm_pix_loss,
-    )
+    masked = pred[:, ids_keep.shape[1] :] if full_pred else pred
+    loss = masked_loss(spec, masked, video, ids_mask)
     if full_pred:
         pred = _rows(pred, torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1))
     return loss, pred
@@ -209,6 +200,12 @@ def _shared_qkv(
     return qkv
 
 
+def masked_loss(spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
+    """The loss of predictions [B, M, P] of the tokens ids_mask [B, M]."""
+    target = (spec.target_frames, spec.pred_t_patch, spec.patch, spec.mean, spec.std)
+    return masked_mse(pred, video, ids_mask, *target, spec.norm_pix_loss)
+
+
 def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """The pixels of tokens `ids` [B, M] that the decoder predicts, before norm_pix: [B, M, P]."""
     return target_patches(
@@ -255,9 +252,8 @@ def transformer_block(
 def _made_again(out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
     """What is called inside keeps, in place of `out`, how to make it again: function(*args), a pass
     over memory. Norms and activations are two thirds of what a block would keep for backward."""
-    if (
-        not torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # a compiler chooses for itself
+    # A compiler chooses for itself.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
     storage = out.untyped_storage()._cdata

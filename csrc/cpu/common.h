@@ -85,4 +85,18 @@ inline void check_cpu(const Tensor& t, const char* name) {
   TORCH_CHECK(t.device().is_cpu(), name, " must be on the CPU, it is on ", t.device());
 }
 
+// ids as int64 [B, n], every one within [0, length).
+inline Tensor checked_ids(const Tensor& ids, int64_t length, const char* name) {
+  TORCH_CHECK(ids.dim() == 2 && (ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong),
+              name, " must be int32 or int64 [B, n], got ", ids.scalar_type(), " ", ids.sizes());
+  check_cpu(ids, name);
+  Tensor wide = ids.to(at::kLong).contiguous();
+  const int64_t* p = wide.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < wide.numel(); ++i) {
+    TORCH_CHECK_INDEX(p[i] >= 0 && p[i] < length, name, " holds ", p[i], ", outside [0, ", length,
+                      ")");
+  }
+  return wide;
+}
+
 MAE_FAST_END

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common.h"
-#include "decoder_tokens.h"  // checked_ids
 
 MAE_FAST_BEGIN
 

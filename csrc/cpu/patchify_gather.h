@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common.h"
-#include "decoder_tokens.h"  // checked_ids
 
 #include <array>
 
