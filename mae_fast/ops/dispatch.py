@@ -8,6 +8,7 @@ everything.
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,16 @@ def why_not_cpp(*tensors: Tensor | None) -> str | None:
     return load_cpp()
 
 
+def why_not_triton(*tensors: Tensor | None) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None."""
+    reason = load_triton()
+    device = "cpu" if interpreting() else "cuda"
+    for t in tensors:
+        if t is not None and t.device.type != device:
+            return reason or f"a tensor is on {t.device}, not on {device}"
+    return reason
+
+
 def why_not_dtype(*dtypes: torch.dtype) -> str | None:
     """A reason if one of them is not a floating dtype that kernels take."""
     for dtype in dtypes:
@@ -132,8 +143,33 @@ def constant(function: Callable) -> Callable:
     return once
 
 
+@constant
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors, to test them."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@constant
+def load_triton() -> str | None:
+    """Load the Triton kernels; the reason if that cannot be done, else None."""
+    if not interpreting() and not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, as a test)"
+    try:
+        import triton  # noqa: F401
+    except Exception as e:
+        return f"triton does not import: {e}"
+    import mae_fast.ops  # noqa: F401  every operator is defined, and its home is known
+    from mae_fast.kernels import launchers
+
+    for operator, launch in launchers(LIBRARY._op_defs).items():
+        LIBRARY.impl(operator, launch, "CPU" if interpreting() else "CUDA", allow_override=True)
+    return None
+
+
 def _load_cpp() -> str | None:
     """Load the C++ kernels built for this CPU; the reason if that cannot be done, else None."""
+    if interpreting():
+        return "TRITON_INTERPRET=1: the Triton kernels stand in their place"
     capability = torch.backends.cpu.get_cpu_capability().lower()
     folder = Path(__file__).resolve().parent.parent
     built = sorted(p.stem.removeprefix("_cpu_") for p in folder.glob("_cpu_*.so"))
@@ -161,3 +197,4 @@ def _load_cpp() -> str | None:
 
 load_cpp = constant(_load_cpp)
 MACHINE["cpp"] = load_cpp
+MACHINE["triton"] = load_triton

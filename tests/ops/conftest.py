@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_checks import BACKENDS, DEVICE
 
 from mae_fast.ops import dispatch
 
@@ -10,9 +11,12 @@ from mae_fast.ops import dispatch
 def poisoned():
     """Memory that an op allocates and does not write holds NaN, or the greatest integer."""
     torch.manual_seed(0)
+    if DEVICE != "cpu":  # a mode, which torch.compile sees
+        torch.set_default_device(DEVICE)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +27,7 @@ def cpp():
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["cpp", "reference"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each backend by name; a test forces it with `dispatch.backends`."""
     if request.param == "cpp":

@@ -1,6 +1,20 @@
-"""The tolerance rule of the ops' tests: against fp64, beside plain torch in the same dtype."""
+"""The backends that the ops' tests run, and their tolerance rule: against fp64, beside plain torch
+in the same dtype.
+
+Three runs cover the backends: a plain one, one with TRITON_INTERPRET=1 (Triton's kernels on CPU
+tensors), and one with MAE_FAST_TEST_DEVICE=cuda on a machine with a GPU.
+"""
+
+import os
 
 import torch
+
+from mae_fast.ops import dispatch
+
+DEVICE = os.environ.get("MAE_FAST_TEST_DEVICE", "cpu")
+BACKENDS = ["cpp", "reference"] if DEVICE == "cpu" else ["triton"]
+if dispatch.interpreting():
+    BACKENDS = ["triton"]
 
 # What an error may be besides twice plain torch's, relative to the greatest norm among the exact
 # output and gradients: some are exactly zero, and what is computed is the rounding of the others.

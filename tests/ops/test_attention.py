@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_checks import DTYPES, check_op
+from op_checks import BACKENDS, DTYPES, check_op
 
 import mae_fast
 from mae_fast.ops.attention import attention, attention_ref
@@ -23,7 +23,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["cpp", "sdpa", "reference"])
+@pytest.fixture(params=BACKENDS if BACKENDS == ["triton"] else [*BACKENDS, "sdpa"])
 def backend(request):
     if request.param == "cpp":
         request.getfixturevalue("cpp")
