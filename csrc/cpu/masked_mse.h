@@ -1,5 +1,5 @@
 // The loss on masked patches, its target read straight from the clip: one pass over the prediction
-// gives the squared error and pred - target, from which backward makes the gradient.
+// gives the squared error and the gradient, which backward multiplies by the loss's own.
 #pragma once
 
 #include "common.h"
@@ -111,8 +111,14 @@ void widen(const P* __restrict from, int64_t size, A* __restrict to) {
   for (int64_t i = 0; i < size; ++i) to[i] = A(from[i]);
 }
 
-// pred [B, M, P]; video [B, C, T, H, W]; ids [B, M] -> (loss [], pred - target [B, M, P] of pred's
-// dtype, or empty where nobody needs it)
+// d(loss) / d(pred) over pred - target; fp16, in which it would vanish, saves the latter.
+inline double unit_gradient(const Tensor& pred) {
+  const bool kept_apart = pred.scalar_type() == at::kHalf || pred.numel() == 0;
+  return kept_apart ? 1 : 2 / double(pred.numel());
+}
+
+// pred [B, M, P]; video [B, C, T, H, W]; ids [B, M] -> (loss [], (pred - target) * unit_gradient
+// [B, M, P] of pred's dtype, or empty where nobody needs it)
 inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tensor& video,
                                                  const Tensor& ids_, at::IntArrayRef frames,
                                                  int64_t t_patch, int64_t patch, double mean,
@@ -138,12 +144,13 @@ inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tens
               video.sizes(), " of ", t_patch, " x ", patch, " patches do not fit");
   const Tensor pred = pred_.stride(2) == 1 ? pred_ : pred_.contiguous();
   const auto acc = at::toOpMathType(pred.scalar_type());
-  Tensor diff = at::empty(need_grad ? pred.sizes() : at::IntArrayRef{0}, pred.options());
+  const double unit = unit_gradient(pred);
+  Tensor saved = at::empty(need_grad ? pred.sizes() : at::IntArrayRef{0}, pred.options());
   Tensor errors = at::empty({batch * masked}, pred.options().dtype(at::kDouble));
   MAE_FAST_FLOATS(pred.scalar_type(), "masked_mse", [&] {
     using A = acc_t<scalar_t>;
     const auto* pp = pred.const_data_ptr<scalar_t>();
-    auto* dp = need_grad ? diff.mutable_data_ptr<scalar_t>() : nullptr;
+    auto* sp = need_grad ? saved.mutable_data_ptr<scalar_t>() : nullptr;
     const int64_t* ip = ids.const_data_ptr<int64_t>();
     double* ep = errors.mutable_data_ptr<double>();
     const auto run = [&](auto* clip) {
@@ -158,13 +165,13 @@ inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tens
           const auto [shift, scale] = target_affine<P, A>(pixels.data(), size, mean, std, norm);
           widen(pixels.data(), size, wide.data());
           const scalar_t* from = pp + b * pred.stride(0) + m * pred.stride(1);
-          const Vec<scalar_t> shifts(shift), scales(scale);
+          const Vec<scalar_t> shifts(shift), scales(scale), units{A(unit)};
           Vec<scalar_t> squares(A(0));
           each<scalar_t>(size, [&](int64_t i, auto n) {
             auto d = load(from + i, n) - (load(wide.data() + i, n) - shifts) * scales;
             if (n < Vec<scalar_t>::size()) d = Vec<scalar_t>::set(Vec<scalar_t>(A(0)), d, n);
             squares = at::vec::fmadd(d, d, squares);
-            if (dp) store(dp + row * size + i, d, n);
+            if (sp) store(sp + row * size + i, d * units, n);
           });
           ep[row] = sum<A>(squares);
         }
@@ -180,23 +187,25 @@ inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tens
   const double* ep = errors.const_data_ptr<double>();
   double total = 0;
   for (int64_t i = 0; i < errors.numel(); ++i) total += ep[i];
-  return {at::scalar_tensor(total / double(pred.numel()), pred.options().dtype(acc)), diff};
+  return {at::scalar_tensor(total / double(pred.numel()), pred.options().dtype(acc)), saved};
 }
 
-// dpred = diff * 2 * dloss / number of values, in fp32 until it is stored.
-inline Tensor masked_mse_bwd(const Tensor& diff_, const Tensor& dloss) {
-  check_cpu(diff_, "masked_mse: diff");
+// dpred = saved * dloss (times what unit_gradient left out), in fp32 until it is stored.
+inline Tensor masked_mse_bwd(const Tensor& saved_, const Tensor& dloss) {
+  check_cpu(saved_, "masked_mse: saved");
   check_cpu(dloss, "masked_mse: dloss");
-  const Tensor diff = diff_.contiguous();
-  const double factor = diff.numel() ? 2 * dloss.item<double>() / double(diff.numel()) : 0;
-  Tensor dpred = at::empty_like(diff);
-  MAE_FAST_FLOATS(diff.scalar_type(), "masked_mse", [&] {
-    const auto* from = diff.const_data_ptr<scalar_t>();
+  const Tensor saved = saved_.contiguous();
+  const int64_t values = saved.numel();
+  const double factor =
+      values ? dloss.item<double>() * 2 / double(values) / unit_gradient(saved) : 0;
+  Tensor dpred = at::empty_like(saved);
+  MAE_FAST_FLOATS(saved.scalar_type(), "masked_mse", [&] {
+    const auto* from = saved.const_data_ptr<scalar_t>();
     auto* to = dpred.mutable_data_ptr<scalar_t>();
     const Vec<scalar_t> f{acc_t<scalar_t>(factor)};
     constexpr int64_t kChunk = 1 << 14;
-    at::parallel_for(0, diff.numel() / kChunk + 1, 1, [&](int64_t begin, int64_t end) {
-      const int64_t start = begin * kChunk, stop = std::min(end * kChunk, diff.numel());
+    at::parallel_for(0, values / kChunk + 1, 1, [&](int64_t begin, int64_t end) {
+      const int64_t start = begin * kChunk, stop = std::min(end * kChunk, values);
       each<scalar_t>(stop - start, [&](int64_t i, auto n) {
         store(to + start + i, load(from + start + i, n) * f, n);
       });

@@ -101,6 +101,30 @@ def test_masked_mse_gradient_survives_fp16(backend):
     assert error < 1e-3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_mse_gradient_can_be_asked_for_again(backend, dtype):
+    """What forward saved is the gradient itself where the loss's own is 1; it stays as it was."""
+    args = make("prime", DTYPES[dtype])
+    with mae_fast.backends(masked_mse=backend):
+        loss = masked_mse(*args)
+        first, twice, again = (
+            torch.autograd.grad(loss, args[0], loss.detach() * 0 + factor, retain_graph=True)[0]
+            for factor in (1, 2, 1)
+        )
+    assert torch.equal(first, again)
+    torch.testing.assert_close(twice, 2 * first)
+
+
+def test_masked_mse_gradient_changed_in_place_is_no_second_answer(cpp):
+    args = make("prime", torch.float32)
+    with mae_fast.backends(masked_mse="cpp"):
+        loss = masked_mse(*args)
+    (first,) = torch.autograd.grad(loss, args[0], retain_graph=True)
+    first.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, args[0])
+
+
 def test_masked_mse_keeps_nothing_where_no_gradient_is_wanted(cpp):
     args = make("vit_b", torch.float32)
     with torch.no_grad(), mae_fast.backends(masked_mse="cpp"):
