@@ -65,10 +65,28 @@ def _why_not_cpp(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return dispatch.why_not_cpp(q, k, v) or dispatch.why_not_dtype(q.dtype)
 
 
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    reason = dispatch.why_not_triton(q, k, v)
+    if reason:
+        return reason
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype} is none of float32, bfloat16, float16"
+    if q.shape[-1] % 16 or not 16 <= q.shape[-1] <= 128:
+        return f"head dim {q.shape[-1]} is not a multiple of 16 up to 128"
+    return None if k.shape[1] else "there are no keys"
+
+
 OP = dispatch.Op(
     "attention",
     "attention that keeps no scores",
-    {"cpp": _why_not_cpp, "sdpa": dispatch.anything, "reference": dispatch.anything},
+    {
+        "cpp": _why_not_cpp,
+        "triton": _why_not_triton,
+        "sdpa": dispatch.anything,
+        "reference": dispatch.anything,
+    },
 )
 
 
@@ -80,6 +98,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit"
         )
     backend = OP.choose(q, k, v)
-    if backend == "cpp":
+    if backend in ("cpp", "triton"):
         return torch.ops.mae_fast.attention_fwd(q, k, v)[0]
     return (attention_sdpa if backend == "sdpa" else attention_ref)(q, k, v)
