@@ -239,6 +239,7 @@ class TrainConfig:
     epochs and warmup_epochs count passes over the index and may be fractions; steps, when not 0,
     replaces epochs. clip_grad 0 turns clipping off. keep is the number of checkpoints kept.
     backends forces an op's backend by name ({"attention": "sdpa"}); `mae-fast info` lists them.
+    cuda_graph runs each step as one CUDA graph, where the log does not say why it cannot.
     """
 
     batch_size: int = 2
@@ -255,6 +256,7 @@ class TrainConfig:
     clip_grad: float = 0.02
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graph: bool = False
     seed: int = 0
     log_every: int = 20
     save_every: int = 1000

@@ -41,18 +41,20 @@ def lr_at(at: float, total: float, warmup: float, peak: float, floor: float = 0.
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def clipped_step(optimizer: torch.optim.AdamW, lr: float, clip: float) -> Tensor:
+def clipped_step(optimizer: torch.optim.AdamW, lr: float | Tensor, clip: float) -> Tensor:
     """One AdamW step with global-norm clipping; returns the norm before clipping, on the device.
 
     Clipping costs no pass of its own, and a step whose norm is not finite changes nothing; neither
-    makes the host wait.
+    makes the host wait. A CUDA graph would freeze a number: give it lr as an fp32 scalar on the
+    device.
     """
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in params]).float()
     # torch.nn.utils.clip_grad_norm_'s own rule, and the official code's.
     scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
+    capturing = norm.is_cuda and torch.cuda.is_current_stream_capturing()
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"], group["capturable"] = lr, capturing  # torch refuses one, or warns of the other
     adamw(optimizer, scale, skip=(~norm.isfinite()).float())
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -4,12 +4,13 @@
 nothing waits for the device; losses and norms cross to the host once every log_every steps.
 """
 
+import itertools
 import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae_fast import checkpoint, distributed, metrics
+from mae_fast import checkpoint, distributed, graph, metrics
 from mae_fast.config import Config, to_dict
 from mae_fast.data import BadVideos, Batch, make_loader, read_index
 from mae_fast.distributed import World
@@ -30,6 +31,7 @@ from mae_fast.ops.dispatch import backends
 from mae_fast.optim import clipped_step, lr_at, make_optimizer, peak_lr
 
 log = logging.getLogger("mae_fast")
+Inputs = tuple[Tensor, Tensor, Tensor]  # video [B, C, T, H, W], ids_keep [B, K], ids_mask [B, M]
 
 # Settings that may change between the start of a run and its resumption: none of them changes
 # what is computed.
@@ -40,6 +42,7 @@ _FREE = {
     "data.index",
     "data.val_index",
     "train.device",
+    "train.cuda_graph",
     "train.log_every",
     "train.save_every",
     "train.keep",
@@ -94,12 +97,14 @@ class Run:
         torch.manual_seed(cfg.train.seed)
         self.model = MaskedAutoencoder(cfg.model).to(world.device)
         self.optimizer = make_optimizer(self.model, cfg.train)
+        self.lr = torch.zeros((), device=world.device)
         self.step, self.nonfinite = 0, 0
         self._open_folder()
         self.bad = BadVideos(
             cfg.data.max_bad_share, len(self.rows), self.folder if world.writer else None
         )
         self.wrapped = distributed.wrap(self.model, world)
+        self.graphed = self._graphed() if cfg.train.cuda_graph else None
         self.stop_signal = 0
 
     def train(self) -> dict[str, Any]:
@@ -155,41 +160,67 @@ class Run:
                 )
         return row
 
+    def _graphed(self) -> graph.GraphedStep | None:
+        """The step as a CUDA graph, or None where it cannot be one."""
+        reason = graph.why_not(self.world.device, self.world.size)
+        if reason:
+            log.warning("train.cuda_graph is not used: %s", reason)
+            return None
+
+        def compute(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return self._compute(zip(*[iter(inputs)] * 3, strict=True))
+
+        return graph.GraphedStep(compute, self.world.device)
+
     def _one_step(self, batches: Iterator[Batch], window: Window) -> None:
         """One optimizer step: accum_steps micro-steps, then clip and update. Never syncs."""
-        cfg = self.cfg
-        losses, paths = [], []
-        for micro in range(cfg.train.accum_steps):
+        self.lr.fill_(
+            learning_rate(self.cfg, self.step, self.total, len(self.rows), self.world.size)
+        )
+        window.paths.append([])
+        inputs = self._inputs(batches, window)
+        if self.graphed is None:
+            loss, norm = self._compute(inputs)
+        else:
+            loss, norm = self.graphed(*itertools.chain.from_iterable(inputs))
+        window.losses.append(loss)
+        window.norms.append(norm)
+
+    def _inputs(self, batches: Iterator[Batch], window: Window) -> Iterator[Inputs]:
+        """What each micro-step takes, on the device."""
+        cfg, device = self.cfg, self.world.device
+        for _ in range(cfg.train.accum_steps):
             before = time.perf_counter()
             batch = next(batches)
             window.waited += time.perf_counter() - before
             window.bad += batch.bad
-            paths += batch.paths
-            last = micro == cfg.train.accum_steps - 1
-            with distributed.no_sync(self.wrapped, last):
-                loss = self._loss(batch)
-                (loss / cfg.train.accum_steps).backward()
-            losses.append(loss.detach())
-        lr = learning_rate(cfg, self.step, self.total, len(self.rows), self.world.size)
-        window.norms.append(clipped_step(self.optimizer, lr, cfg.train.clip_grad))
-        window.losses.append(torch.stack(losses).mean())
-        window.paths.append(paths)
+            window.paths[-1] += batch.paths
+            batch = batch.to(device, non_blocking=True)
+            ids = draw_ids(
+                cfg.mask.strategy,
+                cfg.model.grid,
+                cfg.mask.ratio,
+                seed=cfg.train.seed,
+                step=self.step,
+                samples=batch.samples.to(device, non_blocking=True),
+            )
+            yield batch.video(cfg.model.img_size), *ids
 
-    def _loss(self, batch: Batch) -> Tensor:
-        cfg, device = self.cfg, self.world.device
-        batch = batch.to(device, non_blocking=True)
-        ids = draw_ids(
-            cfg.mask.strategy,
-            cfg.model.grid,
-            cfg.mask.ratio,
-            seed=cfg.train.seed,
-            step=self.step,
-            samples=batch.samples.to(device, non_blocking=True),
-        )
-        video = batch.video(cfg.model.img_size)
-        bf16 = cfg.train.precision == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return self.wrapped(video, ids_keep=ids[0], ids_mask=ids[1])[0]
+    def _compute(self, inputs: Iterable[Inputs]) -> tuple[Tensor, Tensor]:
+        """(loss, gradient norm) of one optimizer step: all that a CUDA graph holds."""
+        accum, losses = self.cfg.train.accum_steps, []
+        for micro, each in enumerate(inputs):
+            with distributed.no_sync(self.wrapped, micro == accum - 1):
+                loss = self._loss(*each)
+                (loss / accum).backward()
+            losses.append(loss.detach())
+        norm = clipped_step(self.optimizer, self.lr, self.cfg.train.clip_grad)
+        return torch.stack(losses).mean(), norm
+
+    def _loss(self, video: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
+        bf16 = self.cfg.train.precision == "bf16"
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
+            return self.wrapped(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
 
     def _cross(self, window: Window) -> dict[str, Any]:
         """Bring the window's numbers to the host and judge them. Every rank takes part."""

@@ -251,9 +251,9 @@ def _poison(monkeypatch, at):
 
     calls, true = [], train.Run._loss
 
-    def loss(self, batch):
+    def loss(self, *inputs):
         calls.append(self.step)
-        value = true(self, batch)
+        value = true(self, *inputs)
         return _Poisoned.apply(value) if self.step in at else value
 
     monkeypatch.setattr(train.Run, "_loss", loss)

@@ -1,0 +1,190 @@
+"""A whole training step as one CUDA graph: the host launches it with one call.
+
+GraphedStep captures any step function. On a CPU it rehearses: what the step computes is taped,
+operator by operator, and played again on the same memory, so that a number frozen by the capture,
+or a step that waits for the device, shows without a GPU. `count_launches` counts what a step costs.
+"""
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mae_fast.errors import BackendError
+
+log = logging.getLogger("mae_fast")
+
+# What a host calls to give a GPU work, under torch.profiler's names.
+LAUNCHES = (
+    "cudaGraphLaunch",
+    "cudaLaunchKernel",
+    "cudaLaunchKernelExC",
+    "cudaMemcpyAsync",
+    "cudaMemsetAsync",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+)
+# Operators for which a host waits: they read the device, or copy to it from pageable memory.
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::lift_fresh",
+    "aten::masked_select",
+    "aten::nonzero",
+}
+
+
+def why_not(device: torch.device, processes: int = 1) -> str | None:
+    """Why a training step on this device is not captured, or None."""
+    if device.type != "cuda":
+        return f"the run is on the {device.type}, which has no CUDA graphs"
+    if processes > 1:
+        return f"what {processes} processes tell each other in a step is not captured"
+    return None
+
+
+class GraphedStep:
+    """step = GraphedStep(function, device); loss, norm = step(*inputs), each call one step.
+
+    function(*inputs) takes and returns tensors, of shapes that stay. All else that it reads and
+    writes (parameters, optimizer state, a learning rate) must be on the device and keep its place,
+    and it leaves no gradients behind. Inputs are copied into static buffers, without waiting where
+    they are on the device or in pinned memory. The first `warmup` calls run the function as it is,
+    on the stream of the capture, so that all state, workspaces and kernels exist; the next call
+    captures it, and every call from then on replays. No step is done twice. Outputs are copies.
+
+    Inputs that do not fit the buffers run the function as it is, and the log says why, once. Raises
+    BackendError if the function cannot be captured.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        device: torch.device | str,
+        warmup: int = 3,
+    ) -> None:
+        self.function, self.device, self.warmup = function, torch.device(device), warmup
+        self.buffers: list[Tensor] | None = None
+        self.graph, self.outputs = None, ()
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._told: set[str] = set()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self.buffers is None:
+            self.buffers = [torch.empty_like(t, device=self.device) for t in inputs]
+        reason = self._does_not_fit(inputs)
+        if reason:
+            if reason not in self._told:
+                log.warning("a step runs without its CUDA graph: %s", reason)
+            self._told.add(reason)
+            return self.function(*inputs)
+        for buffer, t in zip(self.buffers, inputs, strict=True):
+            buffer.copy_(t, non_blocking=True)
+        if self.warmup:
+            self.warmup -= 1
+            with self._beside():
+                outputs = self.function(*self.buffers)
+        else:
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+            outputs = self.outputs
+        return tuple(t.clone() for t in outputs)
+
+    def _does_not_fit(self, inputs: tuple[Tensor, ...]) -> str | None:
+        given, captured = (
+            [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors]
+            for tensors in (inputs, self.buffers)
+        )
+        if given != captured:
+            return f"inputs are {', '.join(given)}, and its buffers {', '.join(captured)}"
+        return None
+
+    @contextlib.contextmanager
+    def _beside(self):
+        """On the stream of the capture: libraries keep a workspace for every stream."""
+        if self.stream is None:
+            yield
+            return
+        now = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(now)
+        with torch.cuda.stream(self.stream):
+            yield
+        now.wait_stream(self.stream)
+
+    def _capture(self) -> None:
+        if self.stream is None:
+            graph = Tape()
+            capture = graph
+        else:
+            graph = torch.cuda.CUDAGraph()
+            # The loader's thread goes on pinning memory meanwhile, which "global" would forbid.
+            capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        try:
+            with capture:
+                self.outputs = self.function(*self.buffers)
+        except RuntimeError as e:
+            # torch's allocator is left in the middle of it: the step cannot go on without.
+            reason = str(e).strip().splitlines()[0]
+            raise BackendError(f"the step cannot be captured as a CUDA graph: {reason}") from e
+        self.graph = graph
+
+
+class Tape(TorchDispatchMode):
+    """What a capture is on a GPU, for CPU tensors: the operators called inside, in order, with the
+    very tensors and numbers; `replay` calls them again and puts their results where they were.
+
+    Inside, an operator for which a host would wait for its GPU is a RuntimeError, as in a capture.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.done = False  # a CUDA capture computes nothing, and this one has
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if operator._schema.name in WAITING:
+            raise RuntimeError(f"{operator} makes the host wait, which a capture does not permit")
+        out = operator(*args, **kwargs)
+        self.calls.append((operator, args, kwargs, out))
+        self.done = True
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        if self.done:
+            self.done = False
+            return
+        for operator, args, kwargs, out in self.calls:
+            again = operator(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                # A view, or what was written in place, is where it was.
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def count_launches(function: Callable[[], object]) -> dict[str, int]:
+    """What the host launches in one call of `function`, by name (LAUNCHES); {} without a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with profile(activities=activities) as found:
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    counts = Counter()
+    for event in found.key_averages():
+        if event.key in LAUNCHES:
+            counts[event.key] += event.count
+    return dict(counts)
