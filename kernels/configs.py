@@ -13,7 +13,118 @@ from pathlib import Path
 import triton
 
 # kernel -> shape class -> candidates: constexprs in CAPITALS, num_warps, num_stages.
-CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {}
+CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
+    # Rows' shape classes: their width as a power of two. PROGRAMS: how many share the rows.
+    "layer_norm_fwd": {
+        "512": [
+            {"ROWS": 4, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 1, "PROGRAMS": 8448, "num_warps": 1},
+            {"ROWS": 8, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "1024": [
+            {"ROWS": 2, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 1, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "2048": [
+            {"ROWS": 1, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+    },
+    "layer_norm_bwd": {
+        "512": [
+            {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 4, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 4, "PROGRAMS": 264, "num_warps": 4},
+        ],
+        "1024": [
+            {"ROWS": 4, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 2, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 264, "num_warps": 4},
+        ],
+        "2048": [
+            {"ROWS": 2, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 1, "PROGRAMS": 528, "num_warps": 4},
+        ],
+    },
+    "add_layer_norm_fwd": {
+        "512": [
+            {"ROWS": 4, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 8, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "1024": [
+            {"ROWS": 2, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 1, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "2048": [
+            {"ROWS": 1, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+    },
+    "add_layer_norm_bwd": {
+        "512": [
+            {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 4, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 4, "PROGRAMS": 264, "num_warps": 4},
+        ],
+        "1024": [
+            {"ROWS": 4, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 2, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 264, "num_warps": 4},
+        ],
+        "2048": [
+            {"ROWS": 2, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 1, "PROGRAMS": 528, "num_warps": 4},
+        ],
+    },
+    "sum_parts": {
+        "any": [
+            {"ROWS": 64, "COLUMNS": 32, "num_warps": 4},
+            {"ROWS": 128, "COLUMNS": 16, "num_warps": 4},
+            {"ROWS": 32, "COLUMNS": 64, "num_warps": 4},
+        ]
+    },
+    "bias_gelu_fwd": {
+        "any": [
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 2, "COLUMNS": 1024, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 8, "COLUMNS": 256, "PROGRAMS": 1056, "num_warps": 4},
+        ]
+    },
+    "bias_gelu_bwd": {
+        "any": [
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 132, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 256, "PROGRAMS": 132, "num_warps": 4},
+            {"ROWS": 8, "COLUMNS": 256, "PROGRAMS": 132, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 4},
+        ]
+    },
+    "decoder_tokens_fwd": {
+        "any": [
+            {"ROWS": 4, "num_warps": 4},  # of 512 values in ViT-B and L
+            {"ROWS": 8, "num_warps": 4},
+            {"ROWS": 8, "num_warps": 8},
+        ]
+    },
+    "decoder_tokens_bwd": {
+        "any": [
+            {"ROWS": 8, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 8, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 8},
+        ]
+    },
+    "patchify_gather_fwd": {
+        "any": [
+            {"LINES": 32, "num_warps": 1},  # of the 96 lines of a token of ViT-B
+            {"LINES": 128, "num_warps": 4},
+            {"LINES": 32, "num_warps": 2},
+            {"LINES": 16, "num_warps": 1},
+        ]
+    },
+}
 
 MEASURED = Path(__file__).with_name("measured.json")
 

@@ -61,17 +61,26 @@ def _(video, ids, t_patch, patch, mean, std, dtype):
 
 def why_not_cpp(video: Tensor, ids: Tensor, *dtypes: torch.dtype) -> str | None:
     """Why the C++ kernels do not gather from this clip into these dtypes, or None."""
+    return dispatch.why_not_cpp(video, ids) or _why_not(video, *dtypes)
+
+
+def why_not_triton(video: Tensor, ids: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why the Triton kernels do not gather from this clip into these dtypes, or None."""
+    if torch.float64 in (video.dtype, *dtypes):
+        return "the kernels do not compute in float64"
+    return dispatch.why_not_triton(video, ids) or _why_not(video, *dtypes)
+
+
+def _why_not(video: Tensor, *dtypes: torch.dtype) -> str | None:
     if video.requires_grad:
         return "the video requires a gradient, which only the reference gives"
-    if video.dtype != torch.uint8:
-        dtypes = (video.dtype, *dtypes)
-    return dispatch.why_not_cpp(video, ids) or dispatch.why_not_dtype(*dtypes)
+    return dispatch.why_not_dtype(*dtypes, *(() if video.dtype == torch.uint8 else (video.dtype,)))
 
 
 OP = dispatch.Op(
     "patchify_gather",
     "normalised patches of the wanted tokens, from a clip of any strides",
-    {"cpp": why_not_cpp, "reference": dispatch.anything},
+    {"cpp": why_not_cpp, "triton": why_not_triton, "reference": dispatch.anything},
 )
 
 

@@ -1,0 +1,109 @@
+"""patchify_gather in Triton: one program reads the pixel lines of one token and writes them.
+
+A line is a patch's row of one channel and frame: 16 bytes for patches of 16, one load where the
+clip's rows are contiguous. An id that is no token gives a row of NaN, and reads nothing.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from mae_fast.kernels import configs
+
+
+@triton.jit
+def divide(a, b, reciprocal):
+    """a / b rounded once, if `reciprocal` is 1 / b rounded once (Markstein's theorem)."""
+    q = a * reciprocal
+    return tl.fma(tl.fma(-q, b, a), reciprocal, q)
+
+
+@triton.jit
+def normalise(pixels, mean, std):
+    """Pixels in fp32; bytes as (x / 255 - mean) / std, each step rounded as plain torch does."""
+    if pixels.dtype == tl.uint8:
+        x = divide(pixels.to(tl.int32).to(tl.float32), 255.0, tl.div_rn(1.0, 255.0))
+        return divide(x - mean, std, tl.div_rn(1.0, std))
+    else:
+        return pixels.to(tl.float32)
+
+
+@triton.jit
+def locate(ids, row, length, rows, columns):
+    """(whether ids[row] is a token, its t, its row and its column in the grid of tokens)."""
+    token = tl.load(ids + row).to(tl.int64)
+    there = (token >= 0) & (token < length)
+    token = tl.where(there, token, 0).to(tl.int32)
+    return there, token // (rows * columns), token // columns % rows, token % columns
+
+
+@triton.jit
+def line_offsets(line, sc, st, sh, T_PATCH: tl.constexpr, PATCH: tl.constexpr):
+    """Where line (c, u, y) of a patch, numbered in that order, begins, from the patch's corner."""
+    line = line.to(tl.int64)
+    return line // (T_PATCH * PATCH) * sc + line // PATCH % T_PATCH * st + line % PATCH * sh
+
+
+@triton.jit
+def _patchify_gather_fwd_kernel(
+    out,
+    video,
+    ids,
+    kept,
+    length,
+    rows,
+    columns,
+    sb,
+    sc,
+    st,
+    sh,
+    sw,
+    mean,
+    std,
+    CHANNELS: tl.constexpr,
+    T_PATCH: tl.constexpr,
+    PATCH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    there, t, r, c = locate(ids, row, length, rows, columns)
+    corner = row // kept * sb + t.to(tl.int64) * T_PATCH * st
+    corner += r.to(tl.int64) * PATCH * sh + c.to(tl.int64) * PATCH * sw
+    lines: tl.constexpr = CHANNELS * T_PATCH * PATCH
+    x = tl.arange(0, PIXELS)[None, :]
+    for first in tl.static_range(0, lines, LINES):
+        line = first + tl.arange(0, LINES)[:, None]
+        at = corner + line_offsets(line, sc, st, sh, T_PATCH, PATCH) + x * sw
+        mask = (line < tl.where(there, lines, 0)) & (x < PATCH)
+        value = normalise(tl.load(video + at, mask=mask, other=0), mean, std)
+        value = tl.where(there, value, float("nan")).to(out.dtype.element_ty)
+        to = out + row * (lines * PATCH) + line * PATCH + x
+        tl.store(to, value, mask=(line < lines) & (x < PATCH))
+
+
+def patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype):
+    """video [B, C, T, H, W] of any strides, ids [B, K] -> patches [B, K, C*t_patch*patch*patch]."""
+    _, channels, frames, height, width = video.shape
+    lines = channels * t_patch * patch
+    out = torch.empty((*ids.shape, lines * patch), dtype=dtype, device=video.device)
+    if out.numel():
+        grid = (frames // t_patch, height // patch, width // patch)
+        _patchify_gather_fwd_kernel[(ids.numel(),)](
+            out,
+            video,
+            ids.contiguous(),
+            ids.shape[1],
+            math.prod(grid),
+            *grid[1:],
+            *video.stride(),
+            mean,
+            std,
+            channels,
+            t_patch,
+            patch,
+            triton.next_power_of_2(patch),
+            **configs.pick("patchify_gather_fwd"),
+        )
+    return out
