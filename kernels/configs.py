@@ -116,6 +116,10 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"ROWS": 8, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 8},
         ]
     },
+    "masked_mse_fwd": {"any": [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}]},
+    "masked_mse_bwd": {
+        "any": [{"BLOCK": 4096, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}],
+    },
     "patchify_gather_fwd": {
         "any": [
             {"LINES": 32, "num_warps": 1},  # of the 96 lines of a token of ViT-B
@@ -123,6 +127,67 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"LINES": 32, "num_warps": 2},
             {"LINES": 16, "num_warps": 1},
         ]
+    },
+    # Attention's shape classes: the head dim that a head is not above, and how many keys.
+    "attention_fwd": {
+        "d32": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d64_short": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d64_long": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d80": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d128": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "f32": [
+            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+        ],
+    },
+    "attention_bwd_dq": {
+        "d32": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d64_short": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d64_long": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d80": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d128": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "f32": [
+            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+        ],
+    },
+    "attention_bwd_dkv": {
+        "d32": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d64_short": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d64_long": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d80": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "d128": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        ],
+        "f32": [
+            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+        ],
     },
 }
 

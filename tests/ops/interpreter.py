@@ -1,4 +1,5 @@
-"""Triton's interpreter, made to round fp32 to bf16 as a GPU does: it cuts the digits off.
+"""Triton's interpreter, made to round fp32 to bf16 as a GPU does (it cuts the digits off), and to
+multiply matrices of bf16 (it multiplies their bits).
 
 Test files of Triton kernels import it; it changes nothing where nothing is interpreted.
 """
@@ -22,3 +23,12 @@ if dispatch.interpreting():
         return TensorHandle(nearest.astype(np.uint16), tl.bfloat16)
 
     InterpreterBuilder.cast_impl = cast_to_nearest
+
+    dot = InterpreterBuilder.create_dot
+
+    def dot_of_values(self, a, b, *args):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (cast(self, x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *args)
+
+    InterpreterBuilder.create_dot = dot_of_values
