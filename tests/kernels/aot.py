@@ -1,0 +1,264 @@
+"""Every Triton kernel compiled for GPUs that are not there, and what the machine code says.
+
+A stand-in for Triton's driver names the architecture; the launchers run on meta tensors, and each
+launch is compiled in place of being run. Registers, spills, shared memory, the width of global
+accesses and tensor-core instructions are read from the machine code by Triton's own tools.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from cases import CASES, DTYPES, ON_TRITON, calls
+from mae_fast.kernels import configs, launchers
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from mae_fast.ops import dispatch
+
+
+class Limits(NamedTuple):
+    """Of one streaming multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
+
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65536
+    shared: int = 228 * 1024
+    tensor_columns: int = 512  # of sm_100's tensor memory
+
+
+ARCHS = {80: Limits(shared=164 * 1024), 90: Limits(), 100: Limits()}
+MODELS = ("vit_b", "vit_l")
+TABLE = Path(__file__).with_name("aot.jsonl")
+# Instructions of tensor cores: mma of sm_80, wgmma of sm_90, tcgen05 of sm_100.
+TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC[A-Z]*MMA")
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
+@dataclass
+class Row:
+    """One compiled kernel. wide_*: the share of bytes that accesses of 16 bytes and more make;
+    bulk: copies by the tensor memory accelerator, which have no width of their own."""
+
+    operator: str
+    kernel: str
+    dtype: str
+    arch: int
+    sizes: str
+    chosen: bool  # by configs.pick, and not only a candidate
+    registers: int
+    spilled: int  # bytes a thread
+    shared: int  # bytes
+    occupancy: float  # resident warps, of those that an SM could hold
+    tensor_core: int
+    dots: int  # tl.dot's of operands of 16 bits
+    bulk: int
+    wide_loads: float
+    wide_stores: float
+    cases: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple:
+        return self.operator, self.kernel, self.dtype, self.arch, self.sizes
+
+    def broken(self) -> list[str]:
+        """The rules that hold on any version of Triton and that this kernel breaks."""
+        wrong = [f"{self.spilled} bytes are spilled"] if self.spilled else []
+        if self.dots and not self.tensor_core:
+            wrong.append(f"{self.dots} dots, and no tensor-core instruction")
+        return wrong
+
+    def worse(self, before: "Row") -> list[str]:
+        """In what this kernel, just compiled, is worse than its row in the committed table."""
+        wrong = self.broken()
+        if self.occupancy < before.occupancy:
+            why = f"{self.registers} registers and {self.shared} bytes of shared memory"
+            was = f"was {before.occupancy:.0%}: {before.registers} and {before.shared}"
+            wrong.append(f"occupancy {self.occupancy:.0%} with {why} ({was})")
+        if before.tensor_core and not self.tensor_core:
+            wrong.append(f"no tensor-core instruction, was {before.tensor_core}")
+        if self.bulk >= before.bulk:
+            for name in ("wide_loads", "wide_stores"):
+                now, was = getattr(self, name), getattr(before, name)
+                if now < was - 0.01:
+                    wrong.append(f"{name} {now:.0%}, was {was:.0%}")
+        return wrong
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(arch: int, candidate: int | None = None) -> Iterator[list]:
+    """Launches are compiled for `arch`, and collected, in place of being run; nothing is kept on
+    the disk. `candidate`: the number of the sizes taken in place of what configs.pick chooses."""
+    compiled: list[tuple[JITFunction, Any]] = []
+    run, pick, active = JITFunction.run, configs.pick, driver._active
+    cache, fusion = triton.knobs.cache.dir, triton.knobs.language.default_fp_fusion
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append((self, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        return compiled[-1][1]
+
+    def pick_candidate(kernel: str, shape: str = "any") -> dict[str, int]:
+        candidates = configs.CANDIDATES[kernel][shape]
+        return candidates[candidate % len(candidates)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            driver.set_active(_Driver(arch))
+            JITFunction.run = compile_only
+            triton.knobs.cache.dir, triton.knobs.language.default_fp_fusion = folder, True
+            if candidate is not None:
+                configs.pick = pick_candidate
+            yield compiled
+        finally:
+            JITFunction.run, configs.pick, driver._active = run, pick, active
+            triton.knobs.cache.dir, triton.knobs.language.default_fp_fusion = cache, fusion
+
+
+def _sizes(function: JITFunction, kernel: Any) -> str:
+    """The constexprs, warps and stages that a kernel was compiled with."""
+    given = {k[0] if isinstance(k, tuple) else k: v for k, v in kernel.src.constants.items()}
+    shown = [
+        f"{p.name}={getattr(given[i], 'value', given[i])}"
+        for i, p in enumerate(function.params)
+        if p.is_constexpr and i in given
+    ]
+    meta = kernel.metadata
+    return " ".join([*shown, f"num_warps={meta.num_warps}", f"num_stages={meta.num_stages}"])
+
+
+def _tool(name: str, *args: str) -> str:
+    command = [getattr(triton.knobs.nvidia, name).path, *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _wide(accesses: list[str]) -> float:
+    """The share of bytes that accesses of 16 bytes and more move; 1 where there are none."""
+    widths = [max([WIDTHS.get(part, 0) for part in a.split(".")[1:]]) or 4 for a in accesses]
+    return round(sum(w for w in widths if w >= 16) / sum(widths), 3) if widths else 1.0
+
+
+def occupancy(arch: int, registers: int, shared: int, warps: int, columns: int = 0) -> float:
+    """Resident warps of an SM, of those that it could hold."""
+    limits = ARCHS[arch]
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given out by 256 a warp
+    fits = [limits.blocks, limits.warps // warps, limits.registers // (per_warp * warps)]
+    fits.append(limits.shared // (-(-shared // 128) * 128 + 1024))  # 1 KiB of each is the system's
+    if columns:
+        fits.append(limits.tensor_columns // columns)
+    return round(min(fits) * warps / limits.warps, 3)
+
+
+def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: Any) -> Row:
+    """The table's row of one compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    instructions = re.findall(
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.M
+    )
+    meta = kernel.metadata
+    warps = meta.num_warps  # and those that Triton adds for a warp-specialised kernel
+    threads = re.search(r"\.maxntid (\d+)", kernel.asm["ptx"]) or re.search(
+        r"\.reqntid (\d+)", kernel.asm["ptx"]
+    )
+    warps = max(warps, int(threads[1]) // 32) if threads else warps
+    columns = getattr(meta, "tmem_size", 0) or 0
+    dots = re.findall(r"tt\.dot .*: tensor<\w+x(?:bf16|f16)[ ,>]", kernel.asm["ttir"])
+    return Row(
+        operator=operator,
+        kernel=function.__name__,
+        dtype=dtype,
+        arch=arch,
+        sizes=_sizes(function, kernel),
+        chosen=False,
+        registers=used["REG"],
+        spilled=used["STACK"],
+        shared=meta.shared,
+        occupancy=occupancy(arch, used["REG"], meta.shared, warps, columns),
+        tensor_core=sum(bool(TENSOR_CORE.match(i)) for i in instructions),
+        dots=len(dots),
+        bulk=sum(i.startswith(("UTMALDG", "UTMASTG", "UBLKCP")) for i in instructions),
+        wide_loads=_wide([i for i in instructions if i.startswith("LDG")]),
+        wide_stores=_wide([i for i in instructions if i.startswith("STG")]),
+    )
+
+
+def launch(op: str, dtype: str) -> Iterator[tuple[str, str]]:
+    """Run the launchers of one op at every model's shapes; (operator, case) after each."""
+    found = launchers(dispatch.LIBRARY._op_defs)
+    for model in MODELS:
+        for case, made in calls(op, model, dtype, "meta").items():
+            for operator, args in made:
+                found[operator](*args)
+                yield operator.split("::")[1], f"{model} {case}".strip()
+
+
+def rows(op: str, arch: int, every_candidate: bool = False) -> list[Row]:
+    """One op's kernels, compiled for one architecture: as configs.pick chooses, or every way."""
+    found: dict[int, tuple[Any, Row]] = {}  # by the compiled kernel, which Triton gives again
+    most = max(len(c) for shapes in configs.CANDIDATES.values() for c in shapes.values())
+    candidates = (None, *range(most)) if every_candidate else (None,)
+    for dtype in DTYPES:
+        for candidate in candidates:
+            with compiling(arch, candidate) as compiled:
+                for operator, case in launch(op, dtype):
+                    for function, kernel in compiled:
+                        if id(kernel) not in found:
+                            found[id(kernel)] = (
+                                kernel,
+                                read(operator, dtype, arch, function, kernel),
+                            )
+                        row = found[id(kernel)][1]
+                        row.chosen |= candidate is None
+                        if case not in row.cases:
+                            row.cases.append(case)
+                    del compiled[:]
+    return [row for _, row in found.values()]
+
+
+def committed() -> tuple[str, list[Row]]:
+    """(the version of Triton that the committed table is of, its rows)."""
+    first, *lines = TABLE.read_text().splitlines()
+    return json.loads(first)["triton"], [Row(**json.loads(line)) for line in lines]
+
+
+def main() -> None:
+    """Write the table: every candidate of every kernel on every architecture."""
+    jobs = [(op, arch) for op in ON_TRITON if op in CASES for arch in ARCHS]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(rows, *zip(*jobs, strict=True), [True] * len(jobs))
+        made = sorted((row for part in found for row in part), key=lambda r: (r.key, r.cases))
+    lines = [json.dumps({"triton": triton.__version__}), *(json.dumps(asdict(r)) for r in made)]
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The calls of every operator that the proofs of its Triton kernels run: at the models' shapes, at
+these cut down, and at odd ones."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mae_fast.ops  # noqa: F401  every operator is defined
+from mae_fast.ops import dispatch
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Model(NamedTuple):
+    """A masked autoencoder as its operators see it; a patch has 2 frames, a head width / heads."""
+
+    clips: int
+    frames: int
+    size: int
+    patch: int
+    width: int
+    heads: int
+    decoder_width: int
+    decoder_heads: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames // 2 * (self.size // self.patch) ** 2
+
+    @property
+    def kept(self) -> int:
+        return int(self.tokens * 0.1)
+
+
+MODELS = {
+    "vit_b": Model(64, 16, 224, 16, 768, 12, 512, 16),
+    "vit_l": Model(64, 16, 224, 16, 1024, 16, 512, 16),
+    "vit_b_cut_down": Model(2, 4, 64, 16, 128, 2, 64, 2),
+    "odd": Model(3, 6, 35, 7, 80, 1, 48, 3),
+}
+
+
+class Call(NamedTuple):
+    """One call of an operator, as its autograd makes it."""
+
+    operator: str
+    args: tuple[Any, ...]
+
+
+class _Maker:
+    """The arguments of one model's operators, in one dtype, on one device ("meta": shapes only)."""
+
+    def __init__(self, model: Model, dtype: torch.dtype, device: str) -> None:
+        self.model, self.dtype, self.device = model, dtype, device
+        self.random = torch.Generator().manual_seed(0)
+
+    def floats(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        if self.device == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        values = torch.randn(shape, generator=self.random)
+        return values.to(self.device, dtype).requires_grad_()
+
+    def param(self, *shape: int) -> Tensor:
+        """Parameters stay in fp32 beside bf16 activations."""
+        return self.floats(*shape, dtype=torch.float32)
+
+    def bytes(self, *shape: int) -> Tensor:
+        if self.device == "meta":
+            return torch.empty(shape, dtype=torch.uint8, device="meta")
+        values = torch.randint(256, shape, generator=self.random, dtype=torch.uint8)
+        return values.to(self.device)
+
+    def clip(self) -> Tensor:
+        m = self.model
+        return self.bytes(m.clips, 3, m.frames, m.size, m.size)
+
+    def ids(self) -> tuple[Tensor, Tensor]:
+        """(ids_keep, ids_mask), int32."""
+        m = self.model
+        if self.device == "meta":
+            shuffled = torch.empty(m.clips, m.tokens, dtype=torch.int32, device="meta")
+        else:
+            noise = torch.rand(m.clips, m.tokens, generator=self.random)
+            shuffled = noise.argsort(dim=1).to(self.device, torch.int32)
+        return shuffled[:, : m.kept].contiguous(), shuffled[:, m.kept :].contiguous()
+
+    def boxes(self, height: int, width: int) -> Tensor:
+        if self.device == "meta":
+            return torch.empty(self.model.clips, 4, dtype=torch.int32, device="meta")
+        boxes = [[i, 2 * i, height - 3 * i, width - 5 * i] for i in range(self.model.clips)]
+        return torch.tensor(boxes, dtype=torch.int32, device=self.device)
+
+
+def _patchify_gather(m: _Maker):
+    yield "", (m.clip(), m.ids()[0], 2, m.model.patch, 0.45, 0.225, m.dtype)
+
+
+def _crop_resize_patchify_gather(m: _Maker):
+    height, width = m.model.size + 32, m.model.size * 3 // 2
+    frames = [m.bytes(m.model.frames, height, width, 3) for _ in range(m.model.clips)]
+    flips = torch.zeros(m.model.clips, dtype=torch.bool, device=m.device)
+    pixels = (m.model.size, 2, m.model.patch, 0.45, 0.225, m.dtype)
+    for name, ids, channel_last in zip(("", "target"), m.ids(), (False, True), strict=True):
+        yield name, (frames, m.boxes(height, width), flips, ids, *pixels, channel_last)
+
+
+def _patch_embed(m: _Maker):
+    values, width = 6 * m.model.patch**2, m.model.width
+    weights = (m.floats(width, values), m.floats(width), m.param(m.model.tokens, width))
+    yield "", (m.clip(), m.ids()[0], *weights, 2, m.model.patch, 0.45, 0.225)
+
+
+def _attention(m: _Maker):
+    clips, kept, tokens = m.model.clips, m.model.kept + 1, m.model.tokens + 1
+    heads, head_dim = m.model.heads, m.model.width // m.model.heads
+    fused = m.floats(clips, kept, 3, heads, head_dim).detach()
+    yield "encoder", tuple(x.requires_grad_() for x in fused.unbind(2))
+    heads, head_dim = m.model.decoder_heads, m.model.decoder_width // m.model.decoder_heads
+    for name, queries in (("decoder", tokens), ("last_block", tokens - kept)):
+        sizes = (queries, tokens, tokens)
+        yield name, tuple(m.floats(clips, n, heads, head_dim) for n in sizes)
+
+
+def _stacks(m: _Maker) -> list[tuple[str, int, int]]:
+    """(name, tokens, width) of what norms and activations see."""
+    kept, tokens = m.model.kept + 1, m.model.tokens + 1
+    return [("encoder", kept, m.model.width), ("decoder", tokens, m.model.decoder_width)]
+
+
+def _layer_norm(m: _Maker):
+    for name, tokens, width in _stacks(m):
+        yield name, (m.floats(m.model.clips, tokens, width), m.param(width), m.param(width), 1e-6)
+
+
+def _add_layer_norm(m: _Maker):
+    for name, tokens, width in _stacks(m):
+        x, y = (m.floats(m.model.clips, tokens, width) for _ in range(2))
+        yield name, (x, y, m.param(width), m.param(width), 1e-6)
+
+
+def _bias_gelu(m: _Maker):
+    for name, tokens, width in _stacks(m):
+        yield name, (m.floats(m.model.clips, tokens, 4 * width), m.param(4 * width))
+
+
+def _decoder_tokens(m: _Maker):
+    clips, width = m.model.clips, m.model.decoder_width
+    visible, cls = m.floats(clips, m.model.kept, width), m.floats(clips, width)
+    yield "", (visible, cls, m.param(width), m.param(m.model.tokens, width), *m.ids())
+
+
+def _masked_mse(m: _Maker):
+    """As MAE-ST: every second frame is a target."""
+    ids, frames = m.ids()[1], [*range(0, m.model.frames, 2)]
+    pred = m.floats(*ids.shape, 3 * m.model.patch**2)
+    yield "", (pred, m.clip(), ids, frames, 1, m.model.patch, 0.45, 0.225, True, True)
+
+
+# op -> its cases' names and the arguments of its forward operator
+CASES: dict[str, Callable[[_Maker], Any]] = {
+    "add_layer_norm": _add_layer_norm,
+    "attention": _attention,
+    "bias_gelu": _bias_gelu,
+    "crop_resize_patchify_gather": _crop_resize_patchify_gather,
+    "decoder_tokens": _decoder_tokens,
+    "layer_norm": _layer_norm,
+    "masked_mse": _masked_mse,
+    "patch_embed": _patch_embed,
+    "patchify_gather": _patchify_gather,
+}
+ON_TRITON = [name for name, op in dispatch.OPS.items() if "triton" in op.backends]
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the operators of mae_fast that are called, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mae_fast":
+            detached = (a.detach() if torch.is_tensor(a) else a for a in args)
+            self.calls.append(Call(func.name(), tuple(detached)))
+        return func(*args, **(kwargs or {}))
+
+
+def calls(op: str, model: str, dtype: str, device: str) -> dict[str, list[Call]]:
+    """{case: the calls of forward and backward} of one op; runs them, so that backward has its
+    inputs."""
+    found = {}
+    for name, args in CASES[op](_Maker(MODELS[model], DTYPES[dtype], device)):
+        with _Recorder() as recorder:
+            outs = getattr(torch.ops.mae_fast, f"{op}_fwd")(*args)
+            outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad]
+            leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
+            if outs:
+                torch.autograd.grad(outs, leaves, [torch.randn_like(o) for o in outs])
+        found[name] = recorder.calls
+    return found
+
+
+def tensors(args: Any) -> list[Tensor]:
+    """The tensors among arguments, those in lists too."""
+    if torch.is_tensor(args):
+        return [args]
+    return [t for a in args for t in tensors(a)] if isinstance(args, list | tuple) else []
