@@ -142,6 +142,7 @@ class Tape(TorchDispatchMode):
     very tensors and numbers; `replay` calls them again and puts their results where they were.
 
     Inside, an operator for which a host would wait for its GPU is a RuntimeError, as in a capture.
+    (A CPU tensor's tolist() and numpy() call no operator, and are not seen.)
     """
 
     def __init__(self) -> None:
@@ -151,7 +152,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if operator._schema.name in WAITING:
+        if waits(operator, args):
             raise RuntimeError(f"{operator} makes the host wait, which a capture does not permit")
         out = operator(*args, **kwargs)
         self.calls.append((operator, args, kwargs, out))
@@ -169,6 +170,14 @@ class Tape(TorchDispatchMode):
                 # A view, or what was written in place, is where it was.
                 if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+def waits(operator: torch._ops.OpOverload, args: tuple) -> bool:
+    """Whether a host would wait for its GPU in this call of an operator."""
+    name = operator._schema.name
+    if name == "aten::index":  # by a mask: how many elements that gives, the device must tell
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return name in WAITING
 
 
 def count_launches(function: Callable[[], object]) -> dict[str, int]:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_fast import checkpoint, metrics
+from mae_fast import checkpoint, graph, metrics
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
 from mae_fast.data import build_index
+from mae_fast.distributed import World
 from mae_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from mae_fast.train import pretrain, total_steps
+from mae_fast.masking import STRATEGIES
+from mae_fast.train import Run, Window, pretrain, total_steps
 
 MODEL = dict(
     img_size=32,
@@ -302,6 +305,50 @@ def test_bad_videos_are_replaced_listed_and_too_many_stop(folder, video, tmp_pat
 def test_epochs_count_passes_over_the_videos():
     cfg = Config(train=TrainConfig(batch_size=2, accum_steps=2, epochs=3, warmup_epochs=1))
     assert total_steps(cfg, videos=100, world=4) == 18
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"accum_steps": 2}, {"precision": "bf16"}], ids=["plain", "accum", "bf16"]
+)
+def test_a_run_with_graphs_is_the_run_without(changes, index, tmp_path, monkeypatch):
+    graphs, true = [], graph.GraphedStep
+    monkeypatch.setattr(graph, "why_not", lambda *args: None)
+    monkeypatch.setattr(graph, "GraphedStep", lambda *a: graphs.append(true(*a)) or graphs[-1])
+    runs = []
+    for name in ("eager", "graphed"):
+        out = tmp_path / name
+        pretrain(_config(index, out, steps=10, cuda_graph=name == "graphed", **changes))
+        losses = [row["loss"] for row in metrics.read(out / "metrics.jsonl")]
+        runs.append((losses, _weights(out)))
+    assert graphs[0].graph is not None
+    assert runs[0][0] == runs[1][0] and _same(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_makes_no_host_wait(strategy, index, tmp_path):
+    """From the batch's arrival to the update. On a CPU this sees operators, not copies."""
+    cfg = _config(index, tmp_path / "run", accum_steps=2, steps=2)
+    mask = MaskConfig(strategy=strategy, ratio=0.5)
+    run, waits = Run(Config(**{**vars(cfg), "mask": mask}), World(0, 1, torch.device("cpu"))), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if graph.waits(operator, args):
+                waits.append(operator)
+            return operator(*args, **(kwargs or {}))
+
+    batches = iter(list(run._loader()))
+    with Watch():
+        torch.ones(1).item()  # seen
+        run._one_step(batches, Window())
+    assert waits == [torch.ops.aten._local_scalar_dense.default]
+
+
+def test_a_run_says_why_it_has_no_graph(index, tmp_path, caplog):
+    pretrain(
+        _config(index, tmp_path / "run", steps=1, warmup_steps=0, device="cpu", cuda_graph=True)
+    )
+    assert "train.cuda_graph is not used: the run is on the cpu" in caplog.text
 
 
 @pytest.mark.parametrize(
