@@ -1,4 +1,4 @@
-"""`mae-fast info`: versions, devices, decoders, ops, and why an optional library is not used."""
+"""`mae-fast info`: versions, devices, decoders, ops, and why a backend or library is not used."""
 
 import json as jsonlib
 import platform
@@ -57,6 +57,7 @@ def collect() -> dict[str, dict[str, str]]:
         "devices": devices(),
         "decoders": _decoders(),
         "ops": _ops(),
+        "backends": _backends(),
         "optional libraries": optional,
     }
 
@@ -79,21 +80,36 @@ def _optional(distribution: str) -> str:
     return f"not used: {found} does not import: {(errors or lines)[-1].strip()}"
 
 
+def _reasons() -> dict[str, str | None]:
+    """Why each backend that not every machine has does not run here, or None. Imports none."""
+    import mae_fast.ops  # noqa: F401  every backend is known
+    from mae_fast.ops.dispatch import MACHINE
+
+    return {name: why_not() for name, why_not in MACHINE.items()}
+
+
 def _ops() -> dict[str, str]:
     """The backend that each op takes on this CPU, and why those before it do not run."""
     try:
         from mae_fast.ops import OPS
-        from mae_fast.ops.dispatch import MACHINE
 
-        reasons = {name: why_not() for name, why_not in MACHINE.items()}
+        reasons = _reasons()
     except Exception as e:
         return {"error": f"{type(e).__name__}: {e}"}
     found = {}
     for op in OPS.values():
-        declined = [b for b in op.backends if reasons.get(b)]
-        taken = next(b for b in op.backends if b not in declined)
-        found[op.name] = "; ".join([taken, *(f"not {b}: {reasons[b]}" for b in declined)])
+        taken = next(b for b in op.backends if not reasons.get(b))
+        before = list(op.backends)[: list(op.backends).index(taken)]
+        found[op.name] = "; ".join([taken, *(f"not {b}: {reasons[b]}" for b in before)])
     return found
+
+
+def _backends() -> dict[str, str]:
+    """Each backend of any op: "runs here", or why it does not."""
+    try:
+        return {name: reason or "runs here" for name, reason in _reasons().items()}
+    except Exception as e:
+        return {"error": f"{type(e).__name__}: {e}"}
 
 
 def _decoders() -> dict[str, str]:

@@ -169,9 +169,23 @@ def test_closed_pipe_is_quiet():
 def test_info_json_is_one_document(capsys):
     assert exit_code(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["versions", "devices", "decoders", "ops", "optional libraries"]
+    sections = ["versions", "devices", "decoders", "ops", "backends", "optional libraries"]
+    assert list(found) == sections
     assert set(found["optional libraries"]) == set(info.OPTIONAL)
     assert all(isinstance(v, str) and v for rows in found.values() for v in rows.values())
+
+
+def test_info_gives_each_backend_a_reason():
+    """Every backend that some op has and some machine has not, the attention libraries included."""
+    from mae_fast.ops import OPS
+
+    found = info.collect()
+    backends = {b for op in OPS.values() for b in op.backends} - {"reference", "sdpa", "torch"}
+    assert backends == set(found["backends"]) >= {"cpp", "triton", "flash_attn_3", "sdpa_cudnn"}
+    if found["devices"].get("cuda", "").startswith("none"):
+        assert "no CUDA device" in found["backends"]["triton"]
+        assert found["backends"]["sdpa_cudnn"] == "there is no CUDA device"
+        assert found["backends"]["sdpa_math"] == "runs here"
 
 
 def test_info_table_shows_brackets_as_they_are(monkeypatch, capsys):

@@ -5,11 +5,18 @@ them) -> [B, Sq, H, d]. Statistics in fp32 (fp64 for double). `cpp` keeps no sco
 q, k, v, out and each row's log-sum-exp, and computes them again.
 """
 
+import json
+import logging
+from collections.abc import Iterable
+from importlib import resources
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mae_fast.ops import attention_libraries as libraries
 from mae_fast.ops import dispatch
+
+log = logging.getLogger("mae_fast")
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -18,12 +25,6 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).to(dtype)
-
-
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's scaled_dot_product_attention, by whichever of its kernels torch takes."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 dispatch.LIBRARY.define("attention_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
@@ -78,13 +79,59 @@ def _why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None if k.shape[1] else "there are no keys"
 
 
-OP = dispatch.Op(
+def measured_key(width: int, keys: int, dtype: torch.dtype, gradients: bool) -> str:
+    """A row of the table: "d32-s2048-bfloat16-both" for 1,025 to 2,048 keys, forward and backward
+    (without gradients "forward")."""
+    length = 1 << max(keys - 1, 0).bit_length()
+    direction = "both" if gradients else "forward"
+    return f"d{width}-s{length}-{str(dtype).removeprefix('torch.')}-{direction}"
+
+
+def read_measured() -> dict[str, dict[str, dict[str, float]]]:
+    """The table that `make gpu` writes, kernels/measured_attention.json, or {}.
+
+    {architecture: {measured_key: {backend: milliseconds}}}, architectures as "90" for sm_90. Only
+    the order of a row's times counts: they are of one shape, timed side by side.
+    """
+    file = resources.files("mae_fast.kernels") / "measured_attention.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+measured = dispatch.constant(read_measured)
+architecture = dispatch.constant(
+    lambda: "{}{}".format(*torch.cuda.get_device_capability())  # of the present device
+)
+_guessed: set[str] = set()
+
+
+class _Attention(dispatch.Op):
+    def order(self, q: Tensor, k: Tensor, v: Tensor) -> Iterable[str]:
+        """On CUDA by the measured table: the fastest first, then what it does not have."""
+        if q.device.type != "cuda":
+            return self.backends
+        gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+        row = measured_key(q.shape[-1], k.shape[1], q.dtype, gradients)
+        times = measured().get(architecture(), {}).get(row)
+        if times:
+            found = [name for name in sorted(times, key=times.get) if name in self.backends]
+            return [*found, *(name for name in self.backends if name not in times)]
+        if not torch.compiler.is_compiling() and row not in _guessed:
+            _guessed.add(row)
+            where = f"sm_{architecture()}, {row}"
+            log.info("attention: the order of backends is a guess, %s was not measured", where)
+        return self.backends
+
+
+# The order without a measured table: ours, then libraries by age, then torch, which takes all.
+OP = _Attention(
     "attention",
     "attention that keeps no scores",
     {
         "cpp": _why_not_cpp,
         "triton": _why_not_triton,
+        **{name: libraries.why_not(name) for name in libraries.LIBRARIES},
         "sdpa": dispatch.anything,
+        **{name: libraries.why_not(name) for name in libraries.TORCH_KERNELS},
         "reference": dispatch.anything,
     },
 )
@@ -100,4 +147,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     backend = OP.choose(q, k, v)
     if backend in ("cpp", "triton"):
         return torch.ops.mae_fast.attention_fwd(q, k, v)[0]
-    return (attention_sdpa if backend == "sdpa" else attention_ref)(q, k, v)
+    if backend == "reference":
+        return attention_ref(q, k, v)
+    return libraries.compute(backend, q, k, v)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,10 @@ class Op:
     def __post_init__(self) -> None:
         OPS[self.name] = self
 
+    def order(self, *args) -> Iterable[str]:
+        """The backends for these arguments, by preference."""
+        return self.backends
+
     def choose(self, *args) -> str:
         """The backend for these arguments; BackendError if a forced one does not take them."""
         if self.name in _forced:
@@ -50,8 +54,8 @@ class Op:
                 raise BackendError(f"{self.name}: {name} was asked for, but {reason}")
             return name
         declined = ()
-        for name, why_not in self.backends.items():
-            reason = why_not(*args)
+        for name in self.order(*args):
+            reason = self.backends[name](*args)
             if reason is None:
                 break
             declined += (f"{name}: {reason}",)
@@ -124,7 +128,7 @@ def check_ids(*ids: Tensor) -> None:
 def check_range(ids: Tensor, length: int) -> None:
     """Raises IndexError on an id outside [0, length). On a CPU only: elsewhere it would wait."""
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in ids.aminmax())
+        low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= length:
             raise IndexError(f"ids hold {low if low < 0 else high}, outside [0, {length})")
 
