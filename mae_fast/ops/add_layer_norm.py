@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
-from mae_fast.ops.layer_norm import layer_norm_ref
+from mae_fast.ops.layer_norm import layer_norm_ref, why_not_triton
 
 
 def add_layer_norm_ref(
@@ -71,7 +71,7 @@ def _why_not_cpp(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> str | No
 OP = dispatch.Op(
     "add_layer_norm",
     "residual addition and layer norm",
-    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+    {"cpp": _why_not_cpp, "triton": why_not_triton, "reference": dispatch.anything},
 )
 
 

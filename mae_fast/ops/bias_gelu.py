@@ -47,10 +47,18 @@ def _why_not_cpp(x: Tensor, bias: Tensor) -> str | None:
     return dispatch.why_not_cpp(x, bias) or dispatch.why_not_dtype(x.dtype, bias.dtype)
 
 
+def _why_not_triton(x: Tensor, bias: Tensor) -> str | None:
+    if torch.float64 in (x.dtype, bias.dtype):
+        return "it computes in fp32, and a tensor is float64"
+    if not x.shape[-1]:
+        return "a row has no values"
+    return dispatch.why_not_triton(x, bias) or dispatch.why_not_dtype(x.dtype, bias.dtype)
+
+
 OP = dispatch.Op(
     "bias_gelu",
     "bias and exact GELU, and the bias's gradient",
-    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+    {"cpp": _why_not_cpp, "triton": _why_not_triton, "reference": dispatch.anything},
 )
 
 

@@ -83,10 +83,22 @@ def _why_not_cpp(visible: Tensor, cls: Tensor | None, mask_token: Tensor, pos: T
     )
 
 
+def _why_not_triton(
+    visible: Tensor, cls: Tensor | None, mask_token: Tensor, pos: Tensor, *ids: Tensor
+) -> str | None:
+    dtypes = {t.dtype for t in (visible, cls, mask_token, pos) if t is not None}
+    if torch.float64 in dtypes:
+        return "it computes in fp32, and a tensor is float64"
+    if not 0 < visible.shape[2] <= 8192:
+        return f"a token has {visible.shape[2]} values, and it takes 1 to 8192"
+    reason = dispatch.why_not_triton(visible, cls, mask_token, pos, *ids)
+    return reason or dispatch.why_not_dtype(*dtypes)
+
+
 OP = dispatch.Op(
     "decoder_tokens",
     "the decoder's input from visible tokens, mask token and positions",
-    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+    {"cpp": _why_not_cpp, "triton": _why_not_triton, "reference": dispatch.anything},
 )
 
 
@@ -119,4 +131,6 @@ def decoder_tokens(
     args = (visible, cls, mask_token, pos, ids_keep, ids_mask)
     if OP.choose(*args) == "reference":
         return decoder_tokens_ref(*args)
+    for ids in (ids_keep, ids_mask):
+        dispatch.check_range(ids, len(pos))
     return torch.ops.mae_fast.decoder_tokens_fwd(*args)

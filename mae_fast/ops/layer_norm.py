@@ -57,10 +57,20 @@ def _why_not_cpp(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     return dispatch.why_not_cpp(x, weight, bias) or dispatch.why_not_dtype(x.dtype, weight.dtype)
 
 
+def why_not_triton(x: Tensor, *rest: Tensor) -> str | None:
+    """Also add_layer_norm's: fp32, bf16 and f16, each tensor its own."""
+    dtypes = {t.dtype for t in (x, *rest)}
+    if torch.float64 in dtypes:
+        return "its statistics are fp32, and a tensor is float64"
+    if not 0 < x.shape[-1] <= 8192:
+        return f"a row has {x.shape[-1]} values, and it takes 1 to 8192"
+    return dispatch.why_not_triton(x, *rest) or dispatch.why_not_dtype(*dtypes)
+
+
 OP = dispatch.Op(
     "layer_norm",
     "layer norm over the last dimension, statistics in fp32",
-    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+    {"cpp": _why_not_cpp, "triton": why_not_triton, "reference": dispatch.anything},
 )
 
 

@@ -1,10 +1,12 @@
 """add_layer_norm: every backend against the fp64 reference, forward and gradients."""
 
+import interpreter  # noqa: F401
 import pytest
 import torch
-from op_checks import DTYPES, check_op
+from op_checks import BACKENDS, DTYPES, check_op
 
 import mae_fast
+from mae_fast.errors import BackendError
 from mae_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_ref
 
 SHAPES = {"one_row": (1, 3), "no_rows": (0, 8), "prime": (7, 13), "vit_b": (2, 157, 768)}
@@ -62,3 +64,13 @@ def test_add_layer_norm_refuses_shapes():
     x, y, weight, bias, eps = make((3, 8), torch.float32)
     with pytest.raises(ValueError, match=r"y \[2, 8\]"):
         add_layer_norm(x, y[:2], weight, bias, eps)
+
+
+@pytest.mark.skipif(BACKENDS != ["triton"], reason="the Triton kernels do not run here")
+def test_add_layer_norm_in_triton_declines_what_it_does_not_take():
+    args = make((3, 8), torch.float64)
+    with mae_fast.backends(add_layer_norm="triton"):
+        with pytest.raises(BackendError, match="a tensor is float64"):
+            add_layer_norm(*args)
+        with pytest.raises(BackendError, match="a row has 9000 values"):
+            add_layer_norm(*make((1, 9000), torch.float32))

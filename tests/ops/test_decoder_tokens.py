@@ -1,11 +1,13 @@
 """decoder_tokens: every backend against the fp64 reference, forward and gradients."""
 
+import interpreter  # noqa: F401
 import pytest
 import torch
-from op_checks import DTYPES, check_op
+from op_checks import BACKENDS, DEVICE, DTYPES, check_op
 
 import mae_fast
 from mae_fast.masking import draw_ids
+from mae_fast.ops import dispatch
 from mae_fast.ops.decoder_tokens import decoder_tokens, decoder_tokens_ref
 
 # batch, grid, mask ratio, width
@@ -13,7 +15,9 @@ SHAPES = {
     "one_element": (1, (1, 1, 2), 0.5, 1),
     "prime": (3, (1, 7, 5), 0.6, 13),
     "all_visible": (2, (2, 2, 2), 0.0, 8),
-    "decoder": (2, (8, 14, 14), 0.9, 64),
+    # The interpreter takes a while.
+    "decoder": (2, (1 if dispatch.interpreting() else 8, 14, 14), 0.9, 64),
+    "many_clips": (19, (1, 2, 3), 0.5, 300),
 }
 
 
@@ -80,6 +84,7 @@ def test_decoder_tokens_gives_the_same_bits_with_any_number_of_threads():
     assert all(torch.equal(a, b) for g in grads[1:] for a, b in zip(grads[0], g, strict=True))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="elsewhere the check would wait for the device")
 @pytest.mark.parametrize("bad", [-1, 35, 2**31 - 1])
 @pytest.mark.parametrize("which", [4, 5], ids=["ids_keep", "ids_mask"])
 def test_decoder_tokens_refuses_an_id_out_of_range(backend, which, bad):
@@ -88,6 +93,21 @@ def test_decoder_tokens_refuses_an_id_out_of_range(backend, which, bad):
     args[which][1, 2] = bad
     with mae_fast.backends(decoder_tokens=backend), pytest.raises(IndexError):
         decoder_tokens(*args)
+
+
+@pytest.mark.skipif(BACKENDS != ["triton"], reason="the Triton kernels do not run here")
+@pytest.mark.parametrize("bad", [-1, 35, 2**31 - 1])
+def test_decoder_tokens_in_triton_gives_nan_for_an_id_out_of_range(bad):
+    """Where nothing looked at the ids: the loss is not finite, and the step is skipped."""
+    args = make("prime", torch.float32)
+    args[5] = args[5].clone()
+    args[5][1, 2] = bad
+    dispatch.load_triton()
+    out = torch.ops.mae_fast.decoder_tokens_fwd(*args)
+    lost = out.isnan()
+    assert lost[1, 1 + args[4].shape[1] + 2].all() and lost.sum() == out.shape[2]
+    grads = torch.autograd.grad(out, args[:4], torch.ones_like(out))
+    assert all(g.isfinite().all() for g in grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.bool])

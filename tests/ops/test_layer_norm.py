@@ -1,5 +1,6 @@
 """layer_norm: every backend against the fp64 reference, forward and gradients."""
 
+import interpreter  # noqa: F401
 import pytest
 import torch
 from op_checks import DTYPES, check_op
@@ -11,6 +12,7 @@ SHAPES = {
     "one_row": (1, 3),
     "no_rows": (0, 8),
     "prime": (7, 13),
+    "wide": (3, 1280),
     "vit_b": (2, 157, 768),
     "decoder": (1, 1569, 512),
 }
@@ -38,6 +40,15 @@ def test_layer_norm_takes_strided_input(backend):
     dout = [torch.randn(30, 5, 4).permute(2, 1, 0)]
     with mae_fast.backends(layer_norm=backend):
         check_op(layer_norm, layer_norm_ref, [x, weight, bias, EPS], dout)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_layer_norm_of_a_slice_of_tokens(backend, first):
+    """As the last decoder block takes it; by Triton in place."""
+    x = torch.randn(3, 9, 40)[:, first:].requires_grad_()
+    args = [x, *make((1, 40), torch.float32)[1:]]
+    with mae_fast.backends(layer_norm=backend):
+        check_op(layer_norm, layer_norm_ref, args, [torch.randn(x.shape)])
 
 
 def test_layer_norm_of_one_value_is_the_bias(backend):

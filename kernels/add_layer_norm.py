@@ -1,0 +1,13 @@
+"""add_layer_norm in Triton: layer_norm's kernels, with the addition in the same pass."""
+
+from mae_fast.kernels.layer_norm import backward, forward
+
+
+def add_layer_norm_fwd(x, y, weight, bias, eps):
+    """x, y [..., D], weight and bias [D] -> (x + y, its norm, mean, rstd)."""
+    return forward("add_layer_norm_fwd", x, y, weight, bias, eps)
+
+
+def add_layer_norm_bwd(dtotal, dout, total, weight, mean, rstd):
+    """-> (dtotal + the norm's gradient, dweight, dbias); dtotal may be None."""
+    return backward("add_layer_norm_bwd", dtotal, dout, total, weight, mean, rstd)

@@ -1,0 +1,74 @@
+"""bias_gelu in Triton: a program takes tiles of some columns in turn, and reads their bias once."""
+
+import torch
+import triton
+import triton.language as tl
+from mae_fast.kernels import configs
+from mae_fast.kernels._rows import LEAST_ROWS, row_programs, sum_parts
+
+
+@triton.jit
+def normal_cdf(h):
+    """The normal distribution's, with the exact erf."""
+    return 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bias_gelu_fwd_kernel(
+    x, bias, out, rows, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b = tl.load(bias + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        at = row[:, None] * F + column[None, :]
+        mask = (row < rows)[:, None] & (column < F)[None, :]
+        h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b
+        tl.store(out + at, h * normal_cdf(h), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bias_gelu_bwd_kernel(
+    dout, x, bias, dx, parts, rows, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b = tl.load(bias + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        at = row[:, None] * F + column[None, :]
+        mask = (row < rows)[:, None] & (column < F)[None, :]
+        h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b
+        d = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
+        density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        d *= normal_cdf(h) + h * density
+        tl.store(dx + at, d, mask=mask)
+        dbias += d
+    to = parts + tl.program_id(0).to(tl.int64) * F + column
+    tl.store(to, tl.sum(dbias, 0), mask=column < F)
+
+
+def _sizes(kernel, rows, width, least=1):
+    programs, sizes = row_programs(rows, configs.pick(kernel), least)
+    return (programs, triton.cdiv(width, sizes["COLUMNS"])), sizes
+
+
+def bias_gelu_fwd(x, bias):
+    """x [..., F], bias [F] -> [..., F] of x's dtype. An x that is not contiguous is copied."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    grid, sizes = _sizes("bias_gelu_fwd", rows, width)
+    _bias_gelu_fwd_kernel[grid](x.contiguous(), bias.contiguous(), out, rows, width, **sizes)
+    return out
+
+
+def bias_gelu_bwd(dout, x, bias):
+    """-> (dx of x's dtype, dbias); partial sums by program, then their sum in order."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    grid, sizes = _sizes("bias_gelu_bwd", rows, width, LEAST_ROWS)
+    parts = torch.empty((grid[0], 1, width), dtype=torch.float32, device=x.device)
+    _bias_gelu_bwd_kernel[grid](
+        dout.contiguous(), x.contiguous(), bias.contiguous(), dx, parts, rows, width, **sizes
+    )
+    return dx, *sum_parts(parts, bias.dtype)
