@@ -8,6 +8,7 @@ None of it has run on a GPU yet: unmeasured.
 
 import importlib
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,14 +26,17 @@ from mae_fast.ops import dispatch
 class Library:
     """A package's attention for fp16 and bf16 on CUDA: `compute`, and what it takes.
 
-    `file` of `package` shows that it is there without an import; `module` is what compute imports.
-    Capabilities are the lowest and the highest that it has kernels for, forward and backward.
+    `file` of `package` shows that it is there without an import; compute imports `function` from
+    `module` and gives it the arguments that it `passes` by name. `capabilities` are the lowest and
+    the highest that it has kernels for, forward and backward.
     """
 
     compute: Callable[[Tensor, Tensor, Tensor], Tensor]
     package: str
     file: str
     module: str
+    function: str
+    passes: tuple[str, ...]
     install: str
     capabilities: tuple[tuple[int, int], tuple[int, int]]
     widest: int
@@ -58,12 +62,14 @@ class Library:
         return folders is None or any((Path(f) / self.file).exists() for f in folders)
 
     def loads(self) -> str | None:
-        """Why it does not import, or None."""
+        """Why it does not import, or is not the version that we call, or None."""
         try:
-            importlib.import_module(self.module)
+            function = getattr(importlib.import_module(self.module), self.function)
         except Exception as e:
             return f"{self.module} does not import: {e}"
-        return None
+        # flash-attn 2.8 ships an early copy of flash-attn-4, for one.
+        lacks = [p for p in self.passes if p not in inspect.signature(function).parameters]
+        return f"{self.function} of {self.module} has no {lacks[0]}" if lacks else None
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why it does not take these tensors, or None."""
@@ -116,6 +122,8 @@ LIBRARIES = {
         package="flash_attn",
         file="cute/interface.py",
         module="flash_attn.cute.interface",
+        function="flash_attn_func",
+        passes=("deterministic",),
         install="pip install mae-fast[flash-attn-4]",
         capabilities=((9, 0), (12, 9)),  # forward alone also runs on sm_80
         widest=128,
@@ -125,6 +133,8 @@ LIBRARIES = {
         package="flash_attn_interface",
         file="",
         module="flash_attn_interface",
+        function="flash_attn_func",
+        passes=("deterministic",),
         install="built from the folder hopper of Dao-AILab/flash-attention",
         capabilities=((8, 0), (9, 0)),
         widest=256,
@@ -134,6 +144,8 @@ LIBRARIES = {
         package="flash_attn",
         file="flash_attn_interface.py",
         module="flash_attn.flash_attn_interface",
+        function="flash_attn_func",
+        passes=("deterministic",),
         install="pip install mae-fast[flash-attn]",
         capabilities=((8, 0), _ANY),
         widest=256,
@@ -143,6 +155,8 @@ LIBRARIES = {
         package="xformers",
         file="ops/__init__.py",
         module="xformers.ops",
+        function="memory_efficient_attention",
+        passes=(),
         install="pip install mae-fast[xformers]",
         capabilities=((8, 0), _ANY),
         widest=256,
