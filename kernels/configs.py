@@ -111,12 +111,19 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     },
     "decoder_tokens_bwd": {
         "any": [
-            {"ROWS": 8, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 16, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},  # rows of some clips
+            {"ROWS": 32, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},
             {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 8},
-            {"ROWS": 8, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 8},
         ]
     },
-    "masked_mse_fwd": {"any": [{"num_warps": 1}, {"num_warps": 2}, {"num_warps": 4}]},
+    "masked_mse_fwd": {
+        "any": [  # values at a time; one warp alone would exchange bytes by shuffles, 32 for each
+            {"CHUNK": 256, "num_warps": 2},
+            {"CHUNK": 1024, "num_warps": 4},
+            {"CHUNK": 1024, "num_warps": 2},
+            {"CHUNK": 512, "num_warps": 2},
+        ]
+    },
     "masked_mse_bwd": {
         "any": [{"BLOCK": 4096, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}],
     },

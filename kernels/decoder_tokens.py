@@ -12,7 +12,7 @@ from mae_fast.kernels import configs
 from mae_fast.kernels._rows import sum_parts
 
 # Each program of the backward has so many positions at least, and one partial sum of mask tokens.
-LEAST_POSITIONS = 8
+LEAST_POSITIONS = 16
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "kept", "length"])
