@@ -3,6 +3,7 @@
 # make lint   check style;  make setup  only the set-up;  make clean  remove what make made
 # make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, minutes
 # make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  README from benchmarks/results
+# make gpu    test and time all of it on a GPU, 8 minutes; make gpu-rehearsal  the same on a CPU
 # Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
 #   PYTHON=python3.12  the interpreter, 3.10 or newer      TORCH=2.13.0  TRITON=3.9.0  versions
 #   SYSTEM=1           use the torch, triton and numpy of PYTHON; add light packages only
@@ -18,7 +19,7 @@ ifeq ($(filter oneshell,$(.FEATURES)),)
 endif
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test lint sanitize bench tables setup clean
+.PHONY: help demo test lint sanitize bench gpu gpu-rehearsal tables setup clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -27,7 +28,7 @@ NEEDS_GB := $(if $(SYSTEM),1,$(if $(TORCH),4,12))
 WORKERS := 2
 
 help:
-	@sed -n '1,9s/^# //p' Makefile
+	@sed -n '1,10s/^# //p' Makefile
 
 demo: setup
 	@$(BIN)/mae-fast demo $(ARGS)
@@ -65,6 +66,17 @@ sanitize: setup
 bench: setup
 	@$(BIN)/python -m pytest benchmarks --benchmark-group-by=func \
 	  --benchmark-columns=min,median,iqr,rounds $(ARGS)
+
+# From the checkout as it is: a machine with a GPU may have nothing that can be installed.
+gpu:
+	@python=$(BIN)/python
+	[ -x $$python ] || python=$(PYTHON)
+	if $$python -c 'import torch' 2> /dev/null; then exec $$python -m benchmarks.gpu $(ARGS); fi
+	[ ! -e /dev/nvidiactl ] || { echo "error: $$python has no torch; PYTHON=... names another" >&2; exit 1; }
+	echo "skipped: no CUDA device, and $$python has no torch"
+
+gpu-rehearsal: setup
+	@$(BIN)/python -m benchmarks.gpu --rehearse $(ARGS)
 
 tables: setup
 	@$(BIN)/python -m benchmarks.tables

@@ -29,17 +29,15 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.baselines import BASELINES, OFFICIAL, OfficialMAE, normalise
 from benchmarks.baselines.official_repository import OfficialRepository
-from benchmarks.baselines.training import CLIP_GRAD, LR, Built
+from benchmarks.baselines.training import Built
 from benchmarks.baselines.transformers_videomae import VIDEOMAE_B
 from benchmarks.flops import official_step_flop, step_flop
+from benchmarks.ours import Ours
 from benchmarks.timing import append, interleave, ratio
-from mae_fast.config import ModelConfig, TrainConfig, preset
+from mae_fast.config import ModelConfig, preset
 from mae_fast.environment import environment
-from mae_fast.forward import decode, encode, forward, masked_loss
-from mae_fast.masking import ids_from_noise, num_keep
+from mae_fast.masking import num_keep
 from mae_fast.metrics import memory_mb
-from mae_fast.model import MaskedAutoencoder
-from mae_fast.optim import clipped_step, make_optimizer
 
 OURS = "mae_fast"
 WITHOUT = OURS + "_without_"  # one exact saving switched off
@@ -152,32 +150,8 @@ def build(name: str, args: Args) -> Built:
     if not name.startswith(OURS):
         return BASELINES[name].build(cfg, args.ratio, precision=precision)
     without = [name[len(WITHOUT) :]] if name.startswith(WITHOUT) else []
-    model = MaskedAutoencoder(cfg)
-    optimizer = make_optimizer(model, TrainConfig())
-
-    def step(clips: Tensor, noise: Tensor) -> Tensor:
-        ids = ids_from_noise(noise, num_keep("random", cfg.grid, args.ratio))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            if name == ENCODE_ALL:
-                loss = encode_all_loss(model, clips, *ids)
-            else:
-                loss = forward(model.params(), model.spec, clips, *ids, without=without)[0]
-        loss.backward()
-        clipped_step(optimizer, LR, CLIP_GRAD)
-        return loss.detach()
-
-    return Built(model, optimizer, step)
-
-
-def encode_all_loss(
-    model: MaskedAutoencoder, clips: Tensor, ids_keep: Tensor, ids_mask: Tensor
-) -> Tensor:
-    """The loss on masked tokens where the encoder has seen every token, and hands over the kept."""
-    params, s = model.params(), model.spec
-    latent = encode(params, s, clips, torch.cat([ids_keep, ids_mask], dim=1))
-    latent = latent[:, : latent.shape[1] - ids_mask.shape[1]]  # (cls and) the kept stand first
-    pred = decode(params, s, latent, ids_keep, ids_mask)
-    return masked_loss(s, pred, clips, ids_mask)
+    ours = Ours(without, encode_all=name == ENCODE_ALL)
+    return ours.build(cfg, args.ratio, precision=precision)
 
 
 def check_losses(built: dict[str, Built], clips: Tensor, args: Args) -> None:

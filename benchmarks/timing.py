@@ -14,25 +14,39 @@ FLUSH_BYTES = 256 << 20  # more than a last-level cache holds
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], rounds: int, cold: bool = False
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    cold: bool = False,
+    timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """{name: seconds of its one call in each round}. Call each once before: this does not warm up.
 
     cold: other memory is read before each call, so that none finds its inputs in a cache and all
-    can be held against the bandwidth of memory.
+    can be held against the bandwidth of memory. timer(function) -> seconds: another clock than the
+    host's, that of benchmarks/gpu/device.py.
     """
+    timer = timer or host_clock(cold)
     times = {name: [] for name in functions}
-    flush = torch.ones(FLUSH_BYTES // 4) if cold else None
     order = list(functions)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            if cold:
-                flush.sum()
-            begin = time.perf_counter()
-            functions[name]()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(timer(functions[name]))
     return times
+
+
+def host_clock(cold: bool = False) -> Callable[[Callable[[], object]], float]:
+    """A timer of one call on the host, from cold caches if asked."""
+    flush = torch.ones(FLUSH_BYTES // 4) if cold else None
+
+    def timer(function: Callable[[], object]) -> float:
+        if cold:
+            flush.sum()
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+
+    return timer
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:

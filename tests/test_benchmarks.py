@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installe
 
 from benchmarks import ladder, tables, timing
 from benchmarks.baselines import OfficialMAE, normalise
+from benchmarks.baselines.training import CLIP_GRAD
 from benchmarks.flops import official_step_flop, step_flop
 from benchmarks.ops.case import Case
+from benchmarks.ours import encode_all_loss
 from mae_fast import backends
 from mae_fast.config import ModelConfig, preset
 from mae_fast.forward import SAVINGS, forward
@@ -65,7 +67,7 @@ def test_flop_is_what_torch_counts(variant, without, clips):
 
     def loss():
         if without == "encode_all":
-            return ladder.encode_all_loss(model, video, *ids)
+            return encode_all_loss(model, video, *ids)
         return forward(model.params(), model.spec, video, *ids, without=off)[0]
 
     with backends(**dict.fromkeys(OPS, "reference")):  # torch does not see into our operators
@@ -93,7 +95,7 @@ def test_encode_all_is_the_official_dense_encoder():
     clips, noise = ladder.make_clips(args.cfg, 2), torch.rand(2, args.cfg.num_patches)
     ids = ids_from_noise(noise, num_keep("random", args.cfg.grid, 0.9))
     want = ladder.official_encode_all(model.state_dict(), clips, noise, args)
-    assert ladder.encode_all_loss(model, clips, *ids).item() == pytest.approx(want, rel=1e-5)
+    assert encode_all_loss(model, clips, *ids).item() == pytest.approx(want, rel=1e-5)
 
 
 def test_interleave_calls_each_once_a_round():
@@ -252,7 +254,7 @@ def test_the_official_repository_gives_our_loss_and_gradients():
     )
     loss, _, _ = ours(clips, 0.9, noise=noise)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(ours.parameters(), ladder.CLIP_GRAD)
+    torch.nn.utils.clip_grad_norm_(ours.parameters(), CLIP_GRAD)
     assert built.step(clips, noise) == pytest.approx(float(loss.detach()), rel=1e-5)
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-6)

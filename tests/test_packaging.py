@@ -25,6 +25,7 @@ TOP_LEVEL = {
     "benchmarks",
     "constraints.txt",
     "csrc",
+    "docs",
     "kernels",
     "mae_fast",
     "pyproject.toml",

@@ -25,6 +25,7 @@ class Official:
     attention: Literal["eager", "sdpa"] = "eager"
     fused_adamw: bool = False
     compiled: bool = False
+    compiler: str = "inductor"
 
     def build(
         self,
@@ -39,7 +40,7 @@ class Official:
         model.to(device).train()
         if self.compiled:
             # In place, so that parameters keep their names; a graph for each shape.
-            model.compile(dynamic=False)
+            model.compile(dynamic=False, backend=self.compiler)
         optimizer = make_optimizer(model, self.fused_adamw)
 
         def loss_of(clips: Tensor, noise: Tensor | None) -> Tensor:

@@ -1,0 +1,168 @@
+"""`make gpu`: the stages, the most valuable first, each in a process of its own.
+
+    python -m benchmarks.gpu                       # all that is not recorded yet, in 8 minutes
+    python -m benchmarks.gpu --rehearse            # the same lines on a CPU, with tiny shapes
+    python -m benchmarks.gpu --stage steps --only vit_large
+
+Records go to benchmarks/results/gpu/<device>/<date>-<commit>.jsonl, or under the folder that the
+variable OUT names. A run goes on where the last one on the same sources and device stopped.
+"""
+
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import ROOT, records
+from benchmarks.gpu.device import Cpu
+from benchmarks.gpu.setting import Setting
+
+SKIPPED = """\
+make gpu proves and times mae_fast on a CUDA device: the op tests, training steps against the
+official code, each kernel against its limit, masking ratios, a profile. It needs torch with CUDA,
+triton and a GPU, installs nothing, and takes 8 minutes. `make gpu-rehearsal` runs the same stages
+on a CPU with tiny shapes.
+skipped: no CUDA device ({})"""
+KILL_AFTER = 5.0  # seconds that a stage may take beyond its time, to end its last item
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a module of benchmarks/gpu/stages. `seconds`: its share of the time; what a stage
+    leaves, the next ones have. `interpret`: the rehearsal runs its Triton kernels on the CPU."""
+
+    name: str
+    seconds: float
+    what: str
+    interpret: bool = False
+
+
+STAGES = (
+    Stage("checks", 115, "tests of the ops, golden figures, CUDA graphs, equal bits", True),
+    Stage("tune", 55, "the sizes of every kernel -> kernels/measured.json", True),
+    Stage("attention", 35, "attention by every backend -> kernels/measured_attention.json", True),
+    Stage("steps", 145, "training steps against the official code"),
+    Stage("kernels", 60, "each op against its limit and against torch, inductor, libraries", True),
+    Stage("ratios", 35, "masking ratios from 0 to 95%"),
+    Stage("profile", 20, "one step, kernel by kernel"),
+)
+# Compiles what `steps` will time while the tests run, into torch's cache on disk.
+BACKGROUND = Stage("compile", 115, "torch.compile of the baselines")
+REHEARSAL_SECONDS = 600.0  # a CPU has no hurry, and must reach everything
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
+    parser.add_argument("--stage", help="only this stage, in this process")
+    parser.add_argument("--only", default="", help="only items whose name holds this")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="in seconds since 1970")
+    parser.add_argument("--records", type=Path, help="the file that the stage writes")
+    args = parser.parse_args()
+    reason = why_no_device()
+    if reason and not args.rehearse:
+        print(SKIPPED.format(reason))
+        return 0
+    if args.stage:
+        return run_stage(args)
+    return run_all(args.rehearse)
+
+
+def why_no_device() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return None if torch.cuda.is_available() else "torch sees none"
+
+
+def run_all(rehearse: bool) -> int:
+    """Every stage within its time; 1 if an item failed or a stage died."""
+    began = time.time()
+    device = Cpu.NAME if rehearse else torch.cuda.get_device_name()
+    found = records.open_records(device, rehearse)
+    print(f"records: {found.path}", flush=True)
+    background = start(BACKGROUND, rehearse, end_of(BACKGROUND, began, rehearse), found)
+    for stage in STAGES:
+        end = end_of(stage, began, rehearse)
+        print(f"\n== {stage.name}: {stage.what} ({end - time.time():.0f} s)", flush=True)
+        wait(start(stage, rehearse, end, found), stage, end, found)
+        if background:  # nothing else runs while something is timed
+            wait(background, BACKGROUND, end_of(BACKGROUND, began, rehearse), found)
+            background = None
+    return summary(found, time.time() - began)
+
+
+def end_of(stage: Stage, began: float, rehearse: bool) -> float:
+    """When a stage must end: it has the time of all stages up to it."""
+    if rehearse:
+        return began + REHEARSAL_SECONDS
+    if stage not in STAGES:
+        return began + stage.seconds
+    return began + sum(s.seconds for s in STAGES[: STAGES.index(stage) + 1])
+
+
+def start(
+    stage: Stage, rehearse: bool, deadline: float, found: records.Records
+) -> subprocess.Popen:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--stage", stage.name]
+    command += ["--deadline", str(deadline), "--records", str(found.path)]
+    command += ["--rehearse"] if rehearse else []
+    env = dict(os.environ)
+    if rehearse and stage.interpret:
+        env["TRITON_INTERPRET"] = "1"
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
+
+
+def wait(process: subprocess.Popen, stage: Stage, deadline: float, found: records.Records) -> None:
+    """Until it ends, or is ended; a stage that died is a record too."""
+    try:
+        code = process.wait(max(0.0, deadline + KILL_AFTER - time.time()))
+    except subprocess.TimeoutExpired:
+        end_session(process)
+        code = "killed: out of time"
+    if code:
+        print(f"{stage.name}: ended with {code}", flush=True)
+        status = records.NOT_REACHED if isinstance(code, str) else records.FAILED
+        found.add(stage.name, "the stage", status, reason=f"ended with {code}")
+
+
+def end_session(process: subprocess.Popen) -> None:
+    """Kill a stage and what it started; each was started in a session of its own."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """One stage, in this process."""
+    setting = Setting.make(args.rehearse, args.deadline, args.records)
+    module = import_module(f"benchmarks.gpu.stages.{args.stage}")
+    items = (item for item in module.items(setting) if args.only in item.name)
+    records.work(args.stage, items, setting.records, setting.deadline)
+    return 0
+
+
+def summary(found: records.Records, seconds: float) -> int:
+    """What there is now, stage by stage: of each item its last record."""
+    last = {(r["stage"], r["item"]): r for r in found.all()}
+    print(f"\n{seconds:.0f} s; records in {found.path}")
+    for stage in (BACKGROUND, *STAGES):
+        counts: dict[str, int] = {}
+        for (name, _), record in last.items():
+            if name == stage.name:
+                counts[record["status"]] = counts.get(record["status"], 0) + 1
+        print(f"{stage.name:10} " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+    failed = [r for r in last.values() if r["status"] == records.FAILED]
+    for record in failed:
+        print(f"failed: {record['stage']}: {record['item']}: {record['reason'].splitlines()[0]}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What every stage is given: the device, and the sizes to run at."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import ROOT
+from benchmarks.gpu.device import Cpu, Cuda
+from benchmarks.gpu.records import Records, open_records
+from mae_fast.config import ModelConfig, preset
+
+T = TypeVar("T")
+# 25 patches, of which 95% masking leaves one; one head of 32.
+TINY = preset(
+    "vit_tiny",
+    img_size=40,
+    patch_size=8,
+    num_frames=2,
+    depth=1,
+    decoder_depth=2,
+    embed_dim=32,
+    num_heads=1,
+    decoder_embed_dim=32,
+)
+
+
+def model_of(name: str) -> ModelConfig:
+    """A preset by name. vit_huge16 has patches of 16: 1,568 tokens as the others, not 2,048."""
+    return preset("vit_huge", patch_size=16) if name == "vit_huge16" else preset(name)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The device of a run and its records; `tiny`: the rehearsal, where every model is TINY and has
+    few clips; the stage must end at `deadline` (of time.time)."""
+
+    device: Cpu | Cuda
+    records: Records
+    tiny: bool
+    deadline: float
+
+    @classmethod
+    def make(cls, rehearse: bool, deadline: float, path: Path | None = None) -> "Setting":
+        device = Cpu() if rehearse else Cuda()
+        if rehearse:  # Triton's interpreter does not round or multiply bf16 by itself
+            sys.path.append(str(ROOT / "tests/ops"))
+            import_module("interpreter")
+        return cls(device, open_records(device.name(), rehearse, path), rehearse, deadline)
+
+    def cfg(self, model: str) -> ModelConfig:
+        return TINY if self.tiny else model_of(model)
+
+    def batch(self, clips: int) -> int:
+        return min(clips, 2) if self.tiny else clips
+
+    def some(self, plan: Sequence[T], count: int = 1) -> Sequence[T]:
+        """All of a plan; the rehearsal takes its first few, whose lines are those of the rest."""
+        return plan[:count] if self.tiny else plan
+
+    def rounds(self, count: int) -> int:
+        return 2 if self.tiny else count
+
+    @property
+    def compiler(self) -> str:
+        """torch.compile's backend. Inductor's C++ would take the rehearsal minutes."""
+        return "aot_eager" if self.tiny else "inductor"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def clips(self, cfg: ModelConfig, batch: int) -> Tensor:
+        """Random uint8 clips [B, C, T, H, W] on the device."""
+        shape = (batch, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device.type)
+
+    def noise(self, cfg: ModelConfig, batch: int) -> Tensor:
+        return torch.rand(batch, cfg.num_patches, device=self.device.type)

@@ -1,0 +1,259 @@
+"""Each op on the calls of a training step: every backend beside plain torch and inductor, against
+what the device can do in the same rounds. Attention has a stage of its own.
+
+A variant whose error against fp64 is more than twice plain torch's (on two clips), or whose results
+on all clips differ from plain torch's, is not timed.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines.training import CLIP_GRAD, LR
+from benchmarks.gpu.calls import Call, Run, calls, check
+from benchmarks.gpu.records import Item
+from benchmarks.gpu.setting import Setting
+from benchmarks.machine import as_record
+from benchmarks.timing import interleave, ratio
+from mae_fast.config import TrainConfig
+from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops import OPS, dispatch
+from mae_fast.optim import clipped_step, make_optimizer
+
+MODELS, BATCH = ("vit_base", "vit_large"), 64
+ROUNDS = 10
+PLAIN, INDUCTOR = "torch", "inductor"
+DIFFER = 2e-2  # of the norm, between two results in bf16
+
+
+def items(setting: Setting) -> Iterator[Item]:
+    limits = setting.device.limits()
+    cases = []
+    for model in setting.some(MODELS):
+        large, small = calls(setting, model, BATCH), calls(setting, model, 2)
+        pairs = zip(large, small, strict=True)
+        found = [
+            (f"{model} {c.op} {c.shape}", model, c, t) for c, t in pairs if c.op != "attention"
+        ]
+        cases += found
+        for name, *case in found:
+            run = lambda case=case: measure(setting, *case, limits, own(case[1]))  # noqa: E731
+            yield Item(name, run)
+        yield Item(f"{model} adamw", lambda model=model: adamw(setting, model, limits))
+    for name, *case in setting.some(cases, 2):
+        run = lambda case=case: measure(  # noqa: E731
+            setting, *case, limits, {**own(case[1]), INDUCTOR: inductor(setting, case[1])}
+        )
+        yield Item(f"{name} {INDUCTOR}", run)
+
+
+def own(call: Call) -> dict[str, Callable]:
+    """{variant: function}: the op's backends and plain torch."""
+    found = {name: call.function(name) for name in OPS[call.op].backends if name != "reference"}
+    return {**found, PLAIN: call.reference()}
+
+
+def inductor(setting: Setting, call: Call) -> Callable:
+    torch._dynamo.reset()  # dynamo gives up after eight shapes
+    return torch.compile(call.reference(), dynamic=False, backend=setting.compiler)
+
+
+def measure(
+    setting: Setting,
+    model: str,
+    call: Call,
+    two: Call,
+    limits: dict,
+    variants: dict[str, Callable],
+) -> dict:
+    """The record of one call: forward, and forward with backward, by variant."""
+    kept, declined, wrong = usable(setting, call, two, variants)
+    work = cost(call, setting)
+    seconds, measured_limits = {}, {}
+    directions = {"forward": call.forward}
+    if call.differentiable:
+        directions["forward_backward"] = call.both
+    for direction, make in directions.items():
+        timed = {name: cast(setting, make(function)) for name, function in kept.items()}
+        timed |= {name: limit.run for name, limit in limits.items()}
+        for run in timed.values():
+            run()
+        rounds = setting.rounds(ROUNDS)
+        found = interleave(timed, rounds, timer=lambda run: setting.device.time(run, cold=True))
+        measured_limits[direction] = as_record(limits, found)
+        seconds[direction] = {name: found[name] for name in kept}
+    last = list(directions)[-1]
+    return {
+        "op": call.op,
+        "shape": call.shape,
+        "model": model,
+        "batch": setting.batch(BATCH),
+        "calls_a_step": call.count,
+        "seconds_a_call": seconds,
+        **work,
+        "limits": measured_limits,
+        "declined": declined,
+        "wrong": wrong,
+        "conditions": setting.device.conditions(),
+        "told": "; ".join(
+            f"{name} {1e6 * statistics.median(s):.0f} us"
+            f" {share(work, last, measured_limits[last], s):.0%}"
+            for name, s in seconds[last].items()
+        ),
+    }
+
+
+def usable(
+    setting: Setting, call: Call, two: Call, variants: dict[str, Callable]
+) -> tuple[dict[str, Callable], dict[str, str], dict[str, str]]:
+    """(the variants that run here and are right, why others decline, what others get wrong)."""
+    kept, declined, wrong, anchor = {}, {}, {}, None
+    for name, function in variants.items():
+        try:
+            with setting.autocast():
+                check(two, function)
+                results = [t.float() for t in call.both(function)()]
+            anchor = anchor or results
+            error = max(
+                float((r - a).norm() / a.norm().clamp(min=1e-20))
+                for r, a in zip(results, anchor, strict=True)
+            )
+            assert error <= DIFFER, f"differs from {next(iter(kept), name)} by {error:.1e}"
+            kept[name] = function
+        except AssertionError as e:
+            wrong[name] = str(e)
+        except (dispatch.BackendError, RuntimeError) as e:  # also out of memory
+            text = str(e).strip().splitlines() or [""]
+            declined[name] = f"{type(e).__name__}: {text[0]}"
+    if not kept:
+        raise AssertionError(f"nothing can be timed: {wrong} {declined}")
+    return kept, declined, wrong
+
+
+def cast(setting: Setting, run: Run) -> Run:
+    def under_autocast():
+        with setting.autocast():
+            return run()
+
+    return under_autocast
+
+
+def cost(call: Call, setting: Setting) -> dict[str, dict[str, int]]:
+    """{"bytes" or "flop": {direction: what must move, or be computed, at the least}}.
+
+    Bytes: each tensor read or written once, of a clip only the pixels of the tokens asked for; a
+    backward reads the outputs' gradients and what was kept, and writes gradients.
+    """
+    with setting.autocast(), torch.no_grad():
+        outs = call.reference()(*call.args)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    tensors = [a for a in call.args if torch.is_tensor(a)]
+    written = sum(map(_size, outs))
+    if call.op == "attention":
+        q, k = tensors[:2]
+        flop = 4 * q.numel() * k.shape[1]
+        return {"flop": {"forward": flop, "forward_backward": 3 * flop}}
+    if call.op == "patch_embed":
+        flop = 2 * tensors[1].numel() * tensors[2].numel()
+        return {"flop": {"forward": flop, "forward_backward": 2 * flop}}
+    if call.op == "masked_mse":  # pred and a byte of the clip for each value -> the gradient
+        pred = tensors[0]
+        moved = 2 * _size(pred) + pred.numel()
+        return {"bytes": {"forward": moved, "forward_backward": moved}}
+    if call.op in ("patchify_gather", "crop_resize_patchify_gather"):
+        moved = written + outs[0].numel()
+        return {"bytes": {"forward": moved}}
+    if call.op == "decoder_tokens":  # the gradient of what is visible is a part of dout
+        visible, _, _, pos = tensors[:4]
+        forward = _size(visible) + _size(pos) + written
+        return {"bytes": {"forward": forward, "forward_backward": forward + written + _size(pos)}}
+    # Norms and activations: the large tensors in and out; back, also what was kept.
+    read = sum(_size(t) for t in tensors if t.dim() > 1)
+    kept = _size(outs[0])
+    back = written + kept + read
+    if call.op == "add_layer_norm":  # one gradient serves both terms of the sum
+        back = written + kept + _size(outs[0])
+    return {"bytes": {"forward": read + written, "forward_backward": read + written + back}}
+
+
+def _size(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def share(work: dict, direction: str, limits: dict, seconds: list[float]) -> float:
+    """Of the product rate or the copy bandwidth of the same rounds: the median."""
+    unit, name = ("flop", "product") if "flop" in work else ("bytes", "copy")
+    limit = limits[name]
+    return work[unit][direction] / limit[unit] * ratio(limit["seconds"], seconds)
+
+
+def adamw(setting: Setting, model: str, limits: dict) -> dict:
+    """Clip and AdamW on all parameters of a model, by each backend and by the official loop."""
+    with torch.device("meta"):
+        shapes = [p.shape for p in MaskedAutoencoder(setting.cfg(model)).parameters()]
+    device = setting.device.type
+    grads = [torch.randn(s, device=device) for s in shapes]
+
+    def start() -> nn.ParameterList:
+        torch.manual_seed(0)
+        return nn.ParameterList(nn.Parameter(torch.randn(s, device=device)) for s in shapes)
+
+    def ours(backend: str) -> tuple[nn.ParameterList, Callable[[], None]]:
+        params = start()
+        optimizer = make_optimizer(params, TrainConfig())
+
+        def run() -> None:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            with dispatch.backends(adamw=backend):
+                clipped_step(optimizer, LR, CLIP_GRAD)
+
+        return params, run
+
+    expected, plain = ours("reference")
+    plain()
+    timed, declined, wrong = {}, {}, {}
+    for backend in OPS["adamw"].backends:
+        if backend == "reference":
+            continue
+        params, run = ours(backend)
+        try:
+            run()
+        except dispatch.BackendError as e:
+            declined[backend] = str(e)
+            continue
+        error = max(
+            float((p - e).detach().abs().max()) for p, e in zip(params, expected, strict=True)
+        )
+        if error <= 1e-6:  # of numbers of about 1: some roundings
+            timed[backend] = run
+        else:
+            wrong[backend] = f"differs from the reference by {error:.1e}"
+    if not timed:
+        raise AssertionError(f"nothing can be timed: {wrong} {declined}")
+    count = sum(g.numel() for g in grads)
+    found = interleave(
+        timed | {name: limit.run for name, limit in limits.items()},
+        setting.rounds(ROUNDS),
+        timer=lambda run: setting.device.time(run, cold=True),
+    )
+    # g for the norm; p, g, m, v -> p, m, v
+    work = {"bytes": {"step": 32 * count}}
+    recorded = as_record(limits, found)
+    return {
+        "op": "adamw",
+        "shape": f"{count / 1e6:.1f} M parameters",
+        "model": model,
+        "seconds_a_call": {"step": {name: found[name] for name in timed}},
+        **work,
+        "limits": {"step": recorded},
+        "declined": declined,
+        "wrong": wrong,
+        "told": "; ".join(
+            f"{name} {1e6 * statistics.median(found[name]):.0f} us"
+            f" {share(work, 'step', recorded, found[name]):.0%}"
+            for name in timed
+        ),
+    }

@@ -1,0 +1,149 @@
+"""Training steps of mae_fast beside each baseline: interleaved, on synthetic uint8 clips.
+
+A step is forward, backward, clip and AdamW. A baseline whose batch does not fit into memory takes
+the greatest half of it that does; both are compared in clips a second.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from benchmarks.baselines.training import Built
+from benchmarks.flops import official_step_flop
+from benchmarks.gpu.engines import GRAPH, OURS, build, first_losses, fitting
+from benchmarks.gpu.records import Item
+from benchmarks.gpu.setting import Setting
+from benchmarks.machine import as_record
+from benchmarks.timing import interleave
+
+LADDER = (
+    OURS,
+    GRAPH,
+    "official_sdpa_compile",
+    "official_sdpa",
+    "official_bf16",
+    "official_fp32",
+    "official_tf32",
+)
+SHORT = (OURS, GRAPH, "official_sdpa", "official_bf16")
+REST = ("official_compile", "official_sdpa_compile_fused_adamw")
+# What to measure, the most valuable first: (model, clips, engines).
+PLAN = (
+    ("vit_large", 64, LADDER),
+    ("vit_base", 64, LADDER),
+    ("vit_large", 8, SHORT),
+    ("vit_large", 128, SHORT),
+    ("vit_base", 128, SHORT),
+    ("vit_base", 8, SHORT),
+    ("vit_huge16", 64, SHORT),
+    ("vit_large", 64, REST),
+    ("vit_base", 64, REST),
+    *(
+        (model, batch, engines)
+        for engines in (("official_sdpa_compile",), ("official_fp32", "official_tf32"), REST)
+        for batch in (8, 128)
+        for model in ("vit_large", "vit_base")
+    ),
+    ("vit_huge16", 64, ("official_sdpa_compile", "official_fp32", "official_tf32")),
+    ("vit_huge16", 8, (*SHORT, "official_sdpa_compile")),
+    ("vit_huge16", 128, (*SHORT, "official_sdpa_compile")),
+)
+REHEARSED = (("vit_large", 64, (*LADDER, *REST)),)
+STEPS_A_SAMPLE = 3  # one after another, so that the host may run ahead
+SECONDS_AN_ITEM = 4.0
+ROUNDS = (3, 10)  # at least and at most
+
+
+@dataclass
+class Reference:
+    """mae_fast at one model and batch, kept while baselines take turns beside it."""
+
+    setting: Setting
+    model: str
+    batch: int
+
+    def __post_init__(self) -> None:
+        self.cfg = self.setting.cfg(self.model)
+        self.engine: Built | None = None
+
+    def open(self) -> None:
+        """Build it, and clips and a mask to step on."""
+        if self.engine is None:
+            self.before_mb = self.setting.device.allocated_mb()
+            self.engine = build(OURS, self.cfg, self.setting)
+            self.state = {k: v.clone() for k, v in self.engine.model.state_dict().items()}
+            self.clips = self.setting.clips(self.cfg, self.batch)
+            self.noise = self.setting.noise(self.cfg, self.batch)
+
+
+def items(setting: Setting) -> Iterator[Item]:
+    limits = setting.device.limits()
+    for model, batch, engines in REHEARSED if setting.tiny else PLAN:
+        reference = Reference(setting, model, setting.batch(batch))
+        for name in engines:
+            yield Item(
+                f"{model} {batch} clips {name}",
+                lambda reference=reference, name=name: measure(setting, reference, name, limits),
+            )
+
+
+def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> dict:
+    """The record of one engine: mae_fast's with the device's limits, others' with mae_fast's."""
+    reference.open()
+    cfg, clips, noise = reference.cfg, reference.clips, reference.noise
+    ours = reference.engine
+    before_mb = reference.before_mb if name == OURS else setting.device.allocated_mb()
+    engine = ours if name == OURS else build(name, cfg, setting)
+    engine.model.load_state_dict(reference.state)
+
+    def steps(batch: int) -> None:
+        engine.optimizer.zero_grad()  # what a step that ran out of memory left
+        for _ in range(5 if name == GRAPH else 2):  # the graph is captured at its fourth call
+            engine.step(clips[:batch], noise[:batch])
+
+    batch = fitting(steps, len(clips))
+    losses = first_losses({OURS: ours, name: engine}, clips[:batch], noise[:batch], reference.state)
+    peak_mb = setting.device.peak_mb(lambda: engine.step(clips[:batch], noise[:batch]))
+    functions = {name: several(engine, clips[:batch], noise[:batch])}
+    if name == OURS:
+        functions |= {limit: found.run for limit, found in limits.items()}
+    else:
+        functions[OURS] = several(ours, clips, noise)
+    before = setting.device.conditions()
+    once = sum(setting.device.time(run) for run in functions.values())
+    rounds = setting.rounds(int(min(max(SECONDS_AN_ITEM / once, ROUNDS[0]), ROUNDS[1])))
+    seconds = interleave(functions, rounds, timer=setting.device.time)
+    steps_of = {n: [s / STEPS_A_SAMPLE for s in seconds[n]] for n in {name, OURS}}
+    rate = {n: 1 / statistics.median(s) for n, s in steps_of.items()}
+    rate = {n: r * (batch if n == name else len(clips)) for n, r in rate.items()}
+    flop = official_step_flop(cfg, 1)
+    told = f"{rate[name]:.1f} clips/s, {rate[name] * flop / 1e12:.1f} TFLOP/s of the official count"
+    if name != OURS:
+        told += f", mae_fast {rate[OURS] / rate[name]:.2f}x"
+    return {
+        "model": reference.model,
+        "batch_asked": len(clips),
+        "batch": batch,
+        "engine": name,
+        "ratio": 0.9,
+        "losses": losses,
+        "step_seconds": steps_of,
+        "clips_per_second": rate,
+        "official_flop_a_clip": flop,
+        "peak_memory_mb": peak_mb - before_mb,
+        "limits": as_record(limits, seconds) if name == OURS else {},
+        "conditions": [before, setting.device.conditions()],
+        "told": told,
+    }
+
+
+def several(engine: Built, clips: Tensor, noise: Tensor):
+    """One sample: STEPS_A_SAMPLE steps."""
+
+    def run() -> None:
+        for _ in range(STEPS_A_SAMPLE):
+            engine.step(clips, noise)
+
+    return run

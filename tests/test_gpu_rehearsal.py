@@ -1,0 +1,355 @@
+"""`make gpu` without a GPU: the rehearsal runs its stages whole, and what only a GPU would run is
+run against stand-ins."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import device, engines, predict, records
+from benchmarks.gpu.calls import Call
+from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.stages import attention, kernels, profile, tune
+from mae_fast.errors import BackendError
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a machine with a GPU may lack, and what nothing there may import.
+ABSENT = (
+    "av",
+    "matplotlib",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "torchcodec",
+    "transformers",
+    "tyro",
+)
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"{{name}} is not on this machine", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+TOOLS = {
+    "nvidia-smi": "echo 'NVIDIA H100, 580.1, 1980 MHz, 2619 MHz, 1980 MHz, 351.20 W, 700.00 W,"
+    " 41, 0x0000000000000000'",
+    "compute-sanitizer": 'shift 4; "$@" && echo "========= ERROR SUMMARY: 0 errors"',
+}
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """Stand-ins of nvidia-smi and compute-sanitizer, first in PATH."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name, line in TOOLS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def run_gpu(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST"))}
+    return subprocess.run(command, cwd=ROOT, env=clean | env, capture_output=True, text=True)
+
+
+def test_rehearsal_runs_every_stage(tmp_path, tools):
+    """Every stage, on a machine with torch, triton, numpy and pytest; then nothing is left."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(BLOCKER)
+    env = {"OUT": str(tmp_path / "out"), "PYTHONPATH": str(tmp_path / "site")}
+    began = time.time()
+    run = run_gpu("--rehearse", **env)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
+    print(f"{time.time() - began:.0f} s")
+
+    files = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert len(files) <= 8
+    assert all(len(f.parts) <= 3 and f.name.replace("-", "").replace("_", "") for f in files)
+    (path,) = (tmp_path / "out").rglob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    by_stage: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_stage.setdefault(row["stage"], {})[row["item"]] = row
+    assert by_stage.keys() == {s.name for s in (*gpu.STAGES, gpu.BACKGROUND)}
+    for row in rows:
+        assert row["status"] in (records.MEASURED, records.DECLINED), row
+        assert row["environment"]["torch"] and row["sources"]
+    checks = by_stage["checks"]
+    assert checks["tests of the ops"]["counts"]["PASSED"] >= 2
+    assert "0 errors" in checks["compute-sanitizer"]["told"]
+    assert checks["golden mae_st_tiny"]["errors"]["loss"] < 1e-5
+    steps = by_stage["steps"].values()
+    assert {r["engine"] for r in steps} == engines.ENGINES.keys() - {"mae_fast_encode_all"}
+    for row in steps:
+        assert len(row["step_seconds"][row["engine"]]) == 2
+        assert abs(row["losses"][row["engine"]] / row["losses"]["mae_fast"] - 1) < 1e-2
+        assert row["conditions"][0]["power.draw"] == "351.20 W"
+    for row in by_stage["attention"].values():
+        assert {"triton", "sdpa", "torch"} <= row["seconds_a_call"]["forward_backward"].keys()
+        assert row["declined"]["flash_attn_4"]
+    table = json.loads(path.with_name("measured_attention.json").read_text())["90"]
+    assert table.keys() == {f"d32-s{n}-bfloat16-{d}" for n in (4, 32) for d in ("forward", "both")}
+    assert json.loads(path.with_name("measured.json").read_text())["90"]
+    (steps_profile,) = by_stage["profile"].values()
+    assert sum(steps_profile["shares"].values()) == pytest.approx(1)
+
+    again = run_gpu("--rehearse", "--stage", "profile", **env)
+    assert "recorded before" in again.stdout, again.stdout + again.stderr
+    assert len(path.read_text().splitlines()) == len(rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(tmp_path):
+    run = run_gpu(OUT=str(tmp_path))
+    assert run.returncode == 0 and "skipped: no CUDA device" in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_times_of_all_stages_fit_into_eight_minutes():
+    last = gpu.end_of(gpu.STAGES[-1], began=0.0, rehearse=False)
+    assert last + gpu.KILL_AFTER < 480
+    assert gpu.end_of(gpu.BACKGROUND, 0.0, False) <= gpu.end_of(gpu.STAGES[0], 0.0, False)
+
+
+def test_a_stage_that_hangs_is_ended_and_recorded(tmp_path):
+    found = records.Records(tmp_path / "a.jsonl", "sources", ())
+    began = time.time()
+    process = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    with mock.patch.object(gpu, "KILL_AFTER", 0.1):
+        gpu.wait(process, gpu.STAGES[0], began, found)
+    (row,) = found.all()
+    assert time.time() - began < 10 and process.poll() is not None
+    assert (row["stage"], row["status"]) == ("checks", records.NOT_REACHED)
+    gpu.wait(subprocess.Popen(["false"]), gpu.STAGES[1], time.time() + 10, found)
+    assert [r["status"] for r in found.all()] == [records.NOT_REACHED, records.FAILED]
+
+
+def test_an_item_that_fails_does_not_lose_the_others(tmp_path):
+    def fail():
+        raise ValueError("wrong\nat length")
+
+    def decline():
+        raise records.Declined("not here")
+
+    ran = []
+
+    def items():
+        yield records.Item("fails", fail)
+        yield records.Item("declines", decline)
+        yield records.Item("works", lambda: ran.append("works") or {"value": 1})
+
+    found = records.Records(tmp_path / "a.jsonl", "sources", ())
+    records.work("stage", items(), found, math.inf)
+    records.work("stage", items(), found, math.inf)  # nothing is left
+    assert ran == ["works"]
+    rows = {r["item"]: r for r in found.all()}
+    assert rows["fails"]["reason"] == "ValueError: wrong\nat length"
+    assert "in fail" in rows["fails"]["traceback"]
+    assert [r["status"] for r in rows.values()] == ["failed", "declined", "measured"]
+    other = records.Records(tmp_path / "a.jsonl", "other sources", ())
+    assert other.done("stage") == set()
+
+
+def test_what_was_not_reached_is_run_next_time(tmp_path):
+    found = records.Records(tmp_path / "a.jsonl", "sources", ())
+    item = records.Item("late", dict)
+    records.work("stage", iter([item]), found, deadline=0.0)
+    (tmp_path / "a.jsonl").open("a").write('{"cut short by a cra')
+    records.work("stage", iter([item]), found, math.inf)
+    assert [r["status"] for r in found.all()] == ["not reached", "measured"]
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    tried = []
+
+    def run(batch):
+        tried.append(batch)
+        if batch > 3:
+            raise torch.OutOfMemoryError("too much")
+
+    assert engines.fitting(run, 12) == 3 and tried == [12, 6, 3]
+    with pytest.raises(torch.OutOfMemoryError):
+        engines.fitting(lambda batch: run(4), 2)
+
+
+def test_an_engine_with_another_loss_is_not_timed():
+    model = torch.nn.Linear(1, 1)
+    same, other = (
+        mock.Mock(model=model, step=lambda clips, noise, loss=loss: loss) for loss in (1.0, 1.02)
+    )
+    state = model.state_dict()
+    with pytest.raises(AssertionError, match=r"other gives loss 1\.02, expected 1\.0: not timed"):
+        engines.first_losses({"mae_fast": same, "other": other}, None, None, state)
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(tmp_path):
+    setting = Setting.make(True, math.inf, tmp_path / "a.jsonl")
+    x, w, b = torch.randn(4, 16), torch.ones(16), torch.zeros(16)
+    call = Call("layer_norm", (x, w, b, 1e-6))
+    right = call.reference()
+
+    def wrong(*args):
+        return right(*args) * 1.01
+
+    def decline(*args):
+        raise BackendError("not here")
+
+    variants = {"right": right, "wrong": wrong, "absent": decline}
+    kept, declined, errors = kernels.usable(setting, call, call, variants)
+    assert (list(kept), list(declined)) == (["right"], ["absent"])
+    assert "layer_norm float32[4,16]: result 0" in errors["wrong"]
+    item = records.Item("an op", lambda: {"wrong": errors})
+    records.work("kernels", iter([item]), setting.records, math.inf)
+    (row,) = setting.records.all()
+    assert row["status"] == records.FAILED and row["reason"].startswith("wrong, and not timed")
+
+
+def test_costs_are_those_of_the_table():
+    """facts of benchmarks/ops: the bytes and FLOP of an op in fp32."""
+    setting = mock.Mock(autocast=lambda: torch.autocast("cpu", enabled=False))
+    x, w, b = torch.randn(2, 3, 16), torch.ones(16), torch.zeros(16)
+
+    def both(call):
+        (work,) = kernels.cost(call, setting).values()
+        return work["forward_backward"]
+
+    assert both(Call("layer_norm", (x, w, b, 1e-6))) == 5 * 4 * x.numel()
+    assert both(Call("add_layer_norm", (x, x, w, b, 1e-6))) == 8 * 4 * x.numel()
+    assert both(Call("bias_gelu", (x, b))) == 5 * 4 * x.numel()
+    q = torch.randn(2, 5, 3, 16)
+    assert both(Call("attention", (q, q, q))) == 12 * 2 * 5**2 * 48
+
+
+def test_the_fastest_candidate_is_that_of_the_whole_step():
+    def record(count, **seconds):
+        kernel = {"kernel": "k", "shape_class": "any"}
+        kernel["seconds"] = {json.dumps({"BLOCK": int(n[1:])}): [s] for n, s in seconds.items()}
+        return {"stage": "tune", "architecture": 90, "calls_a_step": count, "kernels": [kernel]}
+
+    # 16 is best in most calls of a step, 8 does not launch everywhere.
+    found = [record(1, b8=1.0, b16=3.0, b32=1.0), record(24, b16=1.0, b32=2.0)]
+    assert tune.fastest(found) == {("90", "k", "any"): {"BLOCK": 16}}
+    assert tune.fastest([{"stage": "steps"}]) == {}
+
+
+def test_attention_is_ordered_by_all_calls_of_a_row():
+    def record(count, **seconds):
+        times = {"forward": {name: [s] for name, s in seconds.items()}}
+        of = {"stage": "attention", "status": "measured", "architecture": 90, "width": 32}
+        return {**of, "keys": 1569, "calls_a_step": count, "seconds_a_call": times}
+
+    # xformers did not take the second call.
+    found = attention.rows([record(3, triton=1.0, xformers=0.5), record(1, triton=2.0, torch=9.0)])
+    assert found == {"90": {"d32-s2048-bfloat16-forward": {"triton": 5000.0}}}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "op"),
+    [
+        ("_add_layer_norm_fwd_kernel", "add_layer_norm"),
+        ("_layer_norm_bwd_kernel", "layer_norm"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "products"),
+        ("void cutlass::device_kernel<flash::enable_sm90>", "products"),
+        ("fmha_cutlassF_bf16", "products"),
+        ("pytorch_flash::flash_fwd_kernel", "attention"),
+        ("void at::native::vectorized_elementwise_kernel", "other"),
+    ],
+)
+def test_kernels_go_to_their_ops(kernel, op):
+    assert profile.op_of(kernel) == op
+
+
+class Stub:
+    """torch.cuda with the real signatures, and nothing behind them."""
+
+    def __init__(self) -> None:
+        self.calls = []
+        self.fake = mock.create_autospec(torch.cuda)
+        self.fake.Event.return_value.elapsed_time.return_value = 5.0
+        self.fake.max_memory_allocated.return_value = 3 << 20
+        self.fake.memory_allocated.return_value = 1 << 20
+        self.fake.get_device_name.return_value = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A device.Cuda on a stand-in of torch.cuda."""
+    stub = Stub()
+    monkeypatch.setattr(torch, "cuda", stub.fake)
+    with mock.patch.object(device.Cuda, "__init__", lambda self: None):
+        found = device.Cuda()
+    found.flush = torch.ones(4, dtype=torch.uint8)
+    return found, stub.fake
+
+
+def test_cuda_times_by_events_from_a_cold_cache(cuda):
+    found, fake = cuda
+    calls = []
+    assert found.time(lambda: calls.append(1), cold=True) == 0.005
+    assert calls == [1] and not found.flush.any()
+    fake._sleep.assert_called_once()
+    assert fake.Event.call_args == mock.call(enable_timing=True)
+    found.flush.fill_(1)
+    found.time(lambda: None)
+    assert found.flush.all()  # only when asked
+
+
+def test_cuda_graph_replays_into_the_same_outputs(cuda):
+    found, fake = cuda
+    calls = []
+
+    def call():
+        calls.append(1)
+        return [torch.ones(1)]
+
+    replay = found.graphed(call)
+    assert len(calls) == 3
+    assert replay() is replay()
+    assert fake.CUDAGraph.return_value.replay.call_count == 2
+
+
+def test_cuda_tells_its_memory_and_name(cuda):
+    found, fake = cuda
+    assert (found.name(), found.allocated_mb()) == ("NVIDIA H100 80GB HBM3", 1.0)
+    assert found.peak_mb(lambda: None) == 3.0
+    fake.reset_peak_memory_stats.assert_called_once()
+    found.synchronize()
+
+
+def test_conditions_are_those_of_nvidia_smi(tools, monkeypatch):
+    assert device.smi()["clocks.sm"] == "1980 MHz"
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho no permission; exit 4\n")
+    assert device.smi() == {"nvidia-smi": "no permission"}
+    monkeypatch.setenv("PATH", "")
+    assert device.smi() == {}
+
+
+def test_record_files_have_plain_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    path = records.open_records("NVIDIA H100 80GB HBM3", rehearsal=False).path
+    assert path.parent == tmp_path / "NVIDIA-H100-80GB-HBM3"
+    assert not set(path.name) - set("abcdefghijklmnopqrstuvwxyz0123456789.-")
+
+
+def test_predictions_are_those_of_the_model():
+    """docs/gpu.md: python -m benchmarks.gpu.predict writes it again."""
+    assert predict.tables() in predict.DOC.read_text()
+    for model in predict.TARGETS:
+        assert all(t.amount > 0 for t in predict.terms(predict.model_of(model), 64))
