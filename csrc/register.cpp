@@ -9,6 +9,7 @@
 #include "cpu/masked_mse.h"
 #include "cpu/patch_embed.h"
 #include "cpu/patchify_gather.h"
+#include "cpu/transposed.h"
 
 TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
   m.impl("add_layer_norm_fwd", mae_fast::add_layer_norm_fwd);
@@ -27,4 +28,5 @@ TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
   m.impl("patch_embed_grads", mae_fast::patch_embed_grads);
   m.impl("patch_embed_add_pos", mae_fast::patch_embed_add_pos);
   m.impl("patchify_gather_fwd", mae_fast::patchify_gather_fwd);
+  m.impl("transposed", mae_fast::transposed);
 }

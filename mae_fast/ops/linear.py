@@ -33,9 +33,23 @@ def why_not_onednn() -> str | None:
     return None if amd else "MKL is fast on this CPU"
 
 
+# x float [M, N] -> x.t(), contiguous. A kernel of csrc/cpu only; it has no gradient.
+dispatch.LIBRARY.define("transposed(Tensor x) -> Tensor")
+
+
+@torch.library.register_fake("mae_fast::transposed")
+def _(x):
+    return x.new_empty(x.shape[1], x.shape[0])
+
+
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a [M, K] @ b [N, K].T + bias [N] -> [M, N]; transposed views cost no copy of their own."""
+    """a [M, K] @ b [N, K].T + bias [N] -> [M, N]. b may be a transposed view; a is copied if so."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """x [M, N] -> x.t(), a copy where the C++ kernels are there to make one fast."""
+    return x.t() if dispatch.load_cpp() else torch.ops.mae_fast.transposed(x)
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -58,7 +72,7 @@ class _OneDNNLinear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         return (
             _product(g, weight.t()).view(x.shape) if need_x else None,
-            _product(g.t(), x2.t()) if need_weight else None,
+            _product(_transposed(g), x2.t()) if need_weight else None,
             g.sum(0) if need_bias else None,
         )
 

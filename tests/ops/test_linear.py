@@ -88,6 +88,25 @@ def test_linear_compiles_without_a_break(form):
     torch.testing.assert_close(x.grad, w.sum(0).expand(6, 8))
 
 
+@pytest.mark.parametrize(
+    "size", [(0, 3), (3, 0), (1, 1), (16, 48), (37, 50), (5, 1000), (157, 768)]
+)
+@pytest.mark.parametrize("step", [1, 3], ids=["whole", "every_third_row"])
+def test_transposed_is_exact(cpp, size, step):
+    x = torch.randn(size)[::step]
+    out = torch.ops.mae_fast.transposed(x)
+    assert out.is_contiguous() and torch.equal(out, x.t())
+
+
+def test_transposed_of_other_strides_and_dtypes(cpp):
+    x = torch.randn(33, 20)
+    assert torch.equal(torch.ops.mae_fast.transposed(x.t()), x)
+    torch.library.opcheck(torch.ops.mae_fast.transposed, (x,))
+    for bad in (x.double(), x[None]):
+        with pytest.raises(RuntimeError, match=r"must be float \[M, N\], got"):
+            torch.ops.mae_fast.transposed(bad)
+
+
 def test_linear_checks_shapes(form):
     with pytest.raises(RuntimeError):
         linear(torch.randn(3, 4), torch.randn(5, 6))
