@@ -127,6 +127,20 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     "masked_mse_bwd": {
         "any": [{"BLOCK": 4096, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}],
     },
+    "adamw_norm": {
+        "any": [
+            {"BLOCK": 2048, "PROGRAMS": 1056, "num_warps": 4},
+            {"BLOCK": 4096, "PROGRAMS": 528, "num_warps": 8},
+            {"BLOCK": 1024, "PROGRAMS": 2112, "num_warps": 4},
+        ]
+    },
+    "adamw_step": {
+        "any": [
+            {"BLOCK": 1024, "num_warps": 4},
+            {"BLOCK": 2048, "num_warps": 4},
+            {"BLOCK": 2048, "num_warps": 8},
+        ]
+    },
     "patchify_gather_fwd": {
         "any": [
             {"LINES": 32, "num_warps": 1},  # of the 96 lines of a token of ViT-B

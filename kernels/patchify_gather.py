@@ -35,14 +35,17 @@ def locate(ids, row, length, rows, columns):
     token = tl.load(ids + row).to(tl.int64)
     there = (token >= 0) & (token < length)
     token = tl.where(there, token, 0).to(tl.int32)
-    return there, token // (rows * columns), token // columns % rows, token % columns
+    line = token // columns
+    t = line // rows
+    return there, t, line - t * rows, token - line * columns
 
 
 @triton.jit
-def line_offsets(line, sc, st, sh, T_PATCH: tl.constexpr, PATCH: tl.constexpr):
-    """Where line (c, u, y) of a patch, numbered in that order, begins, from the patch's corner."""
+def offsets(line, frame, x, sc, st, sh, sw, T_PATCH: tl.constexpr, PATCH: tl.constexpr):
+    """Where pixel x of line (c, u, y) of a patch lies in a clip, from `frame`s and a corner."""
     line = line.to(tl.int64)
-    return line // (T_PATCH * PATCH) * sc + line // PATCH % T_PATCH * st + line % PATCH * sh
+    at = line // (T_PATCH * PATCH) * sc + frame.to(tl.int64) * st + line % PATCH * sh
+    return at + x.to(tl.int64) * sw
 
 
 @triton.jit
@@ -50,7 +53,6 @@ def _patchify_gather_fwd_kernel(
     out,
     video,
     ids,
-    kept,
     length,
     rows,
     columns,
@@ -67,17 +69,18 @@ def _patchify_gather_fwd_kernel(
     PIXELS: tl.constexpr,
     LINES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    clip = tl.program_id(1).to(tl.int64)
+    row = clip * tl.num_programs(0) + tl.program_id(0)
     there, t, r, c = locate(ids, row, length, rows, columns)
-    corner = row // kept * sb + t.to(tl.int64) * T_PATCH * st
-    corner += r.to(tl.int64) * PATCH * sh + c.to(tl.int64) * PATCH * sw
+    corner = clip * sb + r.to(tl.int64) * PATCH * sh + c.to(tl.int64) * PATCH * sw
     lines: tl.constexpr = CHANNELS * T_PATCH * PATCH
     x = tl.arange(0, PIXELS)[None, :]
     for first in tl.static_range(0, lines, LINES):
         line = first + tl.arange(0, LINES)[:, None]
-        at = corner + line_offsets(line, sc, st, sh, T_PATCH, PATCH) + x * sw
+        frame = t * T_PATCH + line // PATCH % T_PATCH
+        at = video + corner + offsets(line, frame, x, sc, st, sh, sw, T_PATCH, PATCH)
         mask = (line < tl.where(there, lines, 0)) & (x < PATCH)
-        value = normalise(tl.load(video + at, mask=mask, other=0), mean, std)
+        value = normalise(tl.load(at, mask=mask, other=0), mean, std)
         value = tl.where(there, value, float("nan")).to(out.dtype.element_ty)
         to = out + row * (lines * PATCH) + line * PATCH + x
         tl.store(to, value, mask=(line < lines) & (x < PATCH))
@@ -90,11 +93,10 @@ def patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype):
     out = torch.empty((*ids.shape, lines * patch), dtype=dtype, device=video.device)
     if out.numel():
         grid = (frames // t_patch, height // patch, width // patch)
-        _patchify_gather_fwd_kernel[(ids.numel(),)](
+        _patchify_gather_fwd_kernel[ids.shape[1], ids.shape[0]](
             out,
             video,
             ids.contiguous(),
-            ids.shape[1],
             math.prod(grid),
             *grid[1:],
             *video.stride(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
-from mae_fast.ops.patchify_gather import gather_patches, normalise
+from mae_fast.ops.patchify_gather import gather_patches, normalise, why_not_triton
 
 
 def target_patches(
@@ -29,8 +29,9 @@ def target_patches(
 
     video [B, C, T, H, W]; `frames` are the input frames that are targets, t_patch of them a token.
     """
-    index = torch.tensor(frames, device=video.device)
-    cells = gather_patches(video.index_select(2, index), ids, t_patch, patch)
+    # A tensor of frame numbers would be copied from the host, which then waits.
+    targets = torch.stack([video.select(2, frame) for frame in frames], dim=2)
+    cells = gather_patches(targets, ids, t_patch, patch)
     return normalise(cells, mean, std, dtype).permute(0, 1, 3, 4, 5, 2).flatten(2)
 
 
@@ -94,7 +95,7 @@ def _backward(ctx, dloss, _):
 
 def _is_one(dloss: Tensor) -> bool:
     """Whether dloss is known to be 1: that of a plain tensor on a CPU, where asking is free."""
-    return type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.item() == 1
+    return type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.tolist() == 1
 
 
 torch.library.register_autograd("mae_fast::masked_mse_fwd", _backward, setup_context=_save)
@@ -106,10 +107,16 @@ def _why_not_cpp(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
     return dispatch.why_not_cpp(pred, video, ids) or dispatch.why_not_dtype(pred.dtype)
 
 
+def _why_not_triton(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
+    if pred.shape[-1] > 2**15:
+        return f"a patch has {pred.shape[-1]} values, more than {2**15}"
+    return dispatch.why_not_triton(pred) or why_not_triton(video, ids, pred.dtype)
+
+
 OP = dispatch.Op(
     "masked_mse",
     "per-patch-normalised target from uint8 pixels, loss and gradient in one pass",
-    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+    {"cpp": _why_not_cpp, "triton": _why_not_triton, "reference": dispatch.anything},
 )
 
 

@@ -1,0 +1,177 @@
+"""masked_mse in Triton: one program makes the error and the gradient of one masked token.
+
+Its pixels are read as they lie in the clip, line by line, summed there, and put into the order of
+the prediction, channel last, within the program (`tl.gather`): both are read and written in wide
+pieces. The sums of bytes are exact integers. The rows' errors are averaged by torch, in an order
+that depends on their number only. An id that is no token gives NaN, and no pixel is read.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from mae_fast.kernels import configs
+from mae_fast.kernels.patchify_gather import locate, normalise, offsets
+
+
+@triton.jit
+def _statistics(pixels, mask, std, VALUES: tl.constexpr):
+    """(the mean, 1 / the standard deviation) of a patch; of bytes both times VALUES, exactly."""
+    if pixels.dtype == tl.uint8:
+        x = pixels.to(tl.int32)
+        average, squares = tl.sum(x, 0), tl.sum(x * x, 0).to(tl.int64)
+        total = (squares * VALUES - average.to(tl.int64) * average).to(tl.float32) * VALUES
+        unit = 255.0 * VALUES * std
+    else:
+        x = pixels.to(tl.float32)
+        average = tl.div_rn(tl.sum(x, 0), 1.0 * VALUES)
+        x = tl.where(mask, x - average, 0.0)
+        total = tl.sum(x * x, 0)
+        unit = 1.0
+    return average, tl.rsqrt(total / (VALUES - 1) + 1e-6 * unit * unit)
+
+
+@triton.jit
+def _deviation(pixels, average, VALUES: tl.constexpr):
+    if pixels.dtype == tl.uint8:
+        return (pixels.to(tl.int32) * VALUES - average).to(tl.float32)
+    else:
+        return pixels.to(tl.float32) - average
+
+
+@triton.jit
+def _masked_mse_fwd_kernel(
+    errors,
+    saved,
+    pred,
+    video,
+    ids,
+    frames,
+    length,
+    rows,
+    columns,
+    sb,
+    sc,
+    st,
+    sh,
+    sw,
+    pred_clip,
+    pred_token,
+    mean,
+    std,
+    factor,
+    CHANNELS: tl.constexpr,
+    T_PATCH: tl.constexpr,
+    PATCH: tl.constexpr,
+    LINES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    NORM: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    clip, token = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    row = clip * tl.num_programs(0) + token
+    there, t, r, c = locate(ids, row, length, rows, columns)
+    corner = clip * sb + r.to(tl.int64) * PATCH * sh + c.to(tl.int64) * PATCH * sw
+    line = tl.arange(0, LINES)[:, None]  # (c, u, y)
+    x = tl.arange(0, PIXELS)[None, :]
+    u = line // PATCH % T_PATCH
+    frame = tl.zeros_like(line)
+    for i in tl.static_range(T_PATCH):
+        frame = tl.where(u == i, tl.load(frames + t * T_PATCH + i), frame)
+    at = video + corner + offsets(line, frame, x, sc, st, sh, sw, T_PATCH, PATCH)
+    lines: tl.constexpr = CHANNELS * T_PATCH * PATCH
+    values: tl.constexpr = lines * PATCH
+    mask = (line < tl.where(there, lines, 0)) & (x < PATCH)
+    pixels = tl.reshape(tl.load(at, mask=mask, other=0), [LINES * PIXELS])
+    average, scale = 0.0, 1.0
+    if NORM:
+        average, scale = _statistics(pixels, tl.reshape(mask, [LINES * PIXELS]), std, values)
+    scale = tl.where(there, scale, float("nan"))
+
+    from_ = pred + clip * pred_clip + token * pred_token
+    error = tl.zeros([CHUNK], tl.float32)
+    for first in tl.static_range(0, values, CHUNK):
+        j = first + tl.arange(0, CHUNK)  # (u, y, x, c)
+        inside = j < values
+        place = (j % CHANNELS * T_PATCH + j // (CHANNELS * PATCH * PATCH)) * PATCH
+        place = (place + j // (CHANNELS * PATCH) % PATCH) * PIXELS + j // CHANNELS % PATCH
+        target = tl.gather(pixels, tl.where(inside, place, 0), 0)
+        target = _deviation(target, average, values) if NORM else normalise(target, mean, std)
+        value = tl.load(from_ + j, mask=inside, other=0).to(tl.float32)
+        difference = tl.where(inside, value - target * scale, 0.0)
+        error += difference * difference
+        if GRADIENT:
+            gradient = (difference * factor).to(saved.dtype.element_ty)
+            tl.store(saved + row * values + j, gradient, mask=inside)
+    tl.store(errors + row, tl.sum(error, 0) / values)
+
+
+@triton.jit
+def _masked_mse_bwd_kernel(dpred, saved, dloss, factor, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(saved + at, mask=at < size, other=0).to(tl.float32)
+    value = value * tl.load(dloss).to(tl.float32) * factor
+    tl.store(dpred + at, value.to(dpred.dtype.element_ty), mask=at < size)
+
+
+@functools.cache
+def _on_device(numbers, device):
+    """int32 numbers on a device: copied there once, not in every step."""
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+def masked_mse_fwd(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix_loss, need_grad):
+    """pred [B, M, P]; video [B, C, T, H, W]; ids [B, M] -> (loss [], (pred - target) * factor
+    [B, M, P], or [0]), where factor is that of `_factors`."""
+    _, channels, length, height, width = video.shape
+    if any(f < 0 or f >= length for f in frames):
+        raise IndexError(f"masked_mse: frames {list(frames)} of a clip of {length}")
+    pred = pred if pred.stride(2) == 1 else pred.contiguous()
+    saved = torch.empty(pred.shape if need_grad else (0,), dtype=pred.dtype, device=pred.device)
+    errors = torch.empty(ids.numel(), dtype=torch.float32, device=pred.device)
+    if ids.numel():
+        rows, columns = height // patch, width // patch
+        _masked_mse_fwd_kernel[ids.shape[1], ids.shape[0]](
+            errors,
+            saved,
+            pred,
+            video,
+            ids.contiguous(),
+            _on_device(tuple(frames), pred.device),
+            len(frames) // t_patch * rows * columns,
+            rows,
+            columns,
+            *video.stride(),
+            *pred.stride()[:2],
+            mean,
+            std,
+            _factors(pred)[0],
+            channels,
+            t_patch,
+            patch,
+            triton.next_power_of_2(channels * t_patch * patch),
+            triton.next_power_of_2(patch),
+            norm_pix_loss,
+            need_grad,
+            **configs.pick("masked_mse_fwd"),
+        )
+    return errors.mean(), saved
+
+
+def masked_mse_bwd(saved, dloss):
+    """The gradient of pred: saved * dloss, times what forward left out."""
+    dpred = torch.empty_like(saved)
+    if saved.numel():
+        sizes = configs.pick("masked_mse_bwd")
+        _masked_mse_bwd_kernel[(triton.cdiv(saved.numel(), sizes["BLOCK"]),)](
+            dpred, saved, dloss, _factors(saved)[1], saved.numel(), **sizes
+        )
+    return dpred
+
+
+def _factors(pred):
+    """What forward and backward multiply by, 2 / B M P in all: it would vanish in fp16."""
+    factor = 2 / max(pred.numel(), 1)
+    return (1.0, factor) if pred.dtype == torch.float16 else (factor, 1.0)
