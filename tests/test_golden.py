@@ -3,7 +3,28 @@
 import pytest
 import torch
 
+import mae_fast
 from mae_fast.convert import to_mae_st
+from mae_fast.ops import OPS, dispatch
+
+
+@pytest.fixture(params=["chosen", "reference"], autouse=True)
+def engine(request):
+    """Every op by the backend that is chosen here (the C++ kernels, or Triton's in the
+    interpreter), and every op by its reference."""
+    if request.param == "reference":
+        with mae_fast.backends(**dict.fromkeys(OPS, "reference")):
+            yield request.param
+        return
+    native = "triton" if dispatch.interpreting() else "cpp"
+    if not dispatch.MACHINE[native]():
+        chosen = {n: next(b for b in op.backends if not _declines(b)) for n, op in OPS.items()}
+        assert [op for op, b in chosen.items() if b != native] == ["adamw", "linear"]
+    yield request.param
+
+
+def _declines(backend: str) -> str | None:
+    return dispatch.MACHINE.get(backend, lambda: None)()
 
 
 def _relative(ours, theirs) -> float:
