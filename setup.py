@@ -115,6 +115,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["mae_fast", "mae_fast.*"]), "mae_fast.kernels"],
     package_dir={"mae_fast.kernels": "kernels"},
+    package_data={"mae_fast.kernels": ["*.json"]},  # measured tables
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
     **cpu_kernels(),

@@ -54,10 +54,9 @@ class Batch:
         return replace(self, frames=_views(flat, [f.shape for f in self.frames]))
 
     def pin_memory(self) -> "Batch":
-        """The same batch with its frames in pinned memory; torch's loader calls this."""
-        return replace(
-            self, frames=_views(_flat(self.frames).pin_memory(), [f.shape for f in self.frames])
-        )
+        """The same batch, what goes to a device in pinned memory; torch's loader calls this."""
+        flat, shapes = _flat(self.frames).pin_memory(), [f.shape for f in self.frames]
+        return replace(self, frames=_views(flat, shapes), samples=self.samples.pin_memory())
 
     def video(self, size: int) -> Tensor:
         """The augmented, normalised clips, float32 [n, 3, T, size, size], where the frames are."""
