@@ -131,8 +131,9 @@ class GraphedStep:
             with capture:
                 self.outputs = self.function(*self.buffers)
         except RuntimeError as e:
-            # torch's allocator is left in the middle of it: the step cannot go on without.
-            reason = str(e).strip().splitlines()[0]
+            # torch's allocator is left in the middle of it, so that no step can follow. What failed
+            # first is the context of the error that ends the capture.
+            reason = str(e.__context__ or e).strip().splitlines()[0]
             raise BackendError(f"the step cannot be captured as a CUDA graph: {reason}") from e
         self.graph = graph
 

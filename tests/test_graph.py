@@ -1,6 +1,8 @@
 """A step as one graph: the rehearsal on a CPU computes what the eager loop does, and refuses what a
 capture would."""
 
+import contextlib
+import inspect
 import types
 
 import pytest
@@ -17,26 +19,19 @@ from mae_fast.optim import clipped_step, make_optimizer
 STEPS = 10
 
 
-def _trainer(cfg, lr_on_device=True):
-    """(step(video, ids_keep, ids_mask) -> (loss, norm), set_lr, model) of a tiny model."""
+def _trainer(cfg, rate=None):
+    """(step(video, ids_keep, ids_mask) -> (loss, norm), set_lr, model) of a tiny model; `rate` says
+    what the step reads as its learning rate, which is a tensor unless told otherwise."""
     torch.manual_seed(0)
     model = MaskedAutoencoder(cfg)
-    optimizer = make_optimizer(model, TrainConfig())
-    rate = torch.zeros(())
+    optimizer, lr = make_optimizer(model, TrainConfig()), torch.zeros(())
 
     def step(video, ids_keep, ids_mask):
         loss = model(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
         loss.backward()
-        lr = rate if lr_on_device else float(numbers[0])
-        return loss.detach(), clipped_step(optimizer, lr, 1.0)
+        return loss.detach(), clipped_step(optimizer, rate(lr) if rate else lr, 1.0)
 
-    numbers = [0.0]
-
-    def set_lr(value):
-        rate.fill_(value)
-        numbers[0] = value
-
-    return step, set_lr, model
+    return step, lr.fill_, model
 
 
 def _inputs(cfg, step, clips=2):
@@ -70,7 +65,7 @@ def test_a_frozen_number_shows_in_the_rehearsal(tiny_cfg):
     """A learning rate that is a Python number stays what it was at the capture."""
     step, set_lr, _ = _trainer(tiny_cfg)
     expected = _losses(tiny_cfg, step, set_lr)
-    step, set_lr, _ = _trainer(tiny_cfg, lr_on_device=False)
+    step, set_lr, _ = _trainer(tiny_cfg, torch.Tensor.tolist)
     got = _losses(tiny_cfg, GraphedStep(step, "cpu", warmup=3), set_lr)
     # Steps 0 to 2 are warm-up, 3 is captured, and 4 is the first with another's rate.
     assert torch.allclose(got[:5], expected[:5]) and not torch.allclose(got[5:], expected[5:])
@@ -114,6 +109,46 @@ def test_inputs_of_another_shape_run_as_they_are(caplog):
     lines = [r.getMessage() for r in caplog.records]
     assert lines == [
         "a step runs without its CUDA graph: inputs are float32 [5], and its buffers float32 [3]"
+    ]
+
+
+def test_what_is_asked_of_cuda_and_in_which_order(monkeypatch):
+    """The lines that need a GPU, on stand-ins: warm-up and capture share one stream, which waits
+    for the inputs, and is waited for."""
+    said, real = [], inspect.signature(torch.cuda.graph)
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        said.append(f"on {stream.name}")
+        yield
+
+    @contextlib.contextmanager
+    def capture(*args, **kwargs):
+        given = real.bind(*args, **kwargs).arguments
+        said.append(f"capture on {given['stream'].name}, {given['capture_error_mode']}")
+        with given["cuda_graph"]:
+            yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph.Tape)
+    graphed = GraphedStep(lambda x: (x * 2,), "cpu", warmup=1)
+    graphed.stream = Stream("side")
+    for i in range(3):
+        assert torch.equal(graphed(torch.full((2,), float(i)))[0], torch.full((2,), 2.0 * i))
+    assert said == [
+        "side waits for main",
+        "on side",
+        "main waits for side",
+        "capture on side, thread_local",
     ]
 
 
