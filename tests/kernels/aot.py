@@ -10,15 +10,16 @@ import json
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from cases import CASES, DTYPES, ON_TRITON, calls
+from cases import DTYPES, ON_TRITON, calls
 from mae_fast.kernels import configs, launchers
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -38,7 +39,8 @@ class Limits(NamedTuple):
 
 
 ARCHS = {80: Limits(shared=164 * 1024), 90: Limits(), 100: Limits()}
-MODELS = ("vit_b", "vit_l")
+MODELS = ("vit_b", "vit_l")  # whose kernels every run of the tests compiles
+MORE_MODELS = ("vit_h", "vit_l_slowfast", "heads_of_128")
 TABLE = Path(__file__).with_name("aot.jsonl")
 # Instructions of tensor cores: mma of sm_80, wgmma of sm_90, tcgen05 of sm_100.
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC[A-Z]*MMA")
@@ -66,6 +68,10 @@ class Row:
     wide_loads: float
     wide_stores: float
     cases: list[str] = field(default_factory=list)
+
+    @property
+    def op(self) -> str:
+        return self.operator.rsplit("_", 1)[0]
 
     @property
     def key(self) -> tuple:
@@ -206,30 +212,32 @@ def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: An
         tensor_core=sum(bool(TENSOR_CORE.match(i)) for i in instructions),
         dots=len(dots),
         bulk=sum(i.startswith(("UTMALDG", "UTMASTG", "UBLKCP")) for i in instructions),
-        wide_loads=_wide([i for i in instructions if i.startswith("LDG")]),
-        wide_stores=_wide([i for i in instructions if i.startswith("STG")]),
+        wide_loads=_wide([i for i in instructions if i.startswith(("LDG.", "LDGSTS."))]),
+        wide_stores=_wide([i for i in instructions if i.startswith("STG.")]),
     )
 
 
-def launch(op: str, dtype: str) -> Iterator[tuple[str, str]]:
-    """Run the launchers of one op at every model's shapes; (operator, case) after each."""
+def launch(op: str, dtype: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Run the launchers of one op at the models' shapes; (operator, case) after each."""
     found = launchers(dispatch.LIBRARY._op_defs)
-    for model in MODELS:
+    for model in models:
         for case, made in calls(op, model, dtype, "meta").items():
             for operator, args in made:
                 found[operator](*args)
                 yield operator.split("::")[1], f"{model} {case}".strip()
 
 
-def rows(op: str, arch: int, every_candidate: bool = False) -> list[Row]:
-    """One op's kernels, compiled for one architecture: as configs.pick chooses, or every way."""
+def rows(op: str, arch: int, everything: bool = False) -> list[Row]:
+    """One op's kernels, compiled for one architecture: as configs.pick chooses for MODELS, or every
+    candidate for all models."""
     found: dict[int, tuple[Any, Row]] = {}  # by the compiled kernel, which Triton gives again
     most = max(len(c) for shapes in configs.CANDIDATES.values() for c in shapes.values())
-    candidates = (None, *range(most)) if every_candidate else (None,)
+    candidates = (None, *range(most)) if everything else (None,)
+    models = MODELS + MORE_MODELS if everything else MODELS
     for dtype in DTYPES:
         for candidate in candidates:
             with compiling(arch, candidate) as compiled:
-                for operator, case in launch(op, dtype):
+                for operator, case in launch(op, dtype, models):
                     for function, kernel in compiled:
                         if id(kernel) not in found:
                             found[id(kernel)] = (
@@ -250,15 +258,21 @@ def committed() -> tuple[str, list[Row]]:
     return json.loads(first)["triton"], [Row(**json.loads(line)) for line in lines]
 
 
-def main() -> None:
-    """Write the table: every candidate of every kernel on every architecture."""
-    jobs = [(op, arch) for op in ON_TRITON if op in CASES for arch in ARCHS]
+def main(ops: Sequence[str]) -> None:
+    """Write the table, or its rows of some ops: every candidate, on every architecture."""
+    ops = ops or ON_TRITON
+    jobs = [(op, arch) for op in ops for arch in ARCHS]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         found = pool.map(rows, *zip(*jobs, strict=True), [True] * len(jobs))
-        made = sorted((row for part in found for row in part), key=lambda r: (r.key, r.cases))
+        made = [row for part in found for row in part]
+    if TABLE.exists():
+        version, before = committed()
+        assert version == triton.__version__ or set(ops) == set(ON_TRITON)
+        made += [row for row in before if row.op in ON_TRITON and row.op not in ops]
+    made.sort(key=lambda row: (row.key, row.cases))
     lines = [json.dumps({"triton": triton.__version__}), *(json.dumps(asdict(r)) for r in made)]
     TABLE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

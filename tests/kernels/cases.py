@@ -38,6 +38,10 @@ class Model(NamedTuple):
 MODELS = {
     "vit_b": Model(64, 16, 224, 16, 768, 12, 512, 16),
     "vit_l": Model(64, 16, 224, 16, 1024, 16, 512, 16),
+    "vit_h": Model(64, 16, 224, 14, 1280, 16, 512, 16),
+    "vit_l_slowfast": Model(64, 16, 224, 16, 1024, 16, 512, 8),
+    "heads_of_128": Model(64, 16, 224, 16, 1024, 8, 512, 4),
+    "vit_b_quarter_clip": Model(1, 4, 224, 16, 768, 12, 512, 16),
     "vit_b_cut_down": Model(2, 4, 64, 16, 128, 2, 64, 2),
     "odd": Model(3, 6, 35, 7, 80, 1, 48, 3),
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 _MANY = -1  # in a reader's place: more than one program read the element
@@ -213,7 +214,7 @@ class _TorchBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if self.watch.launch is None and not func.is_view and "empty" not in func.name():
-            tensors = [t for t in (*args, out) if torch.is_tensor(t)]
+            tensors = [t for t in tree_leaves((args, out)) if torch.is_tensor(t)]
             self.watch.record.torch_bytes += sum(t.numel() * t.element_size() for t in tensors)
         return out
 

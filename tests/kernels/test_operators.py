@@ -3,9 +3,9 @@ overrun, every output stored once, and the same bits in whatever order programs 
 
 import pytest
 import torch
-from cases import CASES, DTYPES, ON_TRITON, calls, tensors
+from cases import CASES, DTYPES, ON_TRITON, calls
 from mae_fast.kernels import launchers
-from sanitizer import sanitized
+from traffic import run
 
 from mae_fast.ops import dispatch
 
@@ -14,14 +14,6 @@ if not dispatch.interpreting():
 
 dispatch.load_triton()
 LAUNCHERS = launchers(dispatch.LIBRARY._op_defs)
-
-
-def run(operator, args, seed):
-    """(the outputs of an operator's launcher, the sanitizer's record)."""
-    listed = [t for a in args if isinstance(a, list) for t in tensors(a)]
-    with sanitized(seed, extra=listed) as record:
-        out = LAUNCHERS[operator](*args)
-    return [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None], record
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

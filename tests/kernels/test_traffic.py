@@ -1,0 +1,28 @@
+"""Memory-bound operators move hardly more bytes than they must, as the committed table says."""
+
+import pytest
+from cases import DTYPES
+from traffic import AT_MOST, MEMORY_BOUND, committed, rows
+
+from mae_fast.ops import dispatch
+
+if not dispatch.interpreting():
+    pytest.skip("TRITON_INTERPRET=1 runs it, in a process of its own", allow_module_level=True)
+
+dispatch.load_triton()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", MEMORY_BOUND)
+def test_bytes_are_few_and_as_in_the_table(op, dtype):
+    found = rows(op, dtype)
+    for row in found:
+        ratio = row.moved / row.least
+        assert ratio <= AT_MOST, f"{row.operator} {row.case} {dtype}: {ratio:.2f} of the least"
+    table = [r for r in committed()[0] if r.dtype == dtype and r.operator[:-4] == op]
+    assert found == table, "python tests/kernels/report.py writes the table again"
+
+
+def test_the_table_has_every_op():
+    table, eager = committed()
+    assert {row.operator[:-4] for row in table} == {e.op for e in eager} == set(MEMORY_BOUND)

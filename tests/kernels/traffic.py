@@ -1,0 +1,115 @@
+"""The bytes that memory-bound operators load and store, against what they must and what plain torch
+moves, for a quarter of a clip of ViT-B. Counted by the sanitizer: no cache is modelled."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from cases import DTYPES, ON_TRITON, Call, calls, tensors
+from mae_fast.kernels import launchers
+from sanitizer import Record, sanitized
+from torch import Tensor
+
+from mae_fast.config import preset
+from mae_fast.ops import dispatch
+
+TABLE = Path(__file__).with_name("traffic.jsonl")
+MODEL, FRAMES = "vit_b_quarter_clip", 4
+COMPUTE_BOUND = {"attention", "patch_embed"}
+MEMORY_BOUND = [op for op in ON_TRITON if op not in COMPUTE_BOUND]
+AT_MOST = 1.15  # of the least bytes
+
+
+@dataclass
+class Row:
+    """One operator's bytes. `least`: every element of inputs and outputs once; `moved`: what the
+    programs of a launch share counts once; `requested`: all lanes of all programs."""
+
+    operator: str
+    case: str
+    dtype: str
+    least: int
+    moved: int
+    requested: int
+
+
+@dataclass
+class Eager:
+    """Bytes of an op's forward and backward in fp32: ours, and those that the operators of plain
+    torch, as the official code calls them, read and write."""
+
+    op: str
+    moved: int
+    eager: int
+
+
+def _size(values) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors(values))
+
+
+def least(call: Call, outs: Sequence[Tensor]) -> int:
+    """Every element that an operator takes and gives, once; of a clip a byte for each value of the
+    wanted patches (of frames to resample there are more or fewer: the crop's size decides)."""
+    clips = [t for t in tensors(call.args) if t.dtype == torch.uint8 and t.dim() > 3]
+    total = _size(call.args) + _size(list(outs)) - _size(clips)
+    if clips:
+        total += next(t.numel() for t in outs if t.dim() == 3)
+    return total
+
+
+def run(operator: str, args: Sequence, seed: int = 0) -> tuple[list[Tensor], Record]:
+    """(the outputs of an operator's launcher, the sanitizer's record)."""
+    listed = [t for a in args if isinstance(a, list) for t in tensors(a)]
+    launch = launchers(dispatch.LIBRARY._op_defs)[operator]
+    with sanitized(seed, extra=listed) as record:
+        out = launch(*args)
+    return [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None], record
+
+
+def rows(op: str, dtype: str) -> list[Row]:
+    """The bytes of an op's operators."""
+    found = []
+    for case, made in calls(op, MODEL, dtype, "cpu").items():
+        for call in made:
+            outs, record = run(*call)
+            name = call.operator.split("::")[1]
+            bytes_ = (least(call, outs), record.moved, record.requested)
+            found.append(Row(name, case, dtype, *bytes_))
+    return found
+
+
+def eager(op: str, ours: Sequence[Row]) -> Eager:
+    """Against the baseline of the op's benchmark, which is of the last of the op's cases."""
+    cfg = preset("vit_base", num_frames=FRAMES, pred_t_dim=FRAMES // 2)
+    module = importlib.import_module(f"benchmarks.ops.bench_{op}")
+    case = getattr(module, "decoder", None) or module.encoder
+    baseline = case(cfg, 1).baseline
+    with sanitized() as record:
+        baseline()
+    ours = [row for row in ours if row.dtype == "f32"]
+    name = ours[0].case if op.startswith("crop") else ours[-1].case
+    return Eager(op, sum(row.moved for row in ours if row.case == name), record.torch_bytes)
+
+
+def committed() -> tuple[list[Row], list[Eager]]:
+    """The committed table."""
+    lines = [json.loads(line) for line in TABLE.read_text().splitlines()]
+    return [Row(**x) for x in lines if "dtype" in x], [Eager(**x) for x in lines if "op" in x]
+
+
+def main() -> None:
+    """Write the table."""
+    dispatch.load_triton()
+    found = {op: [row for dtype in DTYPES for row in rows(op, dtype)] for op in MEMORY_BOUND}
+    lines = [row for made in found.values() for row in made]
+    lines += [eager(op, made) for op, made in found.items()]
+    TABLE.write_text("".join(json.dumps(asdict(x)) + "\n" for x in lines))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks
+    main()
