@@ -47,10 +47,10 @@ class Stage:
 
 STAGES = (
     Stage("checks", 115, "tests of the ops, golden figures, CUDA graphs, equal bits", True),
-    Stage("tune", 55, "the sizes of every kernel -> kernels/measured.json", True),
+    Stage("tune", 65, "the sizes of every kernel -> kernels/measured.json", True),
     Stage("attention", 35, "attention by every backend -> kernels/measured_attention.json", True),
-    Stage("steps", 145, "training steps against the official code"),
-    Stage("kernels", 60, "each op against its limit and against torch, inductor, libraries", True),
+    Stage("steps", 140, "training steps against the official code"),
+    Stage("kernels", 55, "each op against its limit and against torch, inductor, libraries", True),
     Stage("ratios", 35, "masking ratios from 0 to 95%"),
     Stage("profile", 20, "one step, kernel by kernel"),
 )

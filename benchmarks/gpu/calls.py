@@ -2,16 +2,20 @@
 and timed has the shapes, strides and dtypes of the real thing, and a new op is there by itself."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from benchmarks.gpu.setting import Setting
 from mae_fast import forward, ops
+from mae_fast import model as model_module
+from mae_fast.config import ModelConfig
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD, MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch
@@ -23,19 +27,23 @@ FLOOR = {torch.float32: 4e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 
 @dataclass(frozen=True)
 class Call:
-    """One op on arguments. Its floating tensors get gradients, a clip does not. `count`: so many
-    times in a step."""
+    """One op on arguments, which may be fake until `real`. Its floating tensors get gradients, a
+    clip does not. `count`: so many times in a step; ids are `kept` and the rest of `length`."""
 
     op: str
     args: tuple
     count: int = 1
+    kept: int = 0
+    length: int = 0
 
     @property
     def shape(self) -> str:
+        """Of its tensors that are more than a row; of a list, the first."""
+        firsts = (a[0] if isinstance(a, list) else a for a in self.args)
         return " ".join(
             f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}".replace(" ", "")
-            for a in _flat(self.args)
-            if a.dim() > 1
+            for a in firsts
+            if torch.is_tensor(a) and a.dim() > 1
         )
 
     @property
@@ -55,10 +63,29 @@ class Call:
     def reference(self) -> Callable:
         return getattr(import_module(f"mae_fast.ops.{self.op}"), f"{self.op}_ref")
 
+    def real(self) -> "Call":
+        """The same with memory behind its tensors: numbers of a normal distribution, random bytes,
+        and masks; strides as they are."""
+        return replace(self, args=tuple(self._real(a) for a in self.args))
+
+    def _real(self, a):
+        if isinstance(a, list):
+            return [self._real(x) for x in a]
+        if not isinstance(a, FakeTensor):
+            return a
+        if a.dtype == torch.int32:
+            generator = torch.Generator(a.device).manual_seed(0)
+            noise = torch.rand(len(a), self.length, device=a.device, generator=generator)
+            return ids_from_noise(noise, self.kept)[a.shape[1] != self.kept]
+        span = 1 + sum((n - 1) * stride for n, stride in zip(a.shape, a.stride(), strict=True))
+        flat = torch.empty(span, dtype=a.dtype, device=a.device)
+        flat = flat.normal_() if a.is_floating_point() else flat.random_(0, 256)
+        return flat.as_strided(a.shape, a.stride())  # which may repeat, as an expanded token does
+
     def wide(self) -> "Call":
         """The same in fp64."""
         args = (a.double() if _floating(a) else a for a in self.args)
-        return Call(self.op, tuple(args))
+        return replace(self, args=tuple(args))
 
     def forward(self, function: Callable) -> Run:
         """A run of the function: its outputs."""
@@ -107,50 +134,70 @@ class Call:
 def calls(setting: Setting, model: str, batch: int) -> list[Call]:
     """Each different call of one forward in bf16, in order, and what the data path calls besides.
 
-    They are found with plain torch in the place of our kernels.
+    Nothing is computed and no memory taken: all tensors are fake, and the references stand in the
+    place of the ops.
     """
     cfg, seen, counts = setting.cfg(model), {}, Counter()
-    clips = setting.clips(cfg, setting.batch(batch))
-    ids = ids_from_noise(setting.noise(cfg, len(clips)), num_keep("random", cfg.grid, 0.9))
+    length, kept = cfg.num_patches, num_keep("random", cfg.grid, 0.9)
 
-    def recorded(op: str, function: Callable) -> Callable:
+    def recorded(op: str) -> Callable:
         def record(*args):
-            call = Call(op, tuple(a.detach() if torch.is_tensor(a) else a for a in args))
+            call = Call(op, args, kept=kept, length=length)
             seen.setdefault((op, call.shape), call)
             counts[op, call.shape] += 1
-            return function(*args)
+            return call.reference()(*args)
 
         return record
 
-    plain = {op: "reference" for op in OPS} | {"attention": "sdpa"}
-    called = {op: getattr(forward, op) for op in OPS if hasattr(forward, op) and op != "linear"}
-    with torch.device(setting.device.type):
-        net = MaskedAutoencoder(cfg)
-    patched = {op: recorded(op, function) for op, function in called.items()}
+    called = (op for op in OPS if hasattr(forward, op) and op != "linear")
+    frames = cfg.target_frames
     with (
+        mock.patch.object(ModelConfig, "target_frames", frames),  # fake tensors hold no numbers
+        mock.patch.object(model_module, "init_weights"),
+        FakeTensorMode(),
+        torch.device(setting.device.type),
         torch.no_grad(),
         setting.autocast(),
-        dispatch.backends(**plain),
-        mock.patch.multiple(forward, **patched),
+        mock.patch.multiple(forward, **{op: recorded(op) for op in called}),
     ):
+        net = MaskedAutoencoder(cfg)
+        clips = setting.clips(cfg, setting.batch(batch))
+        ids = ids_from_noise(setting.noise(cfg, len(clips)), kept)
         forward.forward(net.params(), net.spec, clips, *ids)
-    pixels = (cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, torch.bfloat16)
+        side = cfg.img_size * 5 // 4
+        size = (cfg.num_frames, side, side, cfg.in_chans)
+        sources = [torch.empty(size, dtype=torch.uint8) for _ in range(len(clips))]
+    box = torch.tensor([3, 5, side - 9, side - 7], dtype=torch.int32, device=clips.device)
+    flips = torch.arange(len(clips), device=clips.device) % 2 == 0
+    crop = sources, box.repeat(len(clips), 1), flips, ids[0], cfg.img_size
+    pixels = cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, torch.bfloat16
+    data = {
+        "patchify_gather": (clips, ids[0], *pixels),
+        "crop_resize_patchify_gather": (*crop, *pixels),
+    }
     return [
         *(replace(call, count=counts[key]) for key, call in seen.items()),
-        Call("patchify_gather", (clips, ids[0], *pixels)),
-        Call("crop_resize_patchify_gather", (*frames(cfg, clips), ids[0], cfg.img_size, *pixels)),
+        *(Call(op, args, kept=kept, length=length) for op, args in data.items()),
     ]
 
 
-def frames(cfg, clips: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """(frames of videos at source size [T, H, W, C], boxes, flips) for as many clips."""
-    side = cfg.img_size * 5 // 4
-    size = (cfg.num_frames, side, side, cfg.in_chans)
-    count, device = len(clips), clips.device
-    videos = [torch.randint(0, 256, size, dtype=torch.uint8, device=device) for _ in range(count)]
-    box = torch.tensor([3, 5, side - 9, side - 7], dtype=torch.int32, device=device)
-    flips = torch.arange(count, device=device) % 2 == 0
-    return videos, box.repeat(count, 1), flips
+class Case(NamedTuple):
+    """A call of a model's step, and the same on two clips, small enough to check in fp64."""
+
+    name: str
+    model: str
+    call: Call
+    two: Call
+
+
+def cases(setting: Setting, models: Iterable[str], batch: int) -> list[Case]:
+    """The different calls of some models: the decoder's are the same in most."""
+    found: dict[tuple[str, str], Case] = {}
+    for model in setting.some(models):
+        for call, two in zip(calls(setting, model, batch), calls(setting, model, 2), strict=True):
+            name = f"{model} {call.op} {call.shape}"
+            found.setdefault((call.op, call.shape), Case(name, model, call, two))
+    return list(found.values())
 
 
 def check(call: Call, function: Callable) -> None:
@@ -173,15 +220,7 @@ def _floating(a) -> bool:
 
 
 def _has_bf16(args: tuple) -> bool:
-    return any(a.dtype == torch.bfloat16 for a in _flat(args))
-
-
-def _flat(args: tuple) -> Iterator[Tensor]:
-    for a in args:
-        if torch.is_tensor(a):
-            yield a
-        elif isinstance(a, list):
-            yield from (x for x in a if torch.is_tensor(x))
+    return any(torch.is_tensor(a) and a.dtype == torch.bfloat16 for a in args)
 
 
 def _tuple(out) -> tuple[Tensor, ...]:

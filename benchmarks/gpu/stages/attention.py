@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from mae_fast.kernels import configs
 
-from benchmarks.gpu.calls import calls
+from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import MEASURED, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.kernels import BATCH, measure, own
@@ -21,21 +21,18 @@ DIRECTIONS = {"forward": False, "forward_backward": True}  # whether gradients a
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    limits, seen = setting.device.limits(), set()
-    for model in setting.some(MODELS):
-        for call, two in zip(calls(setting, model, BATCH), calls(setting, model, 2), strict=True):
-            if call.op != "attention" or call.shape in seen:
-                continue
-            seen.add(call.shape)
-
-            def run(model=model, call=call, two=two) -> dict:
-                record = measure(setting, model, call, two, limits, own(call))
-                (_, k, _), arch = call.args, configs.architecture()
-                sizes = {"width": k.shape[-1], "keys": k.shape[1], "architecture": arch}
-                return record | sizes
-
-            yield Item(f"{model} {call.shape}", run)
+    limits = setting.device.limits()
+    for case in cases(setting, MODELS, BATCH):
+        if case.call.op == "attention":
+            yield Item(case.name, lambda case=case: measured(setting, case, limits))
     write_table(setting)
+
+
+def measured(setting: Setting, case: Case, limits: dict) -> dict:
+    """The record of a call, and the row of the table that it belongs to."""
+    _, k, _ = case.call.args
+    row = {"width": k.shape[-1], "keys": k.shape[1], "architecture": configs.architecture()}
+    return measure(setting, case, limits, own(case.call)) | row
 
 
 def write_table(setting: Setting) -> None:

@@ -108,6 +108,7 @@ def equal_bits(setting: Setting) -> dict:
 
 def graphed(setting: Setting, call: Call) -> dict:
     """An op's forward and backward, captured and replayed, give what they give without a graph."""
+    call = call.real()
     backend = own_backend(setting, call)
     run = call.both(call.function(backend))
     with setting.autocast():

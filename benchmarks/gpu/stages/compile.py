@@ -1,21 +1,33 @@
-"""torch.compile of the baselines that `steps` times, while the tests run: it takes a minute a
-model, and what it makes stays in torch's cache on disk."""
+"""What takes a compiler a minute, while the tests run: torch.compile of the baselines that `steps`
+times, which stays in torch's cache on disk, and the CUDA kernels of csrc/cuda, where nvcc is."""
 
+import importlib.util
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
+from torch.utils import cpp_extension
+
+from benchmarks.gpu import ROOT
 from benchmarks.gpu.engines import build
-from benchmarks.gpu.records import Item
+from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 
 PLAN = (("vit_large", 64), ("vit_base", 64))
 ENGINE = "official_sdpa_compile"
+JOBS = 4  # of nvcc and the C++ compiler, beside the tests
 
 
 def items(setting: Setting) -> Iterator[Item]:
+    nvcc = start_nvcc()
     for model, batch in setting.some(PLAN):
         run = lambda model=model, batch=batch: compiled(setting, model, batch)  # noqa: E731
         yield Item(f"{model} {batch} clips {ENGINE}", run)
+    yield Item("csrc/cuda by nvcc", lambda: ended(nvcc))
 
 
 def compiled(setting: Setting, model: str, batch: int) -> dict:
@@ -25,3 +37,31 @@ def compiled(setting: Setting, model: str, batch: int) -> dict:
     engine.step(setting.clips(cfg, batch), setting.noise(cfg, batch))
     seconds = time.perf_counter() - began
     return {"first_step_seconds": seconds, "told": f"its first step took {seconds:.1f} s"}
+
+
+def start_nvcc() -> subprocess.Popen | str:
+    """setup.py's build into the checkout, without pip; or why not."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "there is no nvcc"
+    if importlib.util.find_spec("setuptools") is None:
+        return "setuptools is not installed"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    env = {**os.environ, "MAX_JOBS": str(JOBS)}
+    log().parent.mkdir(exist_ok=True)
+    with log().open("w") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+
+def log() -> Path:
+    return ROOT / "build/csrc-cuda.log"
+
+
+def ended(nvcc: subprocess.Popen | str) -> dict:
+    """The record of a build; Declined where there was none."""
+    if isinstance(nvcc, str):
+        raise Declined(nvcc)
+    code, output = nvcc.wait(), log().read_text(errors="replace")[-4000:]
+    assert code == 0, f"setup.py ended with {code}: {output}"
+    return {"output": output, "told": (output.strip().splitlines() or ["built"])[-1]}

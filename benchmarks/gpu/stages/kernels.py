@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.training import CLIP_GRAD, LR
-from benchmarks.gpu.calls import Call, Run, calls, check
+from benchmarks.gpu.calls import Call, Case, Run, cases, check
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.machine import as_record
@@ -30,23 +30,18 @@ DIFFER = 2e-2  # of the norm, between two results in bf16
 
 def items(setting: Setting) -> Iterator[Item]:
     limits = setting.device.limits()
-    cases = []
+    found = [case for case in cases(setting, MODELS, BATCH) if case.call.op != "attention"]
+    for case in found:
+        yield Item(case.name, lambda case=case: measure(setting, case, limits, own(case.call)))
     for model in setting.some(MODELS):
-        large, small = calls(setting, model, BATCH), calls(setting, model, 2)
-        pairs = zip(large, small, strict=True)
-        found = [
-            (f"{model} {c.op} {c.shape}", model, c, t) for c, t in pairs if c.op != "attention"
-        ]
-        cases += found
-        for name, *case in found:
-            run = lambda case=case: measure(setting, *case, limits, own(case[1]))  # noqa: E731
-            yield Item(name, run)
         yield Item(f"{model} adamw", lambda model=model: adamw(setting, model, limits))
-    for name, *case in setting.some(cases, 2):
-        run = lambda case=case: measure(  # noqa: E731
-            setting, *case, limits, {**own(case[1]), INDUCTOR: inductor(setting, case[1])}
-        )
-        yield Item(f"{name} {INDUCTOR}", run)
+    for case in setting.some(found, 2):
+
+        def beside_inductor(case=case) -> dict:
+            variants = {**own(case.call), INDUCTOR: inductor(setting, case.call)}
+            return measure(setting, case, limits, variants)
+
+        yield Item(f"{case.name} {INDUCTOR}", beside_inductor)
 
 
 def own(call: Call) -> dict[str, Callable]:
@@ -60,15 +55,9 @@ def inductor(setting: Setting, call: Call) -> Callable:
     return torch.compile(call.reference(), dynamic=False, backend=setting.compiler)
 
 
-def measure(
-    setting: Setting,
-    model: str,
-    call: Call,
-    two: Call,
-    limits: dict,
-    variants: dict[str, Callable],
-) -> dict:
+def measure(setting: Setting, case: Case, limits: dict, variants: dict[str, Callable]) -> dict:
     """The record of one call: forward, and forward with backward, by variant."""
+    call, two = case.call.real(), case.two.real()
     kept, declined, wrong = usable(setting, call, two, variants)
     work = cost(call, setting)
     seconds, measured_limits = {}, {}
@@ -88,7 +77,7 @@ def measure(
     return {
         "op": call.op,
         "shape": call.shape,
-        "model": model,
+        "model": case.model,
         "batch": setting.batch(BATCH),
         "calls_a_step": call.count,
         "seconds_a_call": seconds,

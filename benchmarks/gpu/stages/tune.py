@@ -19,7 +19,7 @@ from mae_fast.kernels import configs
 from mae_fast.kernels.configs import CANDIDATES
 
 from benchmarks.gpu import ROOT
-from benchmarks.gpu.calls import Call, Run, calls
+from benchmarks.gpu.calls import Call, Case, Run, cases
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.checks import end_by, own_backend
@@ -33,10 +33,14 @@ Key = tuple[str, str]  # kernel, shape class
 
 def items(setting: Setting) -> Iterator[Item]:
     yield Item("compile the candidates", lambda: compile_all(setting))
-    for model in setting.some(MODELS):
-        for call in calls(setting, model, BATCH):
-            yield Item(f"{model} {call.op} {call.shape}", lambda call=call: tune(setting, call))
+    for case in cases_in_order(setting):
+        yield Item(case.name, lambda call=case.call: tune(setting, call))
     write_table(setting)
+
+
+def cases_in_order(setting: Setting) -> list[Case]:
+    """Attention first, which matters most."""
+    return sorted(cases(setting, MODELS, BATCH), key=lambda case: case.call.op != "attention")
 
 
 def compile_all(setting: Setting) -> dict:
@@ -55,18 +59,23 @@ def compile_all(setting: Setting) -> dict:
 
 
 def compile_share(setting: Setting, share: int, of: int) -> None:
-    """Each candidate of each call in this share, launched once."""
-    found = [call for model in setting.some(MODELS) for call in calls(setting, model, BATCH)][
-        share::of
+    """Each candidate of each call in this share, launched once. Attention's take longest to
+    compile, and are split further."""
+    parts = {"attention": 3}
+    tasks = [
+        (case.call, part, parts.get(case.call.op, 1))
+        for case in cases_in_order(setting)
+        for part in range(parts.get(case.call.op, 1))
     ]
-    for call in found:
+    for call, part, of_parts in tasks[share::of]:
+        call = call.real()
         try:
             own_backend(setting, call)
         except Declined:
             continue
         for run in runs(setting, call).values():
             for key in picks(run):
-                for candidate in setting.some(CANDIDATES[key[0]][key[1]], 2):
+                for candidate in setting.some(CANDIDATES[key[0]][key[1]], 2)[part::of_parts]:
                     try:
                         with chosen({key: candidate}):
                             run()
@@ -96,6 +105,7 @@ def tune(setting: Setting, call: Call) -> dict:
     """The fastest candidate of each kernel that the call launches, one kernel at a time, the others
     at their best so far. A candidate that does not launch, or gives other results than the first
     that does, is out."""
+    call = call.real()
     own_backend(setting, call)
     sizes, report = {}, []
     for direction, run in runs(setting, call).items():
