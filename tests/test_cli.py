@@ -181,7 +181,7 @@ def test_info_gives_each_backend_a_reason():
 
     found = info.collect()
     backends = {b for op in OPS.values() for b in op.backends} - {"reference", "sdpa", "torch"}
-    assert backends == set(found["backends"]) >= {"cpp", "triton", "flash_attn_3", "sdpa_cudnn"}
+    assert backends | {"cpp", "triton", "flash_attn_3", "sdpa_cudnn"} <= set(found["backends"])
     if found["devices"].get("cuda", "").startswith("none"):
         assert "no CUDA device" in found["backends"]["triton"]
         assert found["backends"]["sdpa_cudnn"] == "there is no CUDA device"

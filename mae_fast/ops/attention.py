@@ -87,34 +87,36 @@ def measured_key(width: int, keys: int, dtype: torch.dtype, gradients: bool) -> 
     return f"d{width}-s{length}-{str(dtype).removeprefix('torch.')}-{direction}"
 
 
-def read_measured() -> dict[str, dict[str, dict[str, float]]]:
-    """The table that `make gpu` writes, kernels/measured_attention.json, or {}.
+def read_measured(architecture: str) -> dict[str, tuple[str, ...]]:
+    """{measured_key: backends, the fastest first} of an architecture ("90" for sm_90), or {}.
 
-    {architecture: {measured_key: {backend: milliseconds}}}, architectures as "90" for sm_90. Only
-    the order of a row's times counts: they are of one shape, timed side by side.
+    From kernels/measured_attention.json, which `make gpu` writes: {architecture: {measured_key:
+    {backend: milliseconds}}}, the times of a row taken side by side at one shape.
     """
     file = resources.files("mae_fast.kernels") / "measured_attention.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    table = json.loads(file.read_text()) if file.is_file() else {}
+    rows = table.get(architecture, {})
+    return {row: tuple(sorted(times, key=times.get)) for row, times in rows.items()}
 
 
-measured = dispatch.constant(read_measured)
-architecture = dispatch.constant(
-    lambda: "{}{}".format(*torch.cuda.get_device_capability())  # of the present device
-)
+architecture = dispatch.constant(lambda: "{}{}".format(*torch.cuda.get_device_capability()))
+measured = dispatch.constant(lambda: read_measured(architecture()))
 _guessed: set[str] = set()
 
 
 class _Attention(dispatch.Op):
     def order(self, q: Tensor, k: Tensor, v: Tensor) -> Iterable[str]:
-        """On CUDA by the measured table: the fastest first, then what it does not have."""
         if q.device.type != "cuda":
             return self.backends
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        row = measured_key(q.shape[-1], k.shape[1], q.dtype, gradients)
-        times = measured().get(architecture(), {}).get(row)
-        if times:
-            found = [name for name in sorted(times, key=times.get) if name in self.backends]
-            return [*found, *(name for name in self.backends if name not in times)]
+        return self.by_table(measured_key(q.shape[-1], k.shape[1], q.dtype, gradients))
+
+    def by_table(self, row: str) -> Iterable[str]:
+        """The fastest first where the row was measured, then what it does not have."""
+        fastest = measured().get(row)
+        if fastest:
+            found = [name for name in fastest if name in self.backends]
+            return [*found, *(name for name in self.backends if name not in found)]
         if not torch.compiler.is_compiling() and row not in _guessed:
             _guessed.add(row)
             where = f"sm_{architecture()}, {row}"

@@ -335,11 +335,13 @@ def test_torch_flash_kernel_declines_what_it_does_not_take():
 
 
 @pytest.fixture
-def table(monkeypatch):
-    """table(rows) sets the measured rows of sm_90, on which the next attention runs."""
+def table(monkeypatch, tmp_path):
+    """table(rows) is what `make gpu` has measured on the present device, an sm_90."""
 
     def install(rows):
-        monkeypatch.setattr(home, "measured", lambda: {"90": rows})
+        (tmp_path / "measured_attention.json").write_text(json.dumps({"90": rows, "80": {}}))
+        monkeypatch.setattr(home.resources, "files", lambda package: tmp_path)
+        monkeypatch.setattr(home, "measured", lambda: home.read_measured("90"))
         monkeypatch.setattr(home, "architecture", lambda: "90")
         monkeypatch.setattr(home, "_guessed", set())
 
@@ -373,12 +375,27 @@ def test_an_order_that_is_a_guess_says_so_once(table, caplog):
     )
 
 
-def test_the_table_is_read_where_make_gpu_writes_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(home.resources, "files", lambda package: tmp_path)
-    assert home.read_measured() == {}
-    rows = {"90": {measured_key(64, 157, torch.float16, False): {"triton": 0.1}}}
-    (tmp_path / "measured_attention.json").write_text(json.dumps(rows))
-    assert home.read_measured() == {"90": {"d64-s256-float16-forward": {"triton": 0.1}}}
+def test_rows_and_the_place_of_the_table(table, tmp_path):
+    assert measured_key(64, 157, torch.float16, False) == "d64-s256-float16-forward"
+    assert measured_key(32, 2048, torch.bfloat16, True) == "d32-s2048-bfloat16-both"
+    assert measured_key(32, 1, torch.bfloat16, True) == "d32-s1-bfloat16-both"
+    table({"row": {"triton": 0.3, "sdpa": 0.1}})
+    assert home.read_measured("90") == {"row": ("sdpa", "triton")}
+    assert home.read_measured("80") == home.read_measured("100") == {}
+    (tmp_path / "measured_attention.json").unlink()
+    assert home.read_measured("90") == {}
+
+
+def test_torch_compile_follows_the_table(monkeypatch):
+    row = measured_key(32, 40, torch.float32, False)
+    monkeypatch.setattr(home, "measured", dispatch.constant(lambda: {row: ("sdpa", "triton")}))
+
+    def first(q):
+        return q * len(OP.by_table(measured_key(q.shape[-1], q.shape[1], q.dtype, False))[0])
+
+    q = torch.ones(1, 40, 2, 32)
+    compiled = torch.compile(first, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q), q * len("sdpa"))
 
 
 def test_nothing_is_imported_by_an_import():
