@@ -116,6 +116,9 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 8},
         ]
     },
+    "crop_resize_patchify_gather_fwd": {
+        "any": [{"LINES": 32, "num_warps": 4}, {"LINES": 16, "num_warps": 2}],
+    },
     "masked_mse_fwd": {
         "any": [  # values at a time; one warp alone would exchange bytes by shuffles, 32 for each
             {"CHUNK": 256, "num_warps": 2},
@@ -141,6 +144,56 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK": 2048, "num_warps": 8},
         ]
     },
+    "patch_embed_fwd": {
+        "many": [  # tokens
+            {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+        ],
+        "few": [
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
+            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        ],
+        "f32": [
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+        ],
+    },
+    "patch_embed_dweight": {  # of BLOCK_N x BLOCK_K, from BLOCK_M tokens at a time
+        "many": [
+            {
+                "BLOCK_M": 64,
+                "BLOCK_N": 128,
+                "BLOCK_K": 128,
+                "SPLIT": 4,
+                "num_warps": 8,
+                "num_stages": 3,
+            },
+        ],
+        "few": [
+            {
+                "BLOCK_M": 64,
+                "BLOCK_N": 64,
+                "BLOCK_K": 128,
+                "SPLIT": 2,
+                "num_warps": 4,
+                "num_stages": 3,
+            },
+        ],
+        "f32": [
+            {
+                "BLOCK_M": 32,
+                "BLOCK_N": 64,
+                "BLOCK_K": 64,
+                "SPLIT": 4,
+                "num_warps": 4,
+                "num_stages": 2,
+            },
+        ],
+    },
+    "patch_embed_dpos": {
+        "any": [{"BLOCK": 256, "num_warps": 1}, {"BLOCK": 1024, "num_warps": 4}],
+    },
     "patchify_gather_fwd": {
         "any": [
             {"LINES": 32, "num_warps": 1},  # of the 96 lines of a token of ViT-B
@@ -149,65 +202,101 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"LINES": 16, "num_warps": 1},
         ]
     },
-    # Attention's shape classes: the head dim that a head is not above, and how many keys.
+    # Attention's shape classes: head dims up to that number, "short" up to 512 keys; fp32 has no
+    # tensor cores. By warps an SM from registers and shared memory, then instructions a score.
     "attention_fwd": {
         "d32": [
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
         ],
         "d64_short": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d64_long": [
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
         ],
         "d80": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
         ],
         "d128": [
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
         ],
         "f32": [
-            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
         ],
     },
     "attention_bwd_dq": {
         "d32": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
         ],
         "d64_short": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
         ],
         "d64_long": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         ],
         "d80": [
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d128": [
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "f32": [
-            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
         ],
     },
     "attention_bwd_dkv": {
         "d32": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
         ],
         "d64_short": [
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d64_long": [
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
         ],
         "d80": [
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d128": [
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "f32": [
-            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
         ],
     },
 }

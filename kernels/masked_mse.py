@@ -49,8 +49,6 @@ def _masked_mse_fwd_kernel(
     ids,
     frames,
     length,
-    rows,
-    columns,
     sb,
     sc,
     st,
@@ -61,6 +59,8 @@ def _masked_mse_fwd_kernel(
     mean,
     std,
     factor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     T_PATCH: tl.constexpr,
     PATCH: tl.constexpr,
@@ -72,7 +72,7 @@ def _masked_mse_fwd_kernel(
 ):
     clip, token = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     row = clip * tl.num_programs(0) + token
-    there, t, r, c = locate(ids, row, length, rows, columns)
+    there, t, r, c = locate(tl.load(ids + row), length, ROWS, COLUMNS)
     corner = clip * sb + r.to(tl.int64) * PATCH * sh + c.to(tl.int64) * PATCH * sw
     line = tl.arange(0, LINES)[:, None]  # (c, u, y)
     x = tl.arange(0, PIXELS)[None, :]
@@ -141,13 +141,13 @@ def masked_mse_fwd(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix
             ids.contiguous(),
             _on_device(tuple(frames), pred.device),
             len(frames) // t_patch * rows * columns,
-            rows,
-            columns,
             *video.stride(),
             *pred.stride()[:2],
             mean,
             std,
             _factors(pred)[0],
+            rows,
+            columns,
             channels,
             t_patch,
             patch,

@@ -30,14 +30,12 @@ def normalise(pixels, mean, std):
 
 
 @triton.jit
-def locate(ids, row, length, rows, columns):
-    """(whether ids[row] is a token, its t, its row and its column in the grid of tokens)."""
-    token = tl.load(ids + row).to(tl.int64)
+def locate(token, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(whether it is a token of these `length`, its t, its row and its column in their grid)."""
     there = (token >= 0) & (token < length)
     token = tl.where(there, token, 0).to(tl.int32)
-    line = token // columns
-    t = line // rows
-    return there, t, line - t * rows, token - line * columns
+    t = token // (ROWS * COLUMNS)
+    return there, t, token // COLUMNS - t * ROWS, token % COLUMNS
 
 
 @triton.jit
@@ -54,8 +52,6 @@ def _patchify_gather_fwd_kernel(
     video,
     ids,
     length,
-    rows,
-    columns,
     sb,
     sc,
     st,
@@ -63,6 +59,8 @@ def _patchify_gather_fwd_kernel(
     sw,
     mean,
     std,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     T_PATCH: tl.constexpr,
     PATCH: tl.constexpr,
@@ -71,7 +69,7 @@ def _patchify_gather_fwd_kernel(
 ):
     clip = tl.program_id(1).to(tl.int64)
     row = clip * tl.num_programs(0) + tl.program_id(0)
-    there, t, r, c = locate(ids, row, length, rows, columns)
+    there, t, r, c = locate(tl.load(ids + row), length, ROWS, COLUMNS)
     corner = clip * sb + r.to(tl.int64) * PATCH * sh + c.to(tl.int64) * PATCH * sw
     lines: tl.constexpr = CHANNELS * T_PATCH * PATCH
     x = tl.arange(0, PIXELS)[None, :]
@@ -98,10 +96,10 @@ def patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype):
             video,
             ids.contiguous(),
             math.prod(grid),
-            *grid[1:],
             *video.stride(),
             mean,
             std,
+            *grid[1:],
             channels,
             t_patch,
             patch,

@@ -80,10 +80,17 @@ def _why_not_cpp(frames, boxes, flips, ids, dtype) -> str | None:
     return dispatch.why_not_cpp(*frames, boxes, flips, ids) or dispatch.why_not_dtype(dtype)
 
 
+def _why_not_triton(frames, boxes, flips, ids, dtype) -> str | None:
+    if dtype == torch.float64:
+        return "the kernels do not compute in float64"
+    reason = dispatch.why_not_triton(*frames, boxes, flips, ids)
+    return reason or dispatch.why_not_dtype(dtype)
+
+
 OP = dispatch.Op(
     _NAME,
     "normalised patches of the wanted tokens, from frames at source size, a box and a flip",
-    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+    {"cpp": _why_not_cpp, "triton": _why_not_triton, "reference": dispatch.anything},
 )
 
 

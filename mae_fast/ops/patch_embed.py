@@ -15,6 +15,7 @@ from mae_fast.ops.patchify_gather import (
     check_clip,
     patchify_gather_ref,
     why_not_cpp,
+    why_not_triton,
 )
 
 
@@ -114,10 +115,16 @@ def _why_not_cpp(video: Tensor, ids: Tensor, weight: Tensor, bias, pos: Tensor) 
     )
 
 
+def _why_not_triton(video: Tensor, ids: Tensor, weight: Tensor, bias, pos: Tensor) -> str | None:
+    return dispatch.why_not_triton(weight, bias, pos) or why_not_triton(
+        video, ids, weight.dtype, pos.dtype
+    )
+
+
 OP = dispatch.Op(
     "patch_embed",
     "the patch embedding of the wanted tokens, and their positions",
-    {"cpp": _why_not_cpp, "reference": dispatch.anything},
+    {"cpp": _why_not_cpp, "triton": _why_not_triton, "reference": dispatch.anything},
 )
 
 
