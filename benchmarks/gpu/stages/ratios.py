@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Iterator
 
 from benchmarks.flops import step_flop
-from benchmarks.gpu.engines import LOSS_TOLERANCE, OURS, build, fitting
+from benchmarks.gpu.engines import LOSS_TOLERANCE, OURS, build
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages.steps import STEPS_A_SAMPLE, several
+from benchmarks.gpu.stages.steps import STEPS_A_SAMPLE, several, warmed
 from benchmarks.timing import interleave, ratio
 from mae_fast.ops import OPS, dispatch
 
@@ -36,15 +36,8 @@ def measure(setting: Setting, model: str, masked: float) -> dict:
     asked = setting.batch(BATCH)
     clips, noise = setting.clips(cfg, asked), setting.noise(cfg, asked)
     checked(engine, clips[:2], noise[:2])
-
-    def steps(batch: int) -> None:
-        engine.optimizer.zero_grad()
-        for _ in range(2):
-            engine.step(clips[:batch], noise[:batch])
-
-    for _ in range(2):
-        base.step(clips, noise)
-    batch = fitting(steps, asked)
+    warmed(base, clips, noise)
+    batch = warmed(engine, clips, noise)
     functions = {
         "this": several(engine, clips[:batch], noise[:batch]),
         "base": several(base, clips, noise),

@@ -5,7 +5,7 @@ the greatest half of it that does; both are compared in clips a second.
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -69,13 +69,16 @@ class Reference:
         self.engine: Built | None = None
 
     def open(self) -> None:
-        """Build it, and clips and a mask to step on."""
-        if self.engine is None:
-            self.before_mb = self.setting.device.allocated_mb()
-            self.engine = build(OURS, self.cfg, self.setting)
-            self.state = {k: v.clone() for k, v in self.engine.model.state_dict().items()}
-            self.clips = self.setting.clips(self.cfg, self.batch)
-            self.noise = self.setting.noise(self.cfg, self.batch)
+        """Build it, and as many clips and masks to step on as fit."""
+        if self.engine is not None:
+            return
+        self.before_mb = self.setting.device.allocated_mb()
+        engine = build(OURS, self.cfg, self.setting)
+        self.state = {k: v.clone() for k, v in engine.model.state_dict().items()}
+        self.clips = self.setting.clips(self.cfg, self.batch)
+        self.noise = self.setting.noise(self.cfg, self.batch)
+        batch = warmed(engine, self.clips, self.noise)
+        self.clips, self.noise, self.engine = self.clips[:batch], self.noise[:batch], engine
 
 
 def items(setting: Setting) -> Iterator[Item]:
@@ -96,16 +99,13 @@ def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> 
     ours = reference.engine
     before_mb = reference.before_mb if name == OURS else setting.device.allocated_mb()
     engine = ours if name == OURS else build(name, cfg, setting)
-    engine.model.load_state_dict(reference.state)
-
-    def steps(batch: int) -> None:
-        engine.optimizer.zero_grad()  # what a step that ran out of memory left
-        for _ in range(5 if name == GRAPH else 2):  # the graph is captured at its fourth call
-            engine.step(clips[:batch], noise[:batch])
-
-    batch = fitting(steps, len(clips))
+    if name == GRAPH:  # of one size; captured at the fourth call, it then allocates nothing
+        batch = len(clips)
+        peak_mb = setting.device.peak_mb(several(engine, clips, noise, steps=5))
+    else:
+        batch = warmed(engine, clips, noise)
+        peak_mb = setting.device.peak_mb(several(engine, clips[:batch], noise[:batch], steps=1))
     losses = first_losses({OURS: ours, name: engine}, clips[:batch], noise[:batch], reference.state)
-    peak_mb = setting.device.peak_mb(lambda: engine.step(clips[:batch], noise[:batch]))
     functions = {name: several(engine, clips[:batch], noise[:batch])}
     if name == OURS:
         functions |= {limit: found.run for limit, found in limits.items()}
@@ -124,7 +124,7 @@ def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> 
         told += f", mae_fast {rate[OURS] / rate[name]:.2f}x"
     return {
         "model": reference.model,
-        "batch_asked": len(clips),
+        "batch_asked": reference.batch,
         "batch": batch,
         "engine": name,
         "ratio": 0.9,
@@ -139,11 +139,23 @@ def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> 
     }
 
 
-def several(engine: Built, clips: Tensor, noise: Tensor):
-    """One sample: STEPS_A_SAMPLE steps."""
+def warmed(engine: Built, clips: Tensor, noise: Tensor) -> int:
+    """The greatest batch that fits, after two steps of it."""
+
+    def run(batch: int) -> None:
+        engine.optimizer.zero_grad()  # what a step that ran out of memory left
+        several(engine, clips[:batch], noise[:batch], steps=2)()
+
+    return fitting(run, len(clips))
+
+
+def several(
+    engine: Built, clips: Tensor, noise: Tensor, steps: int = STEPS_A_SAMPLE
+) -> Callable[[], None]:
+    """A call that takes steps, one after another."""
 
     def run() -> None:
-        for _ in range(STEPS_A_SAMPLE):
+        for _ in range(steps):
             engine.step(clips, noise)
 
     return run
