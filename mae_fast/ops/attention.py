@@ -87,20 +87,23 @@ def measured_key(width: int, keys: int, dtype: torch.dtype, gradients: bool) -> 
     return f"d{width}-s{length}-{str(dtype).removeprefix('torch.')}-{direction}"
 
 
-def read_measured(architecture: str) -> dict[str, tuple[str, ...]]:
-    """{measured_key: backends, the fastest first} of an architecture ("90" for sm_90), or {}.
+def read_measured() -> dict[str, dict[str, dict[str, float]]]:
+    """The table that `make gpu` writes, kernels/measured_attention.json, or {}.
 
-    From kernels/measured_attention.json, which `make gpu` writes: {architecture: {measured_key:
-    {backend: milliseconds}}}, the times of a row taken side by side at one shape.
+    {architecture: {measured_key: {backend: milliseconds}}}, architectures as "90" for sm_90, the
+    times of a row taken side by side at the same shapes.
     """
     file = resources.files("mae_fast.kernels") / "measured_attention.json"
-    table = json.loads(file.read_text()) if file.is_file() else {}
-    rows = table.get(architecture, {})
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def orders(rows: dict[str, dict[str, float]]) -> dict[str, tuple[str, ...]]:
+    """{measured_key: backends, the fastest first}: as flat as torch.compile wants it."""
     return {row: tuple(sorted(times, key=times.get)) for row, times in rows.items()}
 
 
 architecture = dispatch.constant(lambda: "{}{}".format(*torch.cuda.get_device_capability()))
-measured = dispatch.constant(lambda: read_measured(architecture()))
+measured = dispatch.constant(lambda: orders(read_measured().get(architecture(), {})))
 _guessed: set[str] = set()
 
 

@@ -339,9 +339,9 @@ def table(monkeypatch, tmp_path):
     """table(rows) is what `make gpu` has measured on the present device, an sm_90."""
 
     def install(rows):
-        (tmp_path / "measured_attention.json").write_text(json.dumps({"90": rows, "80": {}}))
+        (tmp_path / "measured_attention.json").write_text(json.dumps({"90": rows}))
         monkeypatch.setattr(home.resources, "files", lambda package: tmp_path)
-        monkeypatch.setattr(home, "measured", lambda: home.read_measured("90"))
+        monkeypatch.setattr(home, "measured", lambda: home.orders(home.read_measured()["90"]))
         monkeypatch.setattr(home, "architecture", lambda: "90")
         monkeypatch.setattr(home, "_guessed", set())
 
@@ -380,10 +380,10 @@ def test_rows_and_the_place_of_the_table(table, tmp_path):
     assert measured_key(32, 2048, torch.bfloat16, True) == "d32-s2048-bfloat16-both"
     assert measured_key(32, 1, torch.bfloat16, True) == "d32-s1-bfloat16-both"
     table({"row": {"triton": 0.3, "sdpa": 0.1}})
-    assert home.read_measured("90") == {"row": ("sdpa", "triton")}
-    assert home.read_measured("80") == home.read_measured("100") == {}
+    assert home.read_measured() == {"90": {"row": {"triton": 0.3, "sdpa": 0.1}}}
+    assert home.measured() == {"row": ("sdpa", "triton")}
     (tmp_path / "measured_attention.json").unlink()
-    assert home.read_measured("90") == {}
+    assert home.read_measured() == {}
 
 
 def test_torch_compile_follows_the_table(monkeypatch):
