@@ -140,7 +140,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     "adamw_step": {
         "any": [
             {"BLOCK": 1024, "num_warps": 4},
-            {"BLOCK": 2048, "num_warps": 4},
+            {"BLOCK": 512, "num_warps": 4},
             {"BLOCK": 2048, "num_warps": 8},
         ]
     },
@@ -233,8 +233,13 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
             {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
         ],
+        "f32_d32": [
+            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+        ],
         "f32": [
             {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
     },
     "attention_bwd_dq": {
@@ -263,6 +268,10 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
             {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
             {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+        ],
+        "f32_d32": [
+            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [
             {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
@@ -294,6 +303,10 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+        ],
+        "f32_d32": [
+            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [
             {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},

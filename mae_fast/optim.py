@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast.config import TrainConfig
-from mae_fast.ops.adamw import adamw
+from mae_fast.ops.adamw import clipped_adamw
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -48,13 +48,9 @@ def clipped_step(optimizer: torch.optim.AdamW, lr: float | Tensor, clip: float) 
     makes the host wait. A CUDA graph would freeze a number: give it lr as an fp32 scalar on the
     device.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params]).float()
-    # torch.nn.utils.clip_grad_norm_'s own rule, and the official code's.
-    scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
-    capturing = norm.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for group in optimizer.param_groups:
         group["lr"], group["capturable"] = lr, capturing  # torch refuses one, or warns of the other
-    adamw(optimizer, scale, skip=(~norm.isfinite()).float())
+    norm = clipped_adamw(optimizer, clip)
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -3,12 +3,27 @@
 For each parameter p with gradient g = grad / scale (Loshchilov & Hutter, as torch.optim.AdamW):
 p *= 1 - lr * decay; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps). State under torch's names.
+
+clipped_adamw takes scale and skip from the gradients' global norm. Both may write bf16 copies of
+the new weights.
 """
+
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+
+
+def _state(optimizer: torch.optim.AdamW, p: Tensor) -> dict[str, Tensor]:
+    """A parameter's state, made as torch's fused step makes it."""
+    state = optimizer.state[p]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+    return state
 
 
 @torch.no_grad()
@@ -21,10 +36,7 @@ def adamw_ref(optimizer: torch.optim.AdamW, scale: Tensor, skip: Tensor) -> None
         for p in group["params"]:
             if p.grad is None:
                 continue
-            state = optimizer.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state = _state(optimizer, p)
             state["step"] += 1
             t, m, v = float(state["step"]), state["exp_avg"], state["exp_avg_sq"]
             g = p.grad / scale.to(p.dtype)
@@ -47,14 +59,122 @@ def _why_not_torch(optimizer: torch.optim.AdamW) -> str | None:
     return None
 
 
+def _why_not_triton(optimizer: torch.optim.AdamW) -> str | None:
+    for group in optimizer.param_groups:
+        for option in ("amsgrad", "maximize", "differentiable"):
+            if group[option]:
+                return f"it has no {option}"
+    params = _with_gradients(optimizer)
+    if not params:
+        return "no parameter has a gradient"
+    tensors = [t for p in params for t in (p, p.grad, *optimizer.state[p].values())]
+    reason = dispatch.why_not_triton(*tensors)
+    if reason:
+        return reason
+    for t in tensors:
+        if t.dtype != torch.float32 or t.layout != torch.strided or not t.is_contiguous():
+            return (
+                "parameters, gradients and state must be contiguous and float32, one is "
+                f"{t.dtype} {list(t.shape)} with strides {t.stride()}"
+            )
+        if t.device != params[0].device:
+            return f"it takes one device, not {params[0].device} and {t.device}"
+    return None
+
+
+def _with_gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+# By optimizer, the tables of addresses that CUDA graphs hold, and last the present one.
+_tables: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _table(optimizer: torch.optim.AdamW, copies: Mapping[Tensor, Tensor]):
+    """The table of where the tensors of a step lie: that of the last step, if they lie there still.
+
+    Where they do not, the host writes another and copies it to the device, without waiting.
+    """
+    from mae_fast.kernels.adamw import Table
+
+    groups = []
+    for group in optimizer.param_groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        states = [_state(optimizer, p) for p in params]
+        groups.append(
+            [
+                (p, p.grad, s["exp_avg"], s["exp_avg_sq"], s["step"], copies.get(p))
+                for p, s in zip(params, states, strict=True)
+            ]
+        )
+    tables = _tables.setdefault(optimizer, [])
+    before = tables[-1] if tables else None
+    if before is None or not before.fits(groups):
+        if before is not None and not before.captured:
+            tables.pop()
+        tables.append(Table(groups, before))
+    tables[-1].captured |= torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return tables[-1]
+
+
 OP = dispatch.Op(
     "adamw",
     "clip and AdamW step without a host sync",
-    {"torch": _why_not_torch, "reference": dispatch.anything},
+    # torch's comes first until ours is measured to be faster.
+    {"torch": _why_not_torch, "triton": _why_not_triton, "reference": dispatch.anything},
 )
 
 
-def adamw(optimizer: torch.optim.AdamW, scale: Tensor, skip: Tensor) -> None:
-    """One step with each group's lr; scale and skip (0 or 1) are fp32 scalars on the device."""
-    step = adamw_ref if OP.choose(optimizer) == "reference" else _adamw_torch
-    step(optimizer, scale, skip)
+@torch.no_grad()
+def adamw(
+    optimizer: torch.optim.AdamW,
+    scale: Tensor,
+    skip: Tensor,
+    copies: Mapping[Tensor, Tensor] | None = None,
+) -> None:
+    """One step with each group's lr; scale and skip (0 or 1) are fp32 scalars on the device.
+
+    copies: bf16 tensors by parameter, which get the new weights; ValueError where one does not fit.
+    """
+    copies = _checked(copies)
+    backend = OP.choose(optimizer)
+    if backend == "triton":
+        from mae_fast.kernels.adamw import adamw_step
+
+        adamw_step(_table(optimizer, copies), optimizer.param_groups, scale, skip)
+        return
+    (adamw_ref if backend == "reference" else _adamw_torch)(optimizer, scale, skip)
+    if copies:
+        torch._foreach_copy_(list(copies.values()), list(copies))
+
+
+@torch.no_grad()
+def clipped_adamw(
+    optimizer: torch.optim.AdamW, clip: float, copies: Mapping[Tensor, Tensor] | None = None
+) -> Tensor:
+    """adamw with all gradients clipped to a global norm of `clip` (0: not at all), as torch's
+    clip_grad_norm_ does; a step whose norm is not finite changes nothing.
+
+    Returns the norm before clipping, an fp32 scalar on the device.
+    """
+    if OP.choose(optimizer) == "triton":
+        from mae_fast.kernels.adamw import adamw_step, grad_norm
+
+        table = _table(optimizer, _checked(copies))
+        norm, scale, skip = grad_norm(table, clip)
+        adamw_step(table, optimizer.param_groups, scale, skip)
+        return norm
+    norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(optimizer)]).float()
+    scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
+    adamw(optimizer, scale, (~norm.isfinite()).float(), copies)
+    return norm
+
+
+def _checked(copies: Mapping[Tensor, Tensor] | None) -> Mapping[Tensor, Tensor]:
+    for p, copy in (copies or {}).items():
+        if copy.dtype != torch.bfloat16 or copy.shape != p.shape or not copy.is_contiguous():
+            raise ValueError(
+                f"the copy of a parameter {list(p.shape)} must be contiguous and bfloat16, got "
+                f"{copy.dtype} {list(copy.shape)} with strides {copy.stride()}"
+            )
+    return copies or {}
