@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from cases import DTYPES, ON_TRITON, calls
-from mae_fast.kernels import configs, launchers
+from cases import DTYPES, ON_TRITON, calls, launcher
+from mae_fast.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from mae_fast.ops import dispatch
 
 
 class Limits(NamedTuple):
@@ -91,6 +89,8 @@ class Row:
             why = f"{self.registers} registers and {self.shared} bytes of shared memory"
             was = f"was {before.occupancy:.0%}: {before.registers} and {before.shared}"
             wrong.append(f"occupancy {self.occupancy:.0%} with {why} ({was})")
+        if self.dots < before.dots:
+            wrong.append(f"{self.dots} dots of 16 bits, were {before.dots}")
         if before.tensor_core and not self.tensor_core:
             wrong.append(f"no tensor-core instruction, was {before.tensor_core}")
         if self.bulk >= before.bulk:
@@ -219,12 +219,11 @@ def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: An
 
 def launch(op: str, dtype: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Run the launchers of one op at the models' shapes; (operator, case) after each."""
-    found = launchers(dispatch.LIBRARY._op_defs)
     for model in models:
         for case, made in calls(op, model, dtype, "meta").items():
             for operator, args in made:
-                found[operator](*args)
-                yield operator.split("::")[1], f"{model} {case}".strip()
+                launcher(operator)(*args)
+                yield operator, f"{model} {case}".strip()
 
 
 def rows(op: str, arch: int, everything: bool = False) -> list[Row]:

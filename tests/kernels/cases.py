@@ -164,8 +164,32 @@ def _masked_mse(m: _Maker):
     yield "", (pred, m.clip(), ids, frames, 1, m.model.patch, 0.45, 0.225, True, True)
 
 
+def _adamw(m: _Maker):
+    """Not an operator: the launchers' arguments, by groups of (param, grad, mean, square, step,
+    copy); one of the tensors begins at an odd address."""
+    shapes = [(m.model.width, 4 * m.model.width), (m.model.width,), (37,), (1,)]
+    groups = []
+    for odd in (0, 1):
+        rows = []
+        for shape in shapes[odd::2]:
+            size = torch.Size(shape).numel()
+            whole = [m.param(size + odd).detach().abs() for _ in range(4)]
+            row = [t[odd:].view(shape) for t in whole]
+            copy = torch.empty(shape, dtype=torch.bfloat16, device=m.device)
+            step = torch.zeros((), device=m.device)
+            rows.append((*row, step, copy if m.dtype == torch.bfloat16 else None))
+        groups.append(rows)
+    options = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.05, "eps": 1e-8}
+    ones, zeros = torch.ones((), device=m.device), torch.zeros((), device=m.device)
+    yield (
+        Call("adamw_norm", (groups, 1.0)),
+        Call("adamw_step", (groups, [options] * 2, ones, zeros)),
+    )
+
+
 # op -> its cases' names and the arguments of its forward operator
 CASES: dict[str, Callable[[_Maker], Any]] = {
+    "adamw": _adamw,
     "add_layer_norm": _add_layer_norm,
     "attention": _attention,
     "bias_gelu": _bias_gelu,
@@ -189,15 +213,18 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "mae_fast":
             detached = (a.detach() if torch.is_tensor(a) else a for a in args)
-            self.calls.append(Call(func.name(), tuple(detached)))
+            self.calls.append(Call(func.name().split("::")[1], tuple(detached)))
         return func(*args, **(kwargs or {}))
 
 
 def calls(op: str, model: str, dtype: str, device: str) -> dict[str, list[Call]]:
     """{case: the calls of forward and backward} of one op; runs them, so that backward has its
     inputs."""
+    maker = _Maker(MODELS[model], DTYPES[dtype], device)
+    if op == "adamw":
+        return {"": list(*_adamw(maker))}
     found = {}
-    for name, args in CASES[op](_Maker(MODELS[model], DTYPES[dtype], device)):
+    for name, args in CASES[op](maker):
         with _Recorder() as recorder:
             outs = getattr(torch.ops.mae_fast, f"{op}_fwd")(*args)
             outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad]
@@ -206,6 +233,20 @@ def calls(op: str, model: str, dtype: str, device: str) -> dict[str, list[Call]]
                 torch.autograd.grad(outs, leaves, [torch.randn_like(o) for o in outs])
         found[name] = recorder.calls
     return found
+
+
+def launcher(operator: str) -> Callable:
+    """The function that launches an operator's Triton kernels."""
+    from mae_fast.kernels import adamw, launchers
+
+    def norm(groups, clip):
+        return adamw.grad_norm(adamw.Table(groups), clip)
+
+    def step(groups, options, scale, skip):
+        adamw.adamw_step(adamw.Table(groups), options, scale, skip)
+
+    own = {"adamw_norm": norm, "adamw_step": step}
+    return own.get(operator) or launchers(dispatch.LIBRARY._op_defs)[f"mae_fast::{operator}"]
 
 
 def tensors(args: Any) -> list[Tensor]:

@@ -1,0 +1,146 @@
+"""Write aot.jsonl, traffic.jsonl and docs/kernels.md, which shows both and the planted defects.
+
+python tests/kernels/report.py          all of it, many minutes
+python tests/kernels/report.py --page   the page alone, from the tables as they are
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import aot
+import traffic
+from mutations import MUTATIONS
+
+PAGE = Path(__file__).parents[2] / "docs/kernels.md"
+HEAD = """\
+# The Triton and CUDA kernels, as far as they can be proved without a GPU
+
+Written by `python tests/kernels/report.py`: do not edit. Nothing here was run on a GPU, and no time
+is predicted. Tests compile the kernels again and count the bytes again, and fail where a kernel is
+worse than these tables say, or is missing from them.
+
+| tier | proves | runs |
+|---|---|---|
+| interpret | values and gradients against fp64 | `TRITON_INTERPRET=1 pytest tests/ops` |
+| sanitizer | no race, no overrun, every output stored once, in any order of programs | \
+`TRITON_INTERPRET=1 pytest tests/kernels` |
+| bytes | what is loaded and stored, against what must be | the same |
+| aot | machine code: registers, spills, occupancy, tensor cores, 16-byte accesses | \
+`pytest tests/kernels` |
+| emulate | the CUDA sources on a CPU, under ThreadSanitizer and AddressSanitizer | \
+`pytest tests/emulate` |
+| mutation | each planted defect is caught | `python tests/kernels/mutations.py` |
+"""
+BYTES = """
+## Bytes
+
+Memory-bound operators on a quarter of a clip of ViT-B (4 of 16 frames, 90% masked), forward and
+backward. The least: every element of inputs and outputs once, of clips the wanted patches only.
+Moved: what programs of a launch share, as a norm's weight, counts once; at most {at_most}x of the
+least, partial sums and their second pass included. Requested: all lanes of all programs, which
+caches serve; the share of what is loaded again falls as the batch grows. bf16 has fp32 parameters.
+Where the loss's gradient is not known to be 1 on the host, as on a GPU, `masked_mse` takes a second
+pass, its backward: the two rows together are what a step moves.
+
+| operator | case | dtype | least | moved | requested |
+|---|---|---|---|---|---|
+{rows}
+
+Forward and backward in fp32, against what the operators of the official code (or torch's), called
+one by one, read and write.
+
+| op | moved | official, eager | |
+|---|---|---|---|
+{eager}
+"""
+AOT = """
+## Machine code
+
+Triton {version}; the sizes that `kernels/configs.py` chooses, at the shapes of ViT-B and ViT-L,
+batch 64. `aot.jsonl` beside the tests has every candidate, and more shapes: {total} kernels.
+Spilled: bytes a thread. Tensor core: instructions (HMMA, HGMMA, UTCMMA). 16-byte: the share of the
+bytes of load and store instructions that accesses of 16 bytes or more make, a static count.
+
+| kernel | dtype | sizes | sm | registers | spilled | shared | occupancy | tensor core | \
+16-byte loads, stores |
+|---|---|---|---|---|---|---|---|---|---|
+{rows}
+"""
+MUTATION = """
+## Planted defects
+
+| defect | file | caught by |
+|---|---|---|
+{rows}
+"""
+
+
+def _table(rows) -> str:
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.3f} MB"
+
+
+def page() -> str:
+    """docs/kernels.md from the committed tables."""
+    moved, eager = traffic.committed()
+    version, compiled = aot.committed()
+    shown = [r for r in compiled if r.chosen and any(c.split()[0] in aot.MODELS for c in r.cases)]
+    bytes_ = BYTES.format(
+        at_most=traffic.AT_MOST,
+        rows=_table(
+            (
+                f"`{r.operator}`",
+                r.case,
+                r.dtype,
+                _megabytes(r.least),
+                f"{r.moved / r.least:.2f}x",
+                f"{r.requested / r.least:.2f}x",
+            )
+            for r in moved
+        ),
+        eager=_table(
+            (f"`{e.op}`", _megabytes(e.moved), _megabytes(e.eager), f"{e.eager / e.moved:.1f}x")
+            for e in eager
+        ),
+    )
+    kernels = AOT.format(
+        version=version,
+        total=len(compiled),
+        rows=_table(
+            (
+                f"`{r.kernel}`",
+                r.dtype,
+                r.sizes,
+                r.arch,
+                r.registers,
+                r.spilled,
+                r.shared,
+                f"{r.occupancy:.0%}",
+                r.tensor_core,
+                f"{r.wide_loads:.0%}, {r.wide_stores:.0%}",
+            )
+            for r in shown
+        ),
+    )
+    defects = MUTATION.format(rows=_table((m.what, f"`{m.file}`", m.tier) for m in MUTATIONS))
+    return HEAD + bytes_ + defects + kernels
+
+
+def main(only_page: bool) -> None:
+    """Write the tables, then the page."""
+    if not only_page:
+        folder = Path(__file__).parent
+        subprocess.run([sys.executable, folder / "aot.py"], check=True)
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        subprocess.run([sys.executable, folder / "traffic.py"], check=True, env=environment)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main("--page" in sys.argv[1:])

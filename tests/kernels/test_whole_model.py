@@ -1,0 +1,38 @@
+"""A training step of a tiny model whose every op runs in Triton gives the official figures."""
+
+import pytest
+from cases import ON_TRITON
+from sanitizer import sanitized
+
+import mae_fast
+from mae_fast.convert import to_mae_st
+from mae_fast.ops import OPS, dispatch
+
+if not dispatch.interpreting():
+    pytest.skip("TRITON_INTERPRET=1 runs it, in a process of its own", allow_module_level=True)
+
+# Called by the forward; the others feed it, or an optimizer.
+IN_FORWARD = {op for op in ON_TRITON if op not in ("adamw", "crop_resize_patchify_gather")}
+
+
+def test_golden_loss_and_gradients_with_every_op_in_triton(golden):
+    model = golden.model()
+    forced = {op: "triton" for op in IN_FORWARD}
+    with mae_fast.backends(**forced), sanitized() as record:
+        loss, _, mask = model(golden["video_u8"], golden.mask_ratio, noise=golden["noise"])
+        loss.backward()
+    launched = {launch.kernel for launch in record.launches}
+    for op in IN_FORWARD - {"patchify_gather"}:
+        assert any(op in kernel for kernel in launched), f"{op}: none of {launched}"
+    assert (mask == golden["mask"]).all()
+    assert abs(loss.item() / golden["loss"].item() - 1) < 1e-5
+    for name, grad in to_mae_st(model, "grad").items():
+        theirs = golden[f"grad.{name}"]
+        if name.endswith("attn.k.bias"):  # its true value is 0
+            assert grad.abs().max() < 1e-7
+        else:
+            assert (grad - theirs).norm() < 1e-4 * theirs.norm(), name
+
+
+def test_every_op_of_the_forward_has_triton_kernels():
+    assert OPS.keys() - set(ON_TRITON) == {"linear"}  # products are torch's
