@@ -151,7 +151,8 @@ def test_op_passes_opcheck(case, dtype):
     function, args = _args(case, dtype)
     with Recorder():
         _gradients(function, args)
-    assert len(called) == (0 if case in UNREGISTERED else 1 if case in NO_GRADIENT else 2)
+    own = [func for func, _ in called if func.name().startswith(f"mae_fast::{case}_")]
+    assert len(own) == (0 if case in UNREGISTERED else 1 if case in NO_GRADIENT else 2)
     for func, given in called:
         detached = [a.detach() if torch.is_tensor(a) else a for a in given]
         torch.library.opcheck(func, detached)
