@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -93,14 +94,62 @@ def cpu_kernels() -> dict:
         for name, flags in CAPABILITIES.items()
     ]
 
+    extensions += cuda_kernels()
+
     class Build(BuildExtension.with_options(no_python_abi_suffix=True)):
         def build_extension(self, ext) -> None:
             # The objects of each apart, so that a second build finds what is up to date.
             folder, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
-            super().build_extension(ext)
+            try:
+                super().build_extension(ext)
+            except RuntimeError:  # of the compiler, and its words stand above
+                if not ext.optional:
+                    raise
+                print("mae_fast: the CUDA kernels do not compile here, and are left out")
             self.build_temp = folder
 
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+
+
+def cuda_kernels() -> list:
+    """The extension of csrc/cuda, or none, and a line that says why."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    def nvcc(option: str) -> str:
+        command = [f"{CUDA_HOME}/bin/nvcc", option]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    why_not = None
+    if torch.version.cuda is None:
+        why_not = "torch is built without CUDA"
+    elif not CUDA_HOME or not Path(CUDA_HOME, "bin/nvcc").exists():
+        why_not = "there is no nvcc"
+    elif not re.search(rf"release {torch.version.cuda.split('.')[0]}\.", nvcc("--version")):
+        why_not = f"nvcc is not of CUDA {torch.version.cuda}, as torch is"
+    if why_not:
+        print(f"mae_fast: {why_not}: the CUDA kernels are not built")
+        return []
+    archs = os.environ.get("MAE_FAST_CUDA_ARCHS", "").split(";")
+    if archs == [""] and torch.cuda.is_available():
+        devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        archs = [f"{major}{minor}" for major, minor in sorted(set(devices))]
+    elif archs == [""]:
+        known = nvcc("--list-gpu-arch").split()
+        archs = [arch for arch in ("80", "90", "100") if f"compute_{arch}" in known]
+    # Code for each, and what a driver can compile for GPUs that are newer than all of them.
+    targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+    codes = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
+    return [
+        CUDAExtension(
+            "mae_fast._cuda",
+            ["csrc/cuda/register.cu"],
+            depends=[str(p.relative_to(HERE)) for p in HERE.glob("csrc/cuda/*.cuh")],
+            extra_compile_args={"nvcc": ["-O3", "-lineinfo", f"--threads={len(codes)}", *codes]},
+            py_limited_api=True,
+            optional=True,
+        )
+    ]
 
 
 setup(

@@ -28,7 +28,7 @@ struct Clip {
   __device__ bool interleaved() const { return stride[1] == 1 && stride[4] == chans; }
 };
 
-// n <= 16 bytes, `step` apart, the rest zero: the last of them first, each shifting those before it.
+// n <= 16 bytes, `step` apart, the rest zero: the last first, each shifting those before it.
 __device__ inline uint4 load_strided(const uint8_t* from, int n, int64_t step) {
   uint64_t low = 0, high = 0;
 #pragma unroll 4
@@ -63,8 +63,8 @@ __device__ inline uint4 load_bytes(const Clip& clip, const uint8_t* from, int n)
 }
 
 // Copies the patch at column c and row r of clip b into `pixels`, [C, u, p, p] or (kChannelLast)
-// [u, p, p, C]; frame(u) is the clip's number of its frame u. `see` gets every four bytes once, in a
-// uint32. One warp calls it, and calls __syncwarp before it reads `pixels`.
+// [u, p, p, C]; frame(u) is the clip's number of its frame u. `see` gets every four bytes once, in
+// a uint32. One warp calls it, and calls __syncwarp before it reads `pixels`.
 template <bool kChannelLast, typename Frame, typename See>
 __device__ void stage_patch(const Clip& clip, int64_t b, int r, int c, const Frame& frame,
                             uint8_t* pixels, const See& see) {

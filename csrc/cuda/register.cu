@@ -1,7 +1,7 @@
 // The CUDA kernels under the schemas of mae_fast/ops, in a namespace of their own: the ops' CUDA
-// keys choose between these and Triton's (mae_fast/ops/dispatch.py). The only file of csrc/cuda that
-// sees torch; the arguments were checked in Python, and what the kernels rely on is checked here.
-// Nothing waits for the device, and memory comes from torch's allocator: CUDA graphs can capture it.
+// keys choose between these and Triton's (mae_fast/ops/dispatch.py). Only this file of csrc/cuda
+// sees torch. The arguments were checked in Python; what the kernels rely on is checked here.
+// Nothing waits for the device, and memory is torch's: CUDA graphs can capture it.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -157,7 +157,7 @@ Tensor decoder_tokens_fwd(const Tensor& visible_, const std::optional<Tensor>& c
   const auto type = visible_.scalar_type(), of_pos = pos_.scalar_type();
   const Tensor visible = rows_of(visible_), pos = pos_.contiguous();
   const Tensor mask_token = mask_token_.to(of_pos).contiguous();
-  const auto of_out = at::promote_types(type, of_pos);
+  const auto of_out = c10::promoteTypes(type, of_pos);
   const Tensor cls = cls_ ? rows_of(cls_->to(of_out)) : Tensor();
   const int64_t all = (cls_ ? 1 : 0) + kept + ids_mask.size(1);
   Tensor out = at::empty({batch, all, width}, visible.options().dtype(of_out));
@@ -170,7 +170,8 @@ Tensor decoder_tokens_fwd(const Tensor& visible_, const std::optional<Tensor>& c
                                    data<W>(mask_token), data<W>(pos), visible.stride(0),
                                    visible.stride(1), cls_ ? cls.stride(0) : 0, keep, mask, batch,
                                    kept, ids_mask.size(1), pos.size(0), int(width)};
-      C10_CUDA_CHECK((cuda::decoder_tokens_fwd<V, W>(c10::cuda::getCurrentCUDAStream(), in, to)));
+      C10_CUDA_CHECK((cuda::decoder_tokens_fwd<V, W>(c10::cuda::getCurrentCUDAStream(), in,
+                                                     data<O>(out))));
     });
   });
   return out;
@@ -212,10 +213,13 @@ bool runs_here() {
 }  // namespace mae_fast
 
 TORCH_LIBRARY(mae_fast_cuda, m) {
+  const auto define = [&m](const char* name, auto* function) {
+    m.def(name, torch::dispatch(c10::DispatchKey::CUDA, function));
+  };
+  define("patchify_gather_fwd", mae_fast::patchify_gather_fwd);
+  define("masked_mse_fwd", mae_fast::masked_mse_fwd);
+  define("masked_mse_bwd", mae_fast::masked_mse_bwd);
+  define("decoder_tokens_fwd", mae_fast::decoder_tokens_fwd);
+  define("decoder_tokens_bwd", mae_fast::decoder_tokens_bwd);
   m.def("runs_here", mae_fast::runs_here);
-  m.def("patchify_gather_fwd", torch::dispatch(c10::DispatchKey::CUDA, mae_fast::patchify_gather_fwd));
-  m.def("masked_mse_fwd", torch::dispatch(c10::DispatchKey::CUDA, mae_fast::masked_mse_fwd));
-  m.def("masked_mse_bwd", torch::dispatch(c10::DispatchKey::CUDA, mae_fast::masked_mse_bwd));
-  m.def("decoder_tokens_fwd", torch::dispatch(c10::DispatchKey::CUDA, mae_fast::decoder_tokens_fwd));
-  m.def("decoder_tokens_bwd", torch::dispatch(c10::DispatchKey::CUDA, mae_fast::decoder_tokens_bwd));
 }

@@ -95,10 +95,29 @@ def _why_not_triton(
     return reason or dispatch.why_not_dtype(*dtypes)
 
 
+def _why_not_cuda(
+    visible: Tensor, cls: Tensor | None, mask_token: Tensor, pos: Tensor, *ids: Tensor
+) -> str | None:
+    if mask_token.dtype != pos.dtype:
+        return f"the mask token is {mask_token.dtype}, and its positions {pos.dtype}"
+    if not 0 < visible.shape[2] <= 8192:
+        return f"a token has {visible.shape[2]} values, and it takes 1 to 8192"
+    dtypes = visible.dtype, pos.dtype
+    if torch.float64 in dtypes:
+        return "it computes in fp32, and a tensor is float64"
+    reason = dispatch.why_not_cuda(visible, cls, mask_token, pos, *ids)
+    return reason or dispatch.why_not_dtype(*dtypes)
+
+
 OP = dispatch.Op(
     "decoder_tokens",
     "the decoder's input from visible tokens, mask token and positions",
-    {"cpp": _why_not_cpp, "triton": _why_not_triton, "reference": dispatch.anything},
+    {
+        "cpp": _why_not_cpp,
+        "triton": _why_not_triton,
+        "cuda": _why_not_cuda,  # not measured faster than triton
+        "reference": dispatch.anything,
+    },
 )
 
 

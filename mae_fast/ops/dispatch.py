@@ -110,6 +110,15 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
     return reason
 
 
+def why_not_cuda(*tensors: Tensor | None) -> str | None:
+    """Why the CUDA kernels cannot take these tensors, or None."""
+    reason = load_cuda()
+    for t in tensors:
+        if t is not None and t.device.type != "cuda":
+            return reason or f"a tensor is on {t.device}, not on cuda"
+    return reason
+
+
 def why_not_dtype(*dtypes: torch.dtype) -> str | None:
     """A reason if one of them is not a floating dtype that kernels take."""
     for dtype in dtypes:
@@ -166,8 +175,53 @@ def load_triton() -> str | None:
     from mae_fast.kernels import launchers
 
     for operator, launch in launchers(LIBRARY._op_defs).items():
-        LIBRARY.impl(operator, launch, "CPU" if interpreting() else "CUDA", allow_override=True)
+        _implement(operator, "triton", launch, "CPU" if interpreting() else "CUDA")
     return None
+
+
+@constant
+def load_cuda() -> str | None:
+    """Load the CUDA kernels; the reason if that cannot be done, else None."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    import mae_fast.ops  # noqa: F401  every operator is defined, and its home is known
+
+    library = Path(__file__).resolve().parent.parent / "_cuda.so"
+    if not library.exists():
+        return "the CUDA kernels were not built (nvcc and a CUDA torch are needed at installation)"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as e:  # built for another torch, most often
+        return f"the CUDA kernels do not load: {e}"
+    kernels = torch.ops.mae_fast_cuda
+    if not kernels.runs_here():
+        return f"the CUDA kernels were not built for {torch.cuda.get_device_name()}"
+    for operator in LIBRARY._op_defs:
+        kernel = getattr(kernels, operator.split("::")[1], None)
+        if kernel is not None:
+            _implement(operator, "cuda", kernel, "CUDA")
+    return None
+
+
+_implementations: dict[str, dict[str, Callable]] = {}  # of each operator, by backend
+
+
+def _implement(operator: str, backend: str, function: Callable, key: str) -> None:
+    """Register a backend for an operator. Of two on one device, the forced or the first runs.
+
+    So the second must take nothing that the first declines, once that one is loaded.
+    """
+    given = _implementations.setdefault(operator, {})
+    given[backend] = function
+    run = function
+    if len(given) > 1:
+        op = OPS[operator.split("::")[1].removesuffix("_fwd").removesuffix("_bwd")]
+        first = next(given[b] for b in op.backends if b in given)
+
+        def run(*args):
+            return given.get(_forced.get(op.name), first)(*args)
+
+    LIBRARY.impl(operator, run, key, allow_override=True)
 
 
 def _load_cpp() -> str | None:
@@ -202,3 +256,4 @@ def _load_cpp() -> str | None:
 load_cpp = constant(_load_cpp)
 MACHINE["cpp"] = load_cpp
 MACHINE["triton"] = load_triton
+MACHINE["cuda"] = load_cuda

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
-from mae_fast.ops.patchify_gather import gather_patches, normalise, why_not_triton
+from mae_fast.ops.patchify_gather import gather_patches, normalise, why_not_cuda, why_not_triton
 
 
 def target_patches(
@@ -113,10 +113,21 @@ def _why_not_triton(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
     return dispatch.why_not_triton(pred) or why_not_triton(video, ids, pred.dtype)
 
 
+def _why_not_cuda(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
+    if pred.shape[-1] > 12_000:
+        return f"four patches of {pred.shape[-1]} bytes are more than its shared memory"
+    return dispatch.why_not_cuda(pred) or why_not_cuda(video, ids, pred.dtype)
+
+
 OP = dispatch.Op(
     "masked_mse",
     "per-patch-normalised target from uint8 pixels, loss and gradient in one pass",
-    {"cpp": _why_not_cpp, "triton": _why_not_triton, "reference": dispatch.anything},
+    {
+        "cpp": _why_not_cpp,
+        "triton": _why_not_triton,
+        "cuda": _why_not_cuda,  # not measured faster than triton
+        "reference": dispatch.anything,
+    },
 )
 
 

@@ -71,6 +71,15 @@ def why_not_triton(video: Tensor, ids: Tensor, *dtypes: torch.dtype) -> str | No
     return dispatch.why_not_triton(video, ids) or _why_not(video, *dtypes)
 
 
+def why_not_cuda(video: Tensor, ids: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why the CUDA kernels do not gather from this clip into these dtypes, or None."""
+    if video.dtype != torch.uint8:
+        return f"the clip is {video.dtype}, and it takes uint8"
+    if torch.float64 in dtypes:
+        return "the kernels do not compute in float64"
+    return dispatch.why_not_cuda(video, ids) or _why_not(video, *dtypes)
+
+
 def _why_not(video: Tensor, *dtypes: torch.dtype) -> str | None:
     if video.requires_grad:
         return "the video requires a gradient, which only the reference gives"
@@ -80,7 +89,12 @@ def _why_not(video: Tensor, *dtypes: torch.dtype) -> str | None:
 OP = dispatch.Op(
     "patchify_gather",
     "normalised patches of the wanted tokens, from a clip of any strides",
-    {"cpp": why_not_cpp, "triton": why_not_triton, "reference": dispatch.anything},
+    {
+        "cpp": why_not_cpp,
+        "triton": why_not_triton,
+        "cuda": why_not_cuda,  # not measured faster than triton
+        "reference": dispatch.anything,
+    },
 )
 
 

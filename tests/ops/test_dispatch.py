@@ -38,7 +38,7 @@ def test_an_error_inside_lets_go():
     ("choice", "message"),
     [
         ({"layer_nrm": "cpp"}, "unknown op 'layer_nrm'"),
-        ({"layer_norm": "sdpa"}, r"layer_norm has no backend 'sdpa' \(it has: cpp, reference\)"),
+        ({"layer_norm": "sdpa"}, r"no backend 'sdpa' \(it has: cpp, triton, reference\)"),
     ],
 )
 def test_unknown_names_are_refused(choice, message):
@@ -63,6 +63,26 @@ def test_int_tensors_go_to_the_reference_and_say_why(caplog, cpp):
             assert OP.choose(x, *ARGS[1:]) == "reference"
     (record,) = (r for r in caplog.records if "complex" in r.message)
     assert record.message.startswith("layer_norm: reference (cpp: dtype torch.complex64 is none of")
+
+
+def test_of_two_backends_on_one_device_the_forced_or_the_first_runs():
+    """As Triton's and the CUDA kernels, whichever was loaded first."""
+    library, key = dispatch.LIBRARY, "Meta"  # a key that nothing else has here
+    given = {"cuda": lambda saved, dloss: saved + 2, "triton": lambda saved, dloss: saved + 1}
+    registered = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_implementations", {})
+        patch.setattr(library, "impl", lambda name, f, key, **_: registered.append(f))
+        for backend, function in given.items():
+            dispatch._implement("mae_fast::masked_mse_bwd", backend, function, key)
+    assert registered[0](0, None) == 2
+    both = registered[1]
+    assert both(0, None) == 1
+    patch = pytest.MonkeyPatch()
+    for backend, answer in {"triton": 1, "cuda": 2, "reference": 1}.items():
+        patch.setitem(dispatch._forced, "masked_mse", backend)
+        assert both(0, None) == answer
+    patch.undo()
 
 
 WITHOUT = """

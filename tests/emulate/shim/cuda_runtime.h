@@ -290,7 +290,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const dim3 grid = config->gridDim, threads = config->blockDim;
   const uint64_t count = uint64_t(grid.x) * grid.y * grid.z;
   const unsigned per_block = threads.x * threads.y * threads.z;
-  if (!count || !per_block || per_block > shim::kThreads || config->dynamicSmemBytes > shim::kSharedBytes) {
+  if (!count || !per_block || per_block > shim::kThreads ||
+      config->dynamicSmemBytes > shim::kSharedBytes) {
     return cudaErrorInvalidConfiguration;
   }
   gridDim = grid, blockDim = threads;
