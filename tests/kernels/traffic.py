@@ -36,6 +36,10 @@ class Row:
     moved: int
     requested: int
 
+    @property
+    def op(self) -> str:
+        return self.operator.rsplit("_", 1)[0]
+
 
 @dataclass
 class Eager:
@@ -52,12 +56,18 @@ def _size(values) -> int:
 
 
 def least(call: Call, outs: Sequence[Tensor]) -> int:
-    """Every element that an operator takes and gives, once; of a clip a byte for each value of the
-    wanted patches (of frames to resample there are more or fewer: the crop's size decides)."""
+    """Every element that an operator takes and gives, once; of a clip the wanted patches' bytes, or
+    the part of the crop's box that they are resampled from."""
+    if call.operator == "adamw_norm":
+        return _size([grad for group in call.args[0] for _, grad, *_ in group])
     clips = [t for t in tensors(call.args) if t.dtype == torch.uint8 and t.dim() > 3]
     total = _size(call.args) + _size(list(outs)) - _size(clips)
     if clips:
-        total += next(t.numel() for t in outs if t.dim() == 3)
+        values = next(t.numel() for t in outs if t.dim() == 3)
+        if call.operator.startswith("crop"):
+            _, boxes, _, _, size = call.args[:5]
+            values *= int(boxes[:, 2:].prod(dim=1).sum()) / (len(boxes) * size**2)
+        total += int(values)
     return total
 
 
@@ -88,15 +98,18 @@ def eager(op: str, ours: Sequence[Row]) -> Eager:
     """Against the baseline of the op's benchmark, which is of the last of the op's cases."""
     cfg = preset("vit_base", num_frames=FRAMES, pred_t_dim=FRAMES // 2)
     module = importlib.import_module(f"benchmarks.ops.bench_{op}")
-    case = getattr(module, "decoder", None) or module.encoder
-    baseline = case(cfg, 1).baseline
-    if op == "adamw":  # the moments are made in the first step
-        baseline()
+    case = (getattr(module, "decoder", None) or module.encoder)(cfg, 1)
+    if op == "adamw":
+        case.baseline()  # it makes the moments
     with sanitized() as record:
-        baseline()
+        case.baseline()
     ours = [row for row in ours if row.dtype == "f32"]
     name = ours[0].case if op.startswith("crop") else ours[-1].case
-    return Eager(op, sum(row.moved for row in ours if row.case == name), record.torch_bytes)
+    ours = [row for row in ours if row.case == name]
+    moved, theirs = sum(row.moved for row in ours), record.torch_bytes
+    if op == "adamw":  # of more parameters, by bytes that both must move
+        theirs = theirs * sum(row.least for row in ours) // case.bytes
+    return Eager(op, moved, theirs)
 
 
 def committed() -> tuple[list[Row], list[Eager]]:
