@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_checks import BACKENDS, DEVICE
 
-from mae_fast.ops import dispatch
+from mae_fast.ops import OPS, dispatch
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +27,14 @@ def cpp():
         pytest.skip(reason)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=BACKENDS if DEVICE == "cpu" else [*BACKENDS, "cuda"])
 def backend(request):
     """Each backend by name; a test forces it with `dispatch.backends`."""
-    if request.param == "cpp":
-        request.getfixturevalue("cpp")
+    op = OPS[request.path.stem.removeprefix("test_")]
+    if request.param not in op.backends:  # few have kernels in CUDA C++
+        pytest.skip(f"{op.name} has no {request.param} backend")
+    if request.param in ("cpp", "cuda"):  # built at installation, or not
+        reason = dispatch.MACHINE[request.param]()
+        if reason:
+            pytest.skip(reason)
     return request.param
