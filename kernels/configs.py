@@ -144,51 +144,31 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK": 2048, "num_warps": 8},
         ]
     },
+    # "many" tokens or "few" (under 8,192) in 16 bits, or any number in fp32, off the tensor cores.
     "patch_embed_fwd": {
-        "many": [  # tokens
-            {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
-            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
-            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+        "many": [
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8},
+            {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8},
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
         ],
         "few": [
             {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
-            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8},
         ],
-        "f32": [
-            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-            {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
-        ],
+        "f32": [{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}],
     },
-    "patch_embed_dweight": {  # of BLOCK_N x BLOCK_K, from BLOCK_M tokens at a time
+    "patch_embed_dweight": {  # BLOCK_N x BLOCK_K of it, from BLOCK_M tokens at a time
         "many": [
-            {
-                "BLOCK_M": 64,
-                "BLOCK_N": 128,
-                "BLOCK_K": 128,
-                "SPLIT": 4,
-                "num_warps": 8,
-                "num_stages": 3,
-            },
+            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 4, "num_warps": 8},
+            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 8, "num_warps": 8},
         ],
         "few": [
-            {
-                "BLOCK_M": 64,
-                "BLOCK_N": 64,
-                "BLOCK_K": 128,
-                "SPLIT": 2,
-                "num_warps": 4,
-                "num_stages": 3,
-            },
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2, "num_warps": 4},
+            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 4, "num_warps": 8},
         ],
         "f32": [
-            {
-                "BLOCK_M": 32,
-                "BLOCK_N": 64,
-                "BLOCK_K": 64,
-                "SPLIT": 4,
-                "num_warps": 4,
-                "num_stages": 2,
-            },
+            {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4, "num_warps": 8},
+            {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4, "num_warps": 4},
         ],
     },
     "patch_embed_dpos": {
@@ -226,7 +206,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         "d80": [
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
         ],
         "d128": [
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -235,7 +215,6 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         ],
         "f32_d32": [
             {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
-            {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [
             {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
@@ -270,7 +249,6 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "f32_d32": [
-            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
             {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [
@@ -286,7 +264,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         ],
         "d64_short": [
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d64_long": [
@@ -296,8 +274,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         ],
         "d80": [
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d128": [
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -305,7 +283,6 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "f32_d32": [
-            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
             {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [

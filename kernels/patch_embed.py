@@ -149,7 +149,6 @@ def _patch_embed_dweight_kernel(
     T_PATCH: tl.constexpr,
     PATCH: tl.constexpr,
     WIDTH: tl.constexpr,
-    DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -172,8 +171,8 @@ def _patch_embed_dweight_kernel(
         )  # fmt: skip
         at = row.to(tl.int64)[:, None] * WIDTH + n[None, :]
         mask = there[:, None] & (n < WIDTH)[None, :]
-        d = tl.load(dout + at, mask=mask, other=0).to(DTYPE)
-        acc = tl.dot(tl.trans(d), patches.to(DTYPE), acc, input_precision="ieee")
+        d = tl.load(dout + at, mask=mask, other=0)
+        acc = tl.dot(tl.trans(d), patches.to(d.dtype), acc, input_precision="ieee")
     to = (tl.program_id(2) * WIDTH + n).to(tl.int64)[:, None] * values + value[None, :]
     mask = (n < WIDTH)[:, None] & (value < values)[None, :]
     tl.store(partial + to, acc.to(partial.dtype.element_ty), mask=mask)
@@ -264,7 +263,7 @@ def _dweight(dout, video, ids, t_patch, patch, mean, std, dtype, needed):
     numbers, constants = _clip(video, ids, t_patch, patch, mean, std)
     _patch_embed_dweight_kernel[grid](
         partial,
-        dout,
+        dout.to(dtype),
         video,
         ids,
         tokens,
@@ -272,7 +271,6 @@ def _dweight(dout, video, ids, t_patch, patch, mean, std, dtype, needed):
         *numbers,
         *constants,
         width,
-        getattr(tl, str(dtype).removeprefix("torch.")),
         **sizes,
     )
     return partial.sum(0).to(dtype)
