@@ -3,9 +3,9 @@
 from mae_fast.kernels.layer_norm import backward, forward
 
 
-def add_layer_norm_fwd(x, y, weight, bias, eps):
-    """x, y [..., D], weight and bias [D] -> (x + y, its norm, mean, rstd)."""
-    return forward("add_layer_norm_fwd", x, y, weight, bias, eps)
+def add_layer_norm_fwd(x, y, weight, bias, eps, dtype):
+    """x, y [..., D], weight and bias [D] -> (x + y, its norm of `dtype`, mean, rstd)."""
+    return forward("add_layer_norm_fwd", x, y, weight, bias, eps, dtype)
 
 
 def add_layer_norm_bwd(dtotal, dout, total, weight, mean, rstd):

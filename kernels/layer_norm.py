@@ -116,10 +116,10 @@ def _sizes(kernel, rows, width, least=1):
     return programs, {"BLOCK": block, **sizes}
 
 
-def forward(kernel, x, y, weight, bias, eps):
-    """-> (total or None, out, mean, rstd) for x, or for x + y where there is a y."""
+def forward(kernel, x, y, weight, bias, eps, dtype):
+    """-> (total or None, out of `dtype`, mean, rstd) for x, or for x + y where there is a y."""
     total = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     rows = as_rows(x)
     others = rows if y is None else as_rows(y)
@@ -169,9 +169,9 @@ def backward(kernel, dtotal, dout, x, weight, mean, rstd):
     return dx, *sum_parts(parts, weight.dtype, weight.dtype)
 
 
-def layer_norm_fwd(x, weight, bias, eps):
-    """x [..., D], weight and bias [D] -> (out of x's shape and dtype, mean, rstd [...] fp32)."""
-    return forward("layer_norm_fwd", x, None, weight, bias, eps)[1:]
+def layer_norm_fwd(x, weight, bias, eps, dtype):
+    """x [..., D], weight and bias [D] -> (out [..., D] of `dtype`, mean, rstd [...] fp32)."""
+    return forward("layer_norm_fwd", x, None, weight, bias, eps, dtype)[1:]
 
 
 def layer_norm_bwd(dout, x, weight, mean, rstd):

@@ -192,7 +192,7 @@ def _shared_qkv(
 ) -> list[Tensor]:
     """q, k, v [B, S, heads, d] of [others | mask tokens]: those of mask tokens are computed once
     for each position ([L, E]) and looked up, so their gradients are summed over clips first."""
-    others, table = (layer_norm(x, *p.norm1, eps) for x in (others, table))
+    others, table = (_norm(x, None, p.norm1, eps)[1] for x in (others, table))
     qkv = []
     for w in (p.q, p.k, p.v):
         masked = F.embedding(ids_mask, linear(table, *w))
@@ -236,12 +236,15 @@ def transformer_block(
     """
     if qkv is None:
         x, h = _norm(x, y, p.norm1, eps)
-        with _made_again(h, layer_norm, x, *p.norm1, eps):
-            inputs = ((h[:, first:], p.q), (h, p.k), (h, p.v))
+        with _made_again(h, layer_norm, x, *p.norm1, eps, h.dtype):
+            asked = h[:, first:]
+            if h.dtype != x.dtype:  # torch rounds before it adds the bias where rows lie apart
+                asked = asked.contiguous()
+            inputs = ((asked, p.q), (h, p.k), (h, p.v))
             qkv = [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
     a = attention(*qkv).flatten(2)  # [B, S - first, D]
     x, h = _norm(x[:, first:], linear(a, *p.proj), p.norm2, eps)
-    with _made_again(h, layer_norm, x, *p.norm2, eps):
+    with _made_again(h, layer_norm, x, *p.norm2, eps, h.dtype):
         h = linear(h, p.fc1.weight)
     g = bias_gelu(h, p.fc1.bias)
     with _made_again(g, bias_gelu, h, p.fc1.bias):
@@ -251,28 +254,51 @@ def transformer_block(
 @contextlib.contextmanager
 def _made_again(out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
     """What is called inside keeps, in place of `out`, how to make it again: function(*args), a pass
-    over memory. Norms and activations are two thirds of what a block would keep for backward."""
+    over memory, once for all that is called inside. Norms and activations are two thirds of what a
+    block would keep for backward."""
     # A compiler chooses for itself.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
     storage = out.untyped_storage()._cdata
     args = [a.detach() if torch.is_tensor(a) else a for a in args]
+    packed, unpacked, made = 0, 0, None
 
     def pack(t: Tensor):
-        mine = t.untyped_storage()._cdata == storage
-        return (t.shape, t.stride(), t.storage_offset()) if mine else t
+        nonlocal packed
+        if t.untyped_storage()._cdata != storage:
+            return t
+        packed += 1
+        return t.shape, t.stride(), t.storage_offset()
 
     def unpack(kept):
+        nonlocal unpacked, made
         if torch.is_tensor(kept):
             return kept
-        with torch.no_grad():
-            return function(*args).as_strided(*kept)
+        if made is None:
+            with torch.no_grad():
+                made = function(*args)
+        again = made.as_strided(*kept)
+        unpacked += 1
+        if unpacked % packed == 0:  # the last one
+            made = None
+        return again
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
 def _norm(x: Tensor, y: Tensor | None, p: Affine, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + y, its layer norm), where y may be absent."""
-    return (x, layer_norm(x, *p, eps)) if y is None else add_layer_norm(x, y, *p, eps)
+    """(x + y, its layer norm), where y may be absent. The norm is rounded once, to the dtype of the
+    products that take it, each of which would cast it for itself."""
+    dtype = _product_dtype(x)
+    if y is None:
+        return x, layer_norm(x, *p, eps, dtype)
+    return add_layer_norm(x, y, *p, eps, dtype)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to for a product; None where it lets x be."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else None

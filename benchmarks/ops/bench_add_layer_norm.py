@@ -27,7 +27,7 @@ def decoder(cfg, clips):
 
 
 def smallest():
-    args = (*(torch.randn(1, requires_grad=True) for _ in range(4)), EPS)
+    args = (*(torch.randn(1, requires_grad=True) for _ in range(4)), EPS, torch.float32)
     return add_layer_norm, torch.ops.mae_fast.add_layer_norm_fwd, add_layer_norm_ref, args
 
 

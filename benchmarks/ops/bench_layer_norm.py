@@ -21,7 +21,7 @@ def decoder(cfg, clips):
 
 
 def smallest():
-    args = (*(torch.randn(1, requires_grad=True) for _ in range(3)), EPS)
+    args = (*(torch.randn(1, requires_grad=True) for _ in range(3)), EPS, torch.float32)
     return layer_norm, torch.ops.mae_fast.layer_norm_fwd, layer_norm_ref, args
 
 

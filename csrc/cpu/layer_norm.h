@@ -5,10 +5,25 @@
 
 MAE_FAST_BEGIN
 
+// What a norm gives is of x's dtype or, where x is in fp32, in bf16 or f16.
+inline bool gives(at::ScalarType type, at::ScalarType out) {
+  return out == type || (type == at::kFloat && (out == at::kBFloat16 || out == at::kHalf));
+}
+
+// f(O()) for the type of what a norm of T gives.
+template <typename T, typename F>
+void with_out(at::ScalarType out, const F& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (out == at::kBFloat16) return f(at::BFloat16());
+    if (out == at::kHalf) return f(at::Half());
+  }
+  f(T());
+}
+
 // out = norm(row) * weight + bias; two passes, since one loses the variance of a distant mean.
-template <typename T>
+template <typename T, typename O>
 void norm_row(const T* row, const acc_t<T>* weight, const acc_t<T>* bias, acc_t<T> eps,
-              int64_t size, T* out, acc_t<T>& mean, acc_t<T>& rstd) {
+              int64_t size, O* out, acc_t<T>& mean, acc_t<T>& rstd) {
   using A = acc_t<T>;
   Vec<T> total(A(0)), squares(A(0));
   each<T>(size, [&](int64_t i, auto n) { total = total + load(row + i, n); });
@@ -34,11 +49,13 @@ inline void check_norm(const Tensor& x, const Tensor& weight, const Tensor& bias
   for (const auto& t : {x, weight, bias}) check_cpu(t, "layer_norm: a tensor");
 }
 
-// sum = x + y (where there is a y), out = norm(sum); mean and rstd [rows] in fp32 (fp64).
+// sum = x + y (where there is a y), out = norm(sum) of `dtype`; mean, rstd [rows] in fp32 (fp64).
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
     const Tensor& x_, const std::optional<Tensor>& y_, const Tensor& weight_, const Tensor& bias_,
-    double eps) {
+    double eps, at::ScalarType dtype) {
   check_norm(x_, weight_, bias_);
+  TORCH_CHECK(gives(x_.scalar_type(), dtype), "layer_norm: of ", x_.scalar_type(), " gives no ",
+              dtype);
   const Tensor x = x_.contiguous(), y = y_ ? y_->to(x.scalar_type()).contiguous() : Tensor();
   if (y_) {
     TORCH_CHECK(y.sizes() == x.sizes(), "add_layer_norm: x ", x.sizes(), " and y ", y.sizes(),
@@ -48,7 +65,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
   const auto acc = at::toOpMathType(x.scalar_type());
   const Tensor weight = weight_.to(acc).contiguous(), bias = bias_.to(acc).contiguous();
   const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0;
-  Tensor out = at::empty_like(x), total = y_ ? at::empty_like(x) : Tensor();
+  Tensor out = at::empty_like(x, dtype), total = y_ ? at::empty_like(x) : Tensor();
   Tensor mean = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(acc));
   Tensor rstd = at::empty_like(mean);
   MAE_FAST_FLOATS(x.scalar_type(), "layer_norm", [&] {
@@ -56,34 +73,38 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(
     const auto *xp = x.const_data_ptr<scalar_t>(),
                *yp = y_ ? y.const_data_ptr<scalar_t>() : nullptr;
     const A *wp = weight.const_data_ptr<A>(), *bp = bias.const_data_ptr<A>();
-    auto *op = out.mutable_data_ptr<scalar_t>(),
-         *tp = y_ ? total.mutable_data_ptr<scalar_t>() : nullptr;
+    auto* tp = y_ ? total.mutable_data_ptr<scalar_t>() : nullptr;
     A *mp = mean.mutable_data_ptr<A>(), *rp = rstd.mutable_data_ptr<A>();
-    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const scalar_t* row = xp + r * size;
-        if (yp) {
-          each<scalar_t>(size, [&](int64_t i, auto n) {
-            store(tp + r * size + i, load(row + i, n) + load(yp + r * size + i, n), n);
-          });
-          row = tp + r * size;
+    with_out<scalar_t>(dtype, [&](auto given) {
+      auto* op = out.mutable_data_ptr<decltype(given)>();
+      at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          const scalar_t* row = xp + r * size;
+          if (yp) {
+            each<scalar_t>(size, [&](int64_t i, auto n) {
+              store(tp + r * size + i, load(row + i, n) + load(yp + r * size + i, n), n);
+            });
+            row = tp + r * size;
+          }
+          norm_row<scalar_t>(row, wp, bp, A(eps), size, op + r * size, mp[r], rp[r]);
         }
-        norm_row<scalar_t>(row, wp, bp, A(eps), size, op + r * size, mp[r], rp[r]);
-      }
+      });
     });
   });
   return {total, out, mean, rstd};
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor& weight,
-                                                         const Tensor& bias, double eps) {
-  auto [_, out, mean, rstd] = norm_forward(x, std::nullopt, weight, bias, eps);
+                                                         const Tensor& bias, double eps,
+                                                         at::ScalarType dtype) {
+  auto [_, out, mean, rstd] = norm_forward(x, std::nullopt, weight, bias, eps, dtype);
   return {out, mean, rstd};
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
-    const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias, double eps) {
-  return norm_forward(x, y, weight, bias, eps);
+    const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias, double eps,
+    at::ScalarType dtype) {
+  return norm_forward(x, y, weight, bias, eps, dtype);
 }
 
 // With g = dout * weight and n = (x - mean) * rstd: dx = rstd * (g - mean(g) - n * mean(g * n)),
@@ -95,7 +116,8 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
   const auto type = x_.scalar_type(), acc = at::toOpMathType(type);
   TORCH_CHECK(dout_.sizes() == x_.sizes(), "layer_norm: gradient ", dout_.sizes(), " for ",
               x_.sizes());
-  const Tensor x = x_.contiguous(), dout = dout_.to(type).contiguous();
+  const auto given = gives(type, dout_.scalar_type()) ? dout_.scalar_type() : type;
+  const Tensor x = x_.contiguous(), dout = dout_.to(given).contiguous();
   const Tensor dtotal = dtotal_ ? dtotal_->to(type).contiguous() : Tensor();
   const Tensor weight = weight_.to(acc).contiguous();
   const Tensor mean = mean_.contiguous(), rstd = rstd_.contiguous();
@@ -106,35 +128,39 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
   Tensor parts = at::zeros({num_blocks(rows), 2, size}, x.options().dtype(acc));
   MAE_FAST_FLOATS(type, "layer_norm", [&] {
     using A = acc_t<scalar_t>;
-    const auto *xp = x.const_data_ptr<scalar_t>(), *gp = dout.const_data_ptr<scalar_t>(),
+    const auto *xp = x.const_data_ptr<scalar_t>(),
                *tp = dtotal_ ? dtotal.const_data_ptr<scalar_t>() : nullptr;
     const A *wp = weight.const_data_ptr<A>(), *mp = mean.const_data_ptr<A>(),
             *rp = rstd.const_data_ptr<A>();
     auto* dp = dx.mutable_data_ptr<scalar_t>();
     A* pp = parts.mutable_data_ptr<A>();
-    parallel_blocks(rows, [&](int64_t block, int64_t begin, int64_t end) {
-      A *dweight = pp + block * 2 * size, *dbias = dweight + size;
-      for (int64_t r = begin; r < end; ++r) {
-        const scalar_t *row = xp + r * size, *grad = gp + r * size;
-        const Vec<scalar_t> m(mp[r]), s(rp[r]);
-        Vec<scalar_t> g1(A(0)), g2(A(0));
-        each<scalar_t>(size, [&](int64_t i, auto n) {
-          // Past the row's end grad is zero, and so is everything added.
-          const auto d = load(grad + i, n), x = (load(row + i, n) - m) * s;
-          const auto g = d * load(wp + i, n);
-          g1 = g1 + g;
-          g2 = at::vec::fmadd(g, x, g2);
-          store(dweight + i, at::vec::fmadd(d, x, load(dweight + i, n)), n);
-          store(dbias + i, load(dbias + i, n) + d, n);
-        });
-        const Vec<scalar_t> a(sum<A>(g1) / size), b(sum<A>(g2) / size);
-        each<scalar_t>(size, [&](int64_t i, auto n) {
-          const auto x = (load(row + i, n) - m) * s;
-          auto d = (load(grad + i, n) * load(wp + i, n) - a - x * b) * s;
-          if (tp) d = d + load(tp + r * size + i, n);
-          store(dp + r * size + i, d, n);
-        });
-      }
+    with_out<scalar_t>(given, [&](auto of_dout) {
+      const auto* gp = dout.const_data_ptr<decltype(of_dout)>();
+      parallel_blocks(rows, [&](int64_t block, int64_t begin, int64_t end) {
+        A *dweight = pp + block * 2 * size, *dbias = dweight + size;
+        for (int64_t r = begin; r < end; ++r) {
+          const scalar_t* row = xp + r * size;
+          const auto* grad = gp + r * size;
+          const Vec<scalar_t> m(mp[r]), s(rp[r]);
+          Vec<scalar_t> g1(A(0)), g2(A(0));
+          each<scalar_t>(size, [&](int64_t i, auto n) {
+            // Past the row's end grad is zero, and so is everything added.
+            const auto d = load(grad + i, n), x = (load(row + i, n) - m) * s;
+            const auto g = d * load(wp + i, n);
+            g1 = g1 + g;
+            g2 = at::vec::fmadd(g, x, g2);
+            store(dweight + i, at::vec::fmadd(d, x, load(dweight + i, n)), n);
+            store(dbias + i, load(dbias + i, n) + d, n);
+          });
+          const Vec<scalar_t> a(sum<A>(g1) / size), b(sum<A>(g2) / size);
+          each<scalar_t>(size, [&](int64_t i, auto n) {
+            const auto x = (load(row + i, n) - m) * s;
+            auto d = (load(grad + i, n) * load(wp + i, n) - a - x * b) * s;
+            if (tp) d = d + load(tp + r * size + i, n);
+            store(dp + r * size + i, d, n);
+          });
+        }
+      });
     });
   });
   const Tensor sums = parts.sum(0).to(weight_.scalar_type());
@@ -148,8 +174,8 @@ inline std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, con
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
-    const std::optional<Tensor>& dtotal, const Tensor& dout, const Tensor& total, const Tensor& weight,
-    const Tensor& mean, const Tensor& rstd) {
+    const std::optional<Tensor>& dtotal, const Tensor& dout, const Tensor& total,
+    const Tensor& weight, const Tensor& mean, const Tensor& rstd) {
   return norm_backward(dtotal, dout, total, weight, mean, rstd);
 }
 

@@ -1,28 +1,33 @@
 """add_layer_norm: total = x + y, and the layer norm of total over its last dimension.
 
-x, y [..., D]; weight, bias [D] -> total, out [..., D], of the dtype that x + y has; statistics in
-fp32 (fp64 for double). Backward saves total, and mean and 1 / deviation of each row; the gradients
-of x and y are the same tensor.
+x, y [..., D]; weight, bias [D] -> total, out [..., D], of the dtype that x + y has, and out of the
+one asked for; statistics in fp32 (fp64 for double). Backward saves total, and mean and
+1 / deviation of each row; the gradients of x and y are the same tensor.
 """
 
 import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
-from mae_fast.ops.layer_norm import layer_norm_ref, why_not_triton
+from mae_fast.ops.layer_norm import layer_norm_ref, why_not_cpp, why_not_triton
 
 
 def add_layer_norm_ref(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The specification."""
     total = x + y
-    return total, layer_norm_ref(total, weight, bias, eps)
+    return total, layer_norm_ref(total, weight, bias, eps, dtype)
 
 
 dispatch.LIBRARY.define(
-    "add_layer_norm_fwd(Tensor x, Tensor y, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    "add_layer_norm_fwd(Tensor x, Tensor y, Tensor weight, Tensor bias, float eps,"
+    " ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 dispatch.LIBRARY.define(
     "add_layer_norm_bwd(Tensor? dtotal, Tensor dout, Tensor total, Tensor weight, Tensor mean,"
@@ -31,10 +36,10 @@ dispatch.LIBRARY.define(
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_fwd")
-def _(x, y, weight, bias, eps):
+def _(x, y, weight, bias, eps, dtype):
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    return total, torch.empty_like(total), rows, torch.empty_like(rows)
+    return total, torch.empty_like(total, dtype=dtype), rows, torch.empty_like(rows)
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_bwd")
@@ -43,7 +48,7 @@ def _(dtotal, dout, total, weight, mean, rstd):
 
 
 def _save(ctx, inputs, output):
-    _, y, weight, _, _ = inputs
+    _, y, weight, *_ = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -54,37 +59,46 @@ def _save(ctx, inputs, output):
 @torch.autograd.function.once_differentiable
 def _backward(ctx, dtotal, dout, *_):
     if dout is None:  # only the sum was used
-        return dtotal, None if dtotal is None else dtotal.to(ctx.y_dtype), None, None, None
+        return dtotal, None if dtotal is None else dtotal.to(ctx.y_dtype), *[None] * 4
     dx, *rest = torch.ops.mae_fast.add_layer_norm_bwd(dtotal, dout, *ctx.saved_tensors)
-    return dx, dx.to(ctx.y_dtype), *rest, None
+    return dx, dx.to(ctx.y_dtype), *rest, None, None
 
 
 torch.library.register_autograd("mae_fast::add_layer_norm_fwd", _backward, setup_context=_save)
 
 
-def _why_not_cpp(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    return dispatch.why_not_cpp(x, y, weight, bias) or dispatch.why_not_dtype(
-        x.dtype, y.dtype, weight.dtype
-    )
+def _why_not_cpp(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, dtype) -> str | None:
+    return why_not_cpp(torch.promote_types(x.dtype, y.dtype), dtype, x, y, weight, bias)
 
 
 OP = dispatch.Op(
     "add_layer_norm",
     "residual addition and layer norm",
-    {"cpp": _why_not_cpp, "triton": why_not_triton, "reference": dispatch.anything},
+    {
+        "cpp": _why_not_cpp,
+        "triton": lambda *args: why_not_triton(args[-1], *args[:-1]),
+        "reference": dispatch.anything,
+    },
 )
 
 
 def add_layer_norm(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x, y [..., D], weight, bias [D] -> (x + y, its norm). Raises ValueError on other shapes."""
+    """x, y [..., D], weight, bias [D] -> (x + y, its norm of `dtype`; None: that of x + y). Raises
+    ValueError on other shapes."""
     if x.shape != y.shape or x.shape[-1:] != weight.shape or bias.shape != weight.shape:
         raise ValueError(
             f"add_layer_norm: x {list(x.shape)}, y {list(y.shape)}, weight {list(weight.shape)} "
             f"and bias {list(bias.shape)} do not fit"
         )
-    if OP.choose(x, y, weight, bias) == "reference":
-        return add_layer_norm_ref(x, y, weight, bias, eps)
-    x = x.to(torch.promote_types(x.dtype, y.dtype))
-    return torch.ops.mae_fast.add_layer_norm_fwd(x, y, weight, bias, eps)[:2]
+    wide = torch.promote_types(x.dtype, y.dtype)
+    dtype = dtype or wide
+    if OP.choose(x, y, weight, bias, dtype) == "reference":
+        return add_layer_norm_ref(x, y, weight, bias, eps, dtype)
+    return torch.ops.mae_fast.add_layer_norm_fwd(x.to(wide), y, weight, bias, eps, dtype)[:2]

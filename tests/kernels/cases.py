@@ -136,14 +136,16 @@ def _stacks(m: _Maker) -> list[tuple[str, int, int]]:
 
 
 def _layer_norm(m: _Maker):
+    """Under autocast the residual stays in fp32, and products take and give bf16."""
     for name, tokens, width in _stacks(m):
-        yield name, (m.floats(m.model.clips, tokens, width), m.param(width), m.param(width), 1e-6)
+        x = m.param(m.model.clips, tokens, width)
+        yield name, (x, m.param(width), m.param(width), 1e-6, m.dtype)
 
 
 def _add_layer_norm(m: _Maker):
     for name, tokens, width in _stacks(m):
-        x, y = (m.floats(m.model.clips, tokens, width) for _ in range(2))
-        yield name, (x, y, m.param(width), m.param(width), 1e-6)
+        x, y = (make(m.model.clips, tokens, width) for make in (m.param, m.floats))
+        yield name, (x, y, m.param(width), m.param(width), 1e-6, m.dtype)
 
 
 def _bias_gelu(m: _Maker):

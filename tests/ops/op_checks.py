@@ -46,11 +46,14 @@ def assert_as_good_as_torch(ours, plain, exact):
 
 def check_op(function, reference, args, dout=None):
     """Forward and every gradient of `function` against `reference` in fp64 and in args' dtype."""
-    wide = [
-        a.detach().double().requires_grad_(a.requires_grad)
-        if torch.is_tensor(a) and a.is_floating_point()
-        else a
-        for a in args
-    ]
+
+    def widened(a):
+        if isinstance(a, torch.dtype):
+            return torch.float64
+        if not torch.is_tensor(a) or not a.is_floating_point():
+            return a
+        return a.detach().double().requires_grad_(a.requires_grad)
+
+    wide = list(map(widened, args))
     ours, plain = (gradients(f, args, dout) for f in (function, reference))
     assert_as_good_as_torch(ours, plain, gradients(reference, wide, dout))

@@ -60,6 +60,20 @@ def test_add_layer_norm_adds_bf16_to_fp32_as_autocast_does(backend):
     torch.testing.assert_close(x.grad.bfloat16(), y.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_layer_norm_is_rounded_once_to_the_dtype_asked_for(backend, shape, dtype):
+    """The sum stays in fp32; the norm has the bits of a cast, and its gradient that dtype."""
+    x, y, *rest = make(SHAPES[shape], torch.float32)
+    args = [x, y.detach().to(dtype).requires_grad_(), *rest]
+    dout = [torch.randn(SHAPES[shape]), torch.randn(SHAPES[shape]).to(dtype)]
+    with mae_fast.backends(add_layer_norm=backend):
+        total, out = add_layer_norm(*args)
+        rounded = add_layer_norm(*args, dtype)
+        assert torch.equal(rounded[0], total) and torch.equal(rounded[1], out.to(dtype))
+        check_op(add_layer_norm, add_layer_norm_ref, [*args, dtype], dout)
+
+
 def test_add_layer_norm_refuses_shapes():
     x, y, weight, bias, eps = make((3, 8), torch.float32)
     with pytest.raises(ValueError, match=r"y \[2, 8\]"):

@@ -15,7 +15,7 @@ from mae_fast.errors import BackendError, ConfigError
 from mae_fast.ops import OPS, dispatch
 from mae_fast.ops.layer_norm import OP
 
-ARGS = (torch.randn(2, 8), torch.randn(8), torch.randn(8))
+ARGS = (torch.randn(2, 8), torch.randn(8), torch.randn(8), torch.float32)
 
 
 def test_a_forced_backend_is_taken_and_let_go(cpp):

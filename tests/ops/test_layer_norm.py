@@ -3,9 +3,10 @@
 import interpreter  # noqa: F401
 import pytest
 import torch
-from op_checks import DTYPES, check_op
+from op_checks import BACKENDS, DTYPES, check_op
 
 import mae_fast
+from mae_fast.errors import BackendError
 from mae_fast.ops.layer_norm import layer_norm, layer_norm_ref
 
 SHAPES = {
@@ -72,6 +73,26 @@ def test_layer_norm_keeps_bf16_beside_fp32_weights(backend):
         out = layer_norm(x.bfloat16(), *rest)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, layer_norm_ref(x.bfloat16(), *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("shape", ["one_row", "no_rows", "prime", "vit_b"])
+def test_layer_norm_is_rounded_once_to_the_dtype_asked_for(backend, shape, dtype):
+    """The bits that a cast of its result has; its gradient comes in that dtype."""
+    args = make(SHAPES[shape], torch.float32)
+    dout = [torch.randn(SHAPES[shape]).to(dtype)]
+    with mae_fast.backends(layer_norm=backend):
+        assert torch.equal(layer_norm(*args, dtype), layer_norm(*args).to(dtype))
+        check_op(layer_norm, layer_norm_ref, [*args, dtype], dout)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="of the C++ kernels")
+def test_layer_norm_in_cpp_declines_to_widen(cpp):
+    x, *rest = make((3, 8), torch.float32)
+    args = (x.bfloat16(), *rest, torch.float32)
+    assert torch.equal(layer_norm(*args), layer_norm_ref(*args))
+    with mae_fast.backends(layer_norm="cpp"), pytest.raises(BackendError, match="it gives no"):
+        layer_norm(*args)
 
 
 def test_layer_norm_refuses_shapes(backend):

@@ -1,0 +1,124 @@
+"""A step in bf16 by autocast: one norm in bf16 feeds all its products, as if each had cast it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mae_fast.forward
+from mae_fast import MaskedAutoencoder, ModelConfig
+from mae_fast.masking import draw_ids
+from mae_fast.ops import dispatch
+
+NORMS = {"mae_fast::layer_norm_fwd": 0, "mae_fast::add_layer_norm_fwd": 1}  # which output is it
+GRADIENTS = {"mae_fast::layer_norm_bwd": 0, "mae_fast::add_layer_norm_bwd": 1}  # which input
+FLOOR = 2e-3  # of the greatest norm of a gradient, besides twice the error: tests/ops/op_checks.py
+
+
+class Watch(TorchDispatchMode):
+    """What becomes of norms: the casts of their results, the dtypes of these results' gradients,
+    and the casts of any activations [B, S, D]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms, self.casts_of_norms, self.gradients, self.casts = [], 0, set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.name()
+        if name in NORMS:
+            self.norms.append(StorageWeakRef(out[NORMS[name]].untyped_storage()))
+        elif name in GRADIENTS:
+            self.gradients.add(args[GRADIENTS[name]].dtype)
+        elif name == "aten::_to_copy" and args[0].dtype != out.dtype:
+            self.casts += args[0].dim() == 3
+            self.casts_of_norms += StorageWeakRef(args[0].untyped_storage()) in self.norms
+        return out
+
+
+@pytest.fixture
+def apart(monkeypatch):
+    """As it was: norms in fp32, cast by each product for itself."""
+
+    def change():
+        monkeypatch.setattr(mae_fast.forward, "_product_dtype", lambda x: None)
+
+    return change
+
+
+def step(cfg: ModelConfig, dtype: torch.dtype, autocast: bool) -> SimpleNamespace:
+    """Loss, pred and gradients of a step, and what was watched; norms alive before the backward,
+    and made in it."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(cfg)
+    for p in model.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    model.to(dtype)
+    video = torch.randint(0, 256, (5, 3, 8, 16, 16), dtype=torch.uint8)
+    ids = draw_ids("random", (4, 2, 2), 0.7, seed=0, step=0, samples=torch.arange(5))
+    with Watch() as watch:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, pred = mae_fast.forward.forward(model.params(), model.spec, video, *ids)
+        first = len(watch.norms)
+        alive = sum(not norm.expired() for norm in watch.norms)
+        loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    again = len(watch.norms) - first
+    return SimpleNamespace(
+        loss=loss, pred=pred, grads=grads, watch=watch, first=first, alive=alive, again=again
+    )
+
+
+@pytest.fixture
+def cfg(tiny_cfg) -> ModelConfig:
+    return ModelConfig(**{**tiny_cfg.__dict__, "decoder_depth": 3})
+
+
+@pytest.fixture
+def operators():
+    """Norms are operators, which a mode sees."""
+    reason = None if dispatch.interpreting() else dispatch.load_cpp()
+    if reason:
+        pytest.skip(reason)
+
+
+def test_products_get_the_bits_of_a_norm_cast_by_each(cfg, apart):
+    one = step(cfg, torch.float32, autocast=True)
+    apart()
+    each = step(cfg, torch.float32, autocast=True)
+    assert torch.equal(one.loss, each.loss) and torch.equal(one.pred, each.pred)
+
+
+def test_gradients_are_as_good_as_those_of_a_norm_cast_by_each(cfg, apart):
+    """Those of q, k and v are now summed in bf16."""
+    exact = step(cfg, torch.float64, autocast=False).grads
+    one = step(cfg, torch.float32, autocast=True).grads
+    apart()
+    each = step(cfg, torch.float32, autocast=True).grads
+    floor = FLOOR * max(g.norm() for g in exact.values())
+    for name, e in exact.items():
+        assert one[name].dtype == torch.float32
+        error, allowed = (one[name] - e).norm(), 2 * (each[name] - e).norm() + floor
+        assert error <= allowed, f"{name}: {error} > {allowed}"
+
+
+def test_no_product_casts_a_norm(cfg, apart, operators):
+    one = step(cfg, torch.float32, autocast=True).watch
+    apart()
+    each = step(cfg, torch.float32, autocast=True).watch
+    assert (each.casts_of_norms, each.casts, each.gradients) == (25, 55, {torch.float32})
+    # Left are the gradients of the 10 sums, for the products added to them, and of latents.
+    assert (one.casts_of_norms, one.casts, one.gradients) == (0, 11, {torch.bfloat16})
+
+
+def test_norms_are_made_again_and_not_kept(cfg, apart, operators):
+    in_fp32 = step(cfg, torch.float32, autocast=False)
+    one = step(cfg, torch.float32, autocast=True)
+    apart()
+    each = step(cfg, torch.float32, autocast=True)
+    # 4 of 13 feed no block's products, or those that all clips share.
+    assert (in_fp32.first, in_fp32.alive, in_fp32.again) == (13, 4, 9)
+    assert (one.first, one.alive, one.again) == (13, 4, 9)
+    assert (each.first, each.alive, each.again) == (13, 0, 0)  # the casts were kept
