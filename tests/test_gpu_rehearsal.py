@@ -229,13 +229,18 @@ def test_a_kernel_that_is_wrong_is_not_timed(tmp_path):
     def wrong(*args):
         return right(*args) * 1.01
 
+    def wrong_gradient(*args):
+        out = right(*args)
+        return out + 0.01 * (out - out.detach())
+
     def decline(*args):
         raise BackendError("not here")
 
-    variants = {"right": right, "wrong": wrong, "absent": decline}
+    variants = {"right": right, "wrong": wrong, "back": wrong_gradient, "absent": decline}
     kept, declined, errors = kernels.usable(setting, call, call, variants)
     assert (list(kept), list(declined)) == (["right"], ["absent"])
     assert "layer_norm float32[4,16]: result 0" in errors["wrong"]
+    assert "layer_norm float32[4,16]: result 1" in errors["back"]
     item = records.Item("an op", lambda: {"wrong": errors})
     records.work("kernels", iter([item]), setting.records, math.inf)
     (row,) = setting.records.all()

@@ -83,9 +83,14 @@ class Call:
         return flat.as_strided(a.shape, a.stride())  # which may repeat, as an expanded token does
 
     def wide(self) -> "Call":
-        """The same in fp64."""
-        args = (a.double() if _floating(a) else a for a in self.args)
-        return replace(self, args=tuple(args))
+        """The same in fp64, and a dtype that is asked for too."""
+
+        def widened(a):
+            if isinstance(a, torch.dtype):
+                return torch.float64
+            return a.double() if _floating(a) else a
+
+        return replace(self, args=tuple(map(widened, self.args)))
 
     def forward(self, function: Callable) -> Run:
         """A run of the function: its outputs."""
@@ -109,9 +114,10 @@ class Call:
                 return outs
             if not douts:  # a loss has the gradient 1, as in training
                 generator = torch.Generator(outs[0].device).manual_seed(0)
-                for out in outs:
-                    dout = torch.ones_like(out)
-                    douts.append(dout.normal_(generator=generator) if out.dim() else dout)
+                for out in outs:  # drawn in fp32: in fp64 a generator gives other numbers
+                    dout = torch.ones(out.shape, device=out.device)
+                    dout = dout.normal_(generator=generator) if out.dim() else dout
+                    douts.append(dout.to(out.dtype))
             grads = torch.autograd.grad(outs, leaves, douts, allow_unused=True)
             return [*(o.detach() for o in outs), *(g for g in grads if g is not None)]
 
@@ -220,7 +226,7 @@ def _floating(a) -> bool:
 
 
 def _has_bf16(args: tuple) -> bool:
-    return any(torch.is_tensor(a) and a.dtype == torch.bfloat16 for a in args)
+    return any(torch.bfloat16 in (a, getattr(a, "dtype", None)) for a in args)
 
 
 def _tuple(out) -> tuple[Tensor, ...]:

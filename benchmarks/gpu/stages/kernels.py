@@ -160,10 +160,9 @@ def cost(call: Call, setting: Setting) -> dict[str, dict[str, int]]:
         return {"bytes": {"forward": forward, "forward_backward": forward + written + _size(pos)}}
     # Norms and activations: the large tensors in and out; back, also what was kept.
     read = sum(_size(t) for t in tensors if t.dim() > 1)
-    kept = _size(outs[0])
-    back = written + kept + read
-    if call.op == "add_layer_norm":  # one gradient serves both terms of the sum
-        back = written + kept + _size(outs[0])
+    back = written + 2 * read  # the inputs are kept
+    if call.op == "add_layer_norm":  # the sum is kept, and its gradient serves both terms
+        back = written + 2 * _size(outs[0])
     return {"bytes": {"forward": read + written, "forward_backward": read + written + back}}
 
 
