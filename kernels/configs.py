@@ -117,7 +117,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         ]
     },
     "crop_resize_patchify_gather_fwd": {
-        "any": [{"LINES": 32, "num_warps": 4}, {"LINES": 16, "num_warps": 2}],
+        "channel_first": [{"LINES": 32, "num_warps": 2}, {"LINES": 32, "num_warps": 4}],
+        "channel_last": [{"LINES": 16, "num_warps": 4}, {"LINES": 16, "num_warps": 8}],
     },
     "masked_mse_fwd": {
         "any": [  # values at a time; one warp alone would exchange bytes by shuffles, 32 for each
@@ -209,9 +210,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
         ],
         "d128": [
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
-            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "f32_d32": [
             {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
@@ -244,9 +244,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d128": [
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
         ],
         "f32_d32": [
             {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
@@ -268,9 +266,9 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d64_long": [
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d80": [
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -278,9 +276,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
         ],
         "d128": [
-            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
-            {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 16, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 16, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
         ],
         "f32_d32": [
             {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},

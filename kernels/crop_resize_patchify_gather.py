@@ -94,6 +94,7 @@ def crop_resize_patchify_gather_fwd(
     out = torch.empty((*ids.shape, 3 * t_patch * patch * patch), dtype=dtype, device=ids.device)
     if out.numel():
         width = patch * 3 if channel_last else patch
+        order = "channel_last" if channel_last else "channel_first"
         _crop_resize_patchify_gather_fwd_kernel[ids.shape[1], ids.shape[0]](
             out,
             _table(frames),
@@ -108,7 +109,7 @@ def crop_resize_patchify_gather_fwd(
             patch,
             channel_last,
             triton.next_power_of_2(width),
-            **configs.pick("crop_resize_patchify_gather_fwd"),
+            **configs.pick("crop_resize_patchify_gather_fwd", order),
         )
     return out
 
