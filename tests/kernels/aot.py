@@ -38,7 +38,7 @@ class Limits(NamedTuple):
 
 ARCHS = {80: Limits(shared=164 * 1024), 90: Limits(), 100: Limits()}
 MODELS = ("vit_b", "vit_l")  # whose kernels every run of the tests compiles
-MORE_MODELS = ("vit_h", "vit_l_slowfast", "heads_of_128")
+MORE_MODELS = ("vit_h", "vit_b_two_clips", "vit_l_slowfast", "heads_of_128")
 TABLE = Path(__file__).with_name("aot.jsonl")
 # Instructions of tensor cores: mma of sm_80, wgmma of sm_90, tcgen05 of sm_100.
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC[A-Z]*MMA")

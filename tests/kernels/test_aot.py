@@ -88,7 +88,8 @@ def test_a_worsening_is_seen():
     good, bad = product(SUM=False), product(SUM=True)
     spilled = product(SUM=True, maxnreg=32)
     assert good.worse(good) == []
-    occupancy, tensor_core = bad.worse(good)
+    occupancy, dots, tensor_core = bad.worse(good)
+    assert dots == "0 dots of 16 bits, were 1"
     assert occupancy.startswith("occupancy") and "registers" in occupancy
     assert tensor_core.startswith("no tensor-core instruction, was")
     assert "bytes are spilled" in spilled.broken()[0]
