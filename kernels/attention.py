@@ -15,7 +15,8 @@ the only one with a mask: 157 keys cost 160, and 1569 cost 1600. Heads are not j
 where S is small: 3 programs a head fill a GPU from 8 clips, and share the keys in the L2 cache.
 
 A d that is no power of two is two parts, 80 = 64 + 16: each product runs over both, at the cost of
-d and not of 128. (112 = 64 + 48 is masked to 64 + 64.)
+d and not of 128. (112 = 64 + 48 is masked to 64 + 64.) fp32 keeps all its digits, so it has no
+tensor cores: it is for checks, and for heads of 32. Nothing here has run on a GPU yet.
 """
 
 import torch
@@ -303,7 +304,7 @@ def _shape_class(k: Tensor) -> str:
     """The nearest of the shapes in configs.py: by dtype, head dim and number of keys."""
     length, d = k.shape[1], k.shape[3]
     if k.dtype == torch.float32:
-        return "f32"
+        return "f32_d32" if d <= 32 else "f32"
     if d <= 32:
         return "d32"
     if d <= 64:
@@ -316,8 +317,8 @@ def _sizes(kernel: str, k: Tensor, blocked: str, length: int) -> dict[str, int]:
     runs over in blocks."""
     sizes, d = configs.pick(kernel, _shape_class(k)), k.shape[3]
     wide = 1 << d.bit_length() - 1
-    if k.dtype == torch.float32 and wide == d > 16:
-        wide //= 2  # products of fp32, without tensor cores, hold a whole part in registers
+    if wide == d and (d == 128 or (d > 16 and k.dtype == torch.float32)):
+        wide //= 2  # sm_80, and any GPU in fp32, holds a whole part of q in registers
     rest = triton.next_power_of_2(d - wide) if d > wide else 0
     loop, tail = divmod(length, sizes[blocked])
     tail = max(16, triton.next_power_of_2(tail)) if tail else 0

@@ -55,8 +55,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"ROWS": 8, "PROGRAMS": 1056, "num_warps": 8},
         ],
         "1024": [
-            {"ROWS": 2, "PROGRAMS": 2112, "num_warps": 4},
-            {"ROWS": 1, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 1, "PROGRAMS": 4224, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 2112, "num_warps": 8},
             {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 8},
         ],
         "2048": [
@@ -218,7 +218,6 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         ],
         "f32": [
             {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
-            {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
     },
     "attention_bwd_dq": {
@@ -250,7 +249,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [
-            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
         ],
     },
     "attention_bwd_dkv": {
@@ -283,7 +282,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [
-            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
         ],
     },
 }
