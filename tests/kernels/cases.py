@@ -1,6 +1,7 @@
 """The calls of every operator that the proofs of its Triton kernels run: at the models' shapes, at
 these cut down, and at odd ones."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -220,15 +221,17 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def calls(op: str, model: str, dtype: str, device: str) -> dict[str, list[Call]]:
+def calls(
+    op: str, model: str, dtype: str, device: str, watch: Callable = contextlib.nullcontext
+) -> dict[str, list[Call]]:
     """{case: the calls of forward and backward} of one op; runs them, so that backward has its
-    inputs."""
+    inputs. watch(forward's arguments): a context in which they run."""
     maker = _Maker(MODELS[model], DTYPES[dtype], device)
     if op == "adamw":
         return {"": list(*_adamw(maker))}
     found = {}
     for name, args in CASES[op](maker):
-        with _Recorder() as recorder:
+        with watch(args), _Recorder() as recorder:
             outs = getattr(torch.ops.mae_fast, f"{op}_fwd")(*args)
             outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad]
             leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from cases import CASES, DTYPES, ON_TRITON, calls
 from mae_fast.kernels import launchers
-from traffic import run
+from traffic import run, watched
 
 from mae_fast.ops import dispatch
 
@@ -20,7 +20,7 @@ LAUNCHERS = launchers(dispatch.LIBRARY._op_defs)
 @pytest.mark.parametrize("model", ["vit_b_cut_down", "odd"])
 @pytest.mark.parametrize("op", ON_TRITON)
 def test_operators_are_clean(op, model, dtype):
-    for case, made in calls(op, model, dtype, "cpu").items():
+    for case, made in calls(op, model, dtype, "cpu", watched).items():
         assert made[0].operator in (f"{op}_fwd", "adamw_norm")
         for operator, args in made:
             first, record = run(operator, args, seed=0)

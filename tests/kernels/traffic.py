@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,12 +72,16 @@ def least(call: Call, outs: Sequence[Tensor]) -> int:
     return total
 
 
+def watched(args: Sequence, seed: int = 0) -> AbstractContextManager[Record]:
+    """The sanitizer, for an operator of these arguments; tensors in lists go by their addresses."""
+    return sanitized(seed, extra=[t for a in args if isinstance(a, list) for t in tensors(a)])
+
+
 def run(operator: str, args: Sequence, seed: int = 0) -> tuple[list[Tensor], Record]:
     """(the outputs of an operator's launcher and what it changed, the sanitizer's record)."""
     args = copy.deepcopy(args)
-    listed = [t for a in args if isinstance(a, list) for t in tensors(a)]
     launch = launcher(operator)
-    with sanitized(seed, extra=listed) as record:
+    with watched(args, seed) as record:
         out = launch(*args)
     if operator == "adamw_step":  # in place: parameters, their moments, and copies
         out = tuple(t for group in args[0] for p, _, m, v, _, _ in group for t in (p, m, v))
@@ -86,7 +91,7 @@ def run(operator: str, args: Sequence, seed: int = 0) -> tuple[list[Tensor], Rec
 def rows(op: str, dtype: str) -> list[Row]:
     """The bytes of an op's operators."""
     found = []
-    for case, made in calls(op, MODEL, dtype, "cpu").items():
+    for case, made in calls(op, MODEL, dtype, "cpu", watched).items():
         for call in made:
             outs, record = run(*call)
             bytes_ = (least(call, outs), record.moved, record.requested)
