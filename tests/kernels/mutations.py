@@ -209,12 +209,12 @@ MUTATIONS = [
         "no_worse and patchify_gather-sm_90 and not crop",
     ),
     Mutation(
-        "bias_gelu: a tile too large for the registers",
-        "kernels/configs.py",
-        '{"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 1056, "num_warps": 4}',
-        '{"ROWS": 64, "COLUMNS": 512, "PROGRAMS": 1056, "num_warps": 4}',
+        "patch_embed: the product in fp32, beside the tensor cores",
+        "kernels/patch_embed.py",
+        "acc = tl.dot(a.to(dtype), tl.trans(b), acc,",
+        "acc = tl.dot(a.to(tl.float32), tl.trans(b).to(tl.float32), acc,",
         "aot",
-        "no_worse and bias_gelu-sm_90",
+        "no_worse and patch_embed-sm_80",
     ),
     # CUDA C++.
     Mutation(
