@@ -236,8 +236,8 @@ MUTATIONS = [
     Mutation(
         "CUDA patchify_gather: warps past the last patch write too",
         "csrc/cuda/patchify_gather.cuh",
-        "  if (row >= rows) return;\n",
-        "",
+        "if (row >= rows) return;",
+        "if (row > rows) return;",
         "emulate",
         "patchify_gather_is_exact and address",
     ),
@@ -288,6 +288,8 @@ def caught(mutation: Mutation) -> str:
         changed.write_text(source.replace(mutation.old, mutation.new))
         code, output = _pytest(Path(folder), mutation.tier, mutation.only)
     assert code == FAILED, f"{mutation.what}: lives (exit {code})\n{output}"
+    # What no compiler takes says nothing of the tier.
+    assert not re.search(r"\d: error: ", output), f"{mutation.what}: does not compile\n{output}"
     error = re.search(r"^E +(.*)$", output, re.M)
     return error[1] if error else output.splitlines()[-1]
 
