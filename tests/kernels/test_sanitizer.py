@@ -208,6 +208,7 @@ def test_outputs_may_be_filled_by_several_launches(x):
         out = torch.empty(2, N)
         _double(x, out[1])
         _double(x, out[0])
+    assert torch.equal(out, torch.stack([2 * x, 2 * x]))
 
 
 def test_a_masked_load_without_other_is_caught(x):
