@@ -1,5 +1,6 @@
 """What the tests of ops share: the backends that run here, and outputs that start poisoned."""
 
+import interpreter  # noqa: F401  rounds and multiplies bf16 as a GPU does
 import pytest
 import torch
 from op_checks import BACKENDS, DEVICE

@@ -1,7 +1,7 @@
 """Triton's interpreter, made to round fp32 to bf16 as a GPU does (it cuts the digits off), and to
 multiply matrices of bf16 (it multiplies their bits).
 
-Test files of Triton kernels import it; it changes nothing where nothing is interpreted.
+conftest.py imports it; it changes nothing where nothing is interpreted.
 """
 
 import numpy as np

@@ -3,7 +3,6 @@ scale and skip; bf16 copies."""
 
 import copy
 
-import interpreter  # noqa: F401
 import pytest
 import torch
 from op_checks import BACKENDS, DEVICE

@@ -1,6 +1,5 @@
 """attention: every backend against the fp64 reference, forward and gradients."""
 
-import interpreter  # noqa: F401  rounds and multiplies bf16 as a GPU does
 import pytest
 import torch
 from op_checks import BACKENDS, DTYPES, check_op, gradients

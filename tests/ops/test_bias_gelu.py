@@ -1,6 +1,5 @@
 """bias_gelu: every backend against the fp64 reference, forward and gradients."""
 
-import interpreter  # noqa: F401
 import pytest
 import torch
 from op_checks import DTYPES, check_op

@@ -1,6 +1,5 @@
 """crop_resize_patchify_gather: F.interpolate's pixels, of the wanted tokens only."""
 
-import interpreter  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """decoder_tokens: every backend against the fp64 reference, forward and gradients."""
 
-import interpreter  # noqa: F401
 import pytest
 import torch
 from op_checks import BACKENDS, DEVICE, DTYPES, check_op

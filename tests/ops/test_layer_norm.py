@@ -1,6 +1,5 @@
 """layer_norm: every backend against the fp64 reference, forward and gradients."""
 
-import interpreter  # noqa: F401
 import pytest
 import torch
 from op_checks import BACKENDS, DTYPES, check_op

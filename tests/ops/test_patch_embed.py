@@ -1,6 +1,5 @@
 """patch_embed: every backend against the fp64 reference, forward and gradients."""
 
-import interpreter  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,5 @@
 """patchify_gather: every backend gives the reference's very bits, whatever the clip's layout."""
 
-import interpreter  # noqa: F401
 import pytest
 import torch
 from op_checks import BACKENDS, DTYPES
