@@ -1,4 +1,5 @@
 """The package. `kernels/` is installed as `mae_fast.kernels`: its bare name is another project's.
+`benchmarks/baselines/` is installed as `mae_fast.bench.baselines`, the rest of benchmarks/ is not.
 
 The tests have passed with the floors of triton, numpy, av, safetensors, rich, tyro, matplotlib,
 pyarrow and the pytest family, beside torch 2.13; the other floors are not tested yet.
@@ -48,6 +49,8 @@ EXTRAS = {
         "transformers>=4.57",
     ],
 }
+
+MAPPED = {"mae_fast.kernels": "kernels", "mae_fast.bench.baselines": "benchmarks/baselines"}
 
 HERE = Path(__file__).parent
 VERSION = re.search('__version__ = "(.+)"', (HERE / "mae_fast/__init__.py").read_text())[1]
@@ -162,8 +165,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["mae_fast", "mae_fast.*"]), "mae_fast.kernels"],
-    package_dir={"mae_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["mae_fast", "mae_fast.*"]), *MAPPED],
+    package_dir=MAPPED,
     package_data={"mae_fast.kernels": ["*.json"]},  # measured tables
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,

@@ -3,11 +3,11 @@
     python -m benchmarks.ladder --batch 1 2 4 --out benchmarks/results/ladder.jsonl
     python -m benchmarks.ladder --engines mae_fast_encode_all --out benchmarks/results/ladder.jsonl
 
-Steps are taken in turn (benchmarks/timing.py), the machine's limits among them. Before anything is
-timed, engines that compute the same model must give the same loss from the same weights and mask.
-Peak memory is that of a process of its own, whose malloc gives back what is freed: glibc's own way
-leaves the heap in pieces, and the peak is then up to half as much again, by chance. `--quick` keeps
-the harness working and says nothing.
+Steps are taken in turn (mae_fast/bench/timing.py), the machine's limits among them. Before anything
+is timed, engines that compute the same model must give the same loss from the same weights and
+mask. Peak memory is that of a process of its own, whose malloc gives back what is freed: glibc's
+own way leaves the heap in pieces, and the peak is then up to half as much again, by chance.
+`--quick` keeps the harness working and says nothing.
 
 `mae_fast_encode_all` is masking at 0%: the encoder sees every token. The decoder and the loss stay
 those of the 90% mask, since 0% leaves nothing to predict; the paper's dense encoder is the same.
@@ -24,16 +24,16 @@ from pathlib import Path
 
 import torch
 import tyro
+from mae_fast.bench.baselines import BASELINES, OFFICIAL, OfficialMAE, normalise
+from mae_fast.bench.baselines.official_repository import OfficialRepository
+from mae_fast.bench.baselines.training import Built
+from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B
 from torch import Tensor
 
-from benchmarks import machine
-from benchmarks.baselines import BASELINES, OFFICIAL, OfficialMAE, normalise
-from benchmarks.baselines.official_repository import OfficialRepository
-from benchmarks.baselines.training import Built
-from benchmarks.baselines.transformers_videomae import VIDEOMAE_B
-from benchmarks.flops import official_step_flop, step_flop
-from benchmarks.ours import Ours
-from benchmarks.timing import append, interleave, ratio
+from mae_fast.bench import machine
+from mae_fast.bench.flops import official_step_flop, step_flop
+from mae_fast.bench.ours import Ours
+from mae_fast.bench.timing import append, interleave, ratio
 from mae_fast.config import ModelConfig, preset
 from mae_fast.environment import environment
 from mae_fast.masking import num_keep
@@ -214,7 +214,7 @@ def time_rounds(
 
 
 def flop(name: str, cfg: ModelConfig, clips: int, mask_ratio: float) -> int | None:
-    """FLOP of one step (benchmarks/flops.py); None for a model that is not counted."""
+    """FLOP of one step (mae_fast/bench/flops.py); None for a model that is not counted."""
     if name == REPOSITORY or name in OFFICIAL:
         return official_step_flop(cfg, clips, mask_ratio)
     if not name.startswith(OURS):

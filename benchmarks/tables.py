@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.flops import step_flop
-from benchmarks.timing import ratio, share, spread
+from mae_fast.bench.flops import step_flop
+from mae_fast.bench.timing import ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.ops import OPS
 

@@ -13,13 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import ladder, tables, timing
-from benchmarks.baselines import OfficialMAE, normalise
-from benchmarks.baselines.training import CLIP_GRAD
-from benchmarks.flops import official_step_flop, step_flop
+from mae_fast.bench.baselines import OfficialMAE, normalise
+from mae_fast.bench.baselines.training import CLIP_GRAD
+
+from benchmarks import ladder, tables
 from benchmarks.ops.case import Case
-from benchmarks.ours import encode_all_loss
 from mae_fast import backends
+from mae_fast.bench import timing
+from mae_fast.bench.flops import official_step_flop, step_flop
+from mae_fast.bench.ours import encode_all_loss
 from mae_fast.config import ModelConfig, preset
 from mae_fast.forward import SAVINGS, forward
 from mae_fast.masking import ids_from_noise, num_keep
@@ -237,7 +239,7 @@ def test_the_curves_agree(tmp_path):
     reason="set MAE_ST_PATH to a checkout of facebookresearch/mae_st",
 )
 def test_the_official_repository_gives_our_loss_and_gradients():
-    from benchmarks.baselines.official_repository import OfficialRepository
+    from mae_fast.bench.baselines.official_repository import OfficialRepository
 
     modules = set(sys.modules)
     torch.manual_seed(0)
@@ -261,7 +263,7 @@ def test_the_official_repository_gives_our_loss_and_gradients():
 
 
 def test_the_official_repository_must_be_there(tmp_path):
-    from benchmarks.baselines.official_repository import import_models
+    from mae_fast.bench.baselines.official_repository import import_models
 
     with pytest.raises(FileNotFoundError, match=r"has no models_mae.py"):
         import_models(str(tmp_path))

@@ -32,6 +32,7 @@ TOP_LEVEL = {
     "setup.py",
     "tests",
 }
+MAPPED = {"mae_fast.kernels": "kernels", "mae_fast.bench.baselines": "benchmarks/baselines"}
 EXTRAS = {"torchcodec", "flash-attn", "flash-attn-4", "xformers", "tensorboard", "wandb"}
 
 
@@ -49,7 +50,8 @@ def wheel(tmp_path_factory) -> Path:
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed")
     source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "csrc"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *MAPPED.values(), "csrc"):
+        (source / name).parent.mkdir(exist_ok=True)
         (source / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "mae_fast", source / "mae_fast", ignore=lambda *_: ["__pycache__"])
     for built in source.glob("mae_fast/*.so"):
@@ -73,27 +75,32 @@ def test_wheel_holds_the_package_only(wheel):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"mae_fast"}
     assert "mae_fast/cli.py" in names
     assert "mae_fast/kernels/__init__.py" in names
+    assert "mae_fast/bench/baselines/__init__.py" in names
     assert not [name for name in names if name.endswith(".so")]
 
 
-def test_wheel_imports_kernels_by_one_name(wheel, tmp_path):
+@pytest.mark.parametrize("module", MAPPED)
+def test_wheel_imports_mapped_folders_by_one_name(wheel, tmp_path, module):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import mae_fast.kernels; print(mae_fast.kernels.__file__)"
+    code = f"import {module} as m; print(m.__file__)"
     run = python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(tmp_path / "site/mae_fast/kernels/__init__.py")
+    assert run.stdout.strip() == str(tmp_path / "site" / module.replace(".", "/") / "__init__.py")
 
 
-def test_installed_package_imports_from_another_directory(tmp_path):
-    run = python("import mae_fast.kernels; print(mae_fast.kernels.__name__)", tmp_path)
+@pytest.mark.parametrize("module", MAPPED)
+def test_installed_package_imports_from_another_directory(tmp_path, module):
+    run = python(f"import {module} as m; print(m.__name__)", tmp_path)
     if "No module named 'mae_fast'" in run.stderr:
         pytest.skip("mae-fast is not installed here: pip install -e .")
-    assert run.stdout.strip() == "mae_fast.kernels", run.stderr
+    assert run.stdout.strip() == module, run.stderr
 
 
-def test_kernels_refuse_another_name():
-    run = python("import kernels", ROOT)
-    assert run.stderr.strip().endswith("ImportError: import mae_fast.kernels, not kernels")
+@pytest.mark.parametrize(("module", "folder"), MAPPED.items())
+def test_mapped_folders_refuse_another_name(module, folder):
+    name = folder.replace("/", ".")
+    run = python(f"import {name}", ROOT)
+    assert run.stderr.strip().endswith(f"ImportError: import {module}, not {name}")
 
 
 def test_metadata(wheel):

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from mae_fast.bench.baselines.official import OfficialMAE, normalise
+from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
+from mae_fast.bench.baselines.transformers_videomae import PEERS
 from torch import Tensor
 
-from benchmarks.baselines.official import OfficialMAE, normalise
-from benchmarks.baselines.training import Built, make_optimizer, make_step
-from benchmarks.baselines.transformers_videomae import PEERS
 from mae_fast.config import ModelConfig
 from mae_fast.model import init_weights
+
+if __name__ != "mae_fast.bench.baselines":
+    raise ImportError(f"import mae_fast.bench.baselines, not {__name__}", name=__name__)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from torch import Tensor
 
-from benchmarks.baselines.training import Built, make_optimizer, make_step
 from mae_fast.config import ModelConfig, preset
 
 # transformers' VideoMAEConfig(): a decoder of 384, 4 blocks, 6 heads.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import Limit
+from mae_fast.bench.machine import Limit
 
 FLUSH_BYTES = 256 << 20  # the L2 of an H100 holds 50 MB, that of a B200 126
 # Busy work before a timed call, so that the host has launched all of it when the clock starts:

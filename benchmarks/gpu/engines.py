@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from mae_fast.bench.baselines import Official
+from mae_fast.bench.baselines.training import Built
 from torch import Tensor
 
-from benchmarks.baselines import Official
-from benchmarks.baselines.training import Built
 from benchmarks.gpu.records import free
 from benchmarks.gpu.setting import Setting
-from benchmarks.ours import Ours
+from mae_fast.bench.ours import Ours
 from mae_fast.config import ModelConfig
 from mae_fast.graph import GraphedStep
 

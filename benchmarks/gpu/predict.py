@@ -8,9 +8,9 @@ which is a ceiling of the device times a share that is assumed; kinds do not ove
 
 from typing import NamedTuple
 
-from benchmarks.flops import official_step_flop, step_flop
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.setting import model_of
+from mae_fast.bench.flops import official_step_flop, step_flop
 from mae_fast.config import ModelConfig
 from mae_fast.masking import num_keep
 
@@ -46,7 +46,7 @@ class Term(NamedTuple):
 
 
 def terms(cfg: ModelConfig, clips: int, ratio: float = 0.9, encode_all: bool = False) -> list[Term]:
-    """The work of a clip in a step of `clips`; its flop are those of benchmarks/flops.py."""
+    """The work of a clip in a step of `clips`; its flop are those of mae_fast/bench/flops.py."""
     cls, length = int(cfg.cls_embed), cfg.num_patches
     kept = num_keep("random", cfg.grid, ratio)
     masked, seen = length - kept, cls + (length if encode_all else kept)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import ROOT
-from benchmarks.timing import append
+from mae_fast.bench.timing import append
 from mae_fast.environment import commit, environment
 
 RESULTS = ROOT / "benchmarks/results/gpu"

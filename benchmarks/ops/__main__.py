@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks import machine
 from benchmarks.ops.bench_overhead import WAYS, call
 from benchmarks.ops.case import CLIPS, MODEL, Case
-from benchmarks.timing import append, interleave, ratio, share, spread
+from mae_fast.bench import machine
+from mae_fast.bench.timing import append, interleave, ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.environment import environment
 from mae_fast.ops import OPS

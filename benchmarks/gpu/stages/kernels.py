@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
+from mae_fast.bench.baselines.training import CLIP_GRAD, LR
 from torch import Tensor, nn
 
-from benchmarks.baselines.training import CLIP_GRAD, LR
 from benchmarks.gpu.calls import Call, Case, Run, cases, check
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.machine import as_record
-from benchmarks.timing import interleave, ratio
+from mae_fast.bench.machine import as_record
+from mae_fast.bench.timing import interleave, ratio
 from mae_fast.config import TrainConfig
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch

@@ -7,12 +7,12 @@
 import statistics
 from collections.abc import Iterator
 
-from benchmarks.flops import step_flop
 from benchmarks.gpu.engines import LOSS_TOLERANCE, OURS, build
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.steps import STEPS_A_SAMPLE, several, warmed
-from benchmarks.timing import interleave, ratio
+from mae_fast.bench.flops import step_flop
+from mae_fast.bench.timing import interleave, ratio
 from mae_fast.ops import OPS, dispatch
 
 BATCH, BASE = 64, 0.9

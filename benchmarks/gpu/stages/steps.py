@@ -8,15 +8,15 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from mae_fast.bench.baselines.training import Built
 from torch import Tensor
 
-from benchmarks.baselines.training import Built
-from benchmarks.flops import official_step_flop
 from benchmarks.gpu.engines import GRAPH, OURS, build, first_losses, fitting
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.machine import as_record
-from benchmarks.timing import interleave
+from mae_fast.bench.flops import official_step_flop
+from mae_fast.bench.machine import as_record
+from mae_fast.bench.timing import interleave
 
 LADDER = (
     OURS,

@@ -23,7 +23,7 @@ from benchmarks.gpu.calls import Call, Case, Run, cases
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.checks import end_by, own_backend
-from benchmarks.timing import interleave
+from mae_fast.bench.timing import interleave
 
 MODELS, BATCH = ("vit_large", "vit_base"), 64
 ROUNDS = 9

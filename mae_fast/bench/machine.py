@@ -1,6 +1,6 @@
 """What this machine can do at most: the bandwidth of a copy and the rate of fp32 products.
 
-    python -m benchmarks.machine
+    python -m mae_fast.bench.machine
 
 Whatever is held against these is measured in the same process, and round by round with them.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.timing import interleave, spread
+from mae_fast.bench.timing import interleave, spread
 from mae_fast.ops.linear import linear
 
 COPY_BYTES = 128 << 20  # of each of the two tensors: beyond any cache

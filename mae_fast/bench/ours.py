@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.training import CLIP_GRAD, LR, Built
+from mae_fast.bench.baselines.training import CLIP_GRAD, LR, Built
 from mae_fast.config import ModelConfig, TrainConfig
 from mae_fast.forward import decode, encode, forward, masked_loss
 from mae_fast.masking import ids_from_noise, num_keep
