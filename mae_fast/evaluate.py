@@ -48,7 +48,7 @@ def held_out_loss(
         )
         loss, _, _ = model(video, ids_keep=keep, ids_mask=masked)
         target = targets(spec, video, masked, torch.float32)
-        if spec.norm_pix_loss:
+        if spec.norm_pix == "patch":
             target = norm_pix(target)[0]
         means += float(target.var(dim=-1, correction=0).mean()) * len(batch.paths)
         losses += float(loss) * len(batch.paths)

@@ -6,12 +6,14 @@ mathematics does not need it; SAVINGS names each of these, and each can be switc
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.attention import attention
@@ -33,21 +35,39 @@ SAVINGS = {
 
 
 class Affine(NamedTuple):
-    """Weight and bias of a linear layer or a norm. Only q, k, v may lack a bias."""
+    """Weight and bias of a linear layer. Only q, k, v and decoder_embed may lack a bias."""
 
     weight: Tensor
     bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer) -> "Affine":
+        """Those of an nn.Linear."""
+        return cls(layer.weight, layer.bias)
+
+
+class Norm(NamedTuple):
+    """Weight and bias of a layer norm over the last dimension, and the eps under its root."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, layer) -> "Norm":
+        """Those of an nn.LayerNorm."""
+        return cls(layer.weight, layer.bias, layer.eps)
 
 
 class Block(NamedTuple):
     """One pre-norm transformer block of width D: q, k, v, proj [D, D]; fc1 [F, D]; fc2 [D, F]."""
 
-    norm1: Affine
+    norm1: Norm
     q: Affine
     k: Affine
     v: Affine
     proj: Affine
-    norm2: Affine
+    norm2: Norm
     fc1: Affine
     fc2: Affine
 
@@ -63,20 +83,22 @@ class Params(NamedTuple):
     pos: Tensor
     cls: Tensor | None
     blocks: list[Block]
-    norm: Affine
+    norm: Norm | None
     decoder_embed: Affine
     mask_token: Tensor
     decoder_pos: Tensor
     decoder_cls: Tensor | None
     decoder_blocks: list[Block]
-    decoder_norm: Affine
+    decoder_norm: Norm
     head: Affine
 
 
 class Spec(NamedTuple):
     """What the parameters' shapes do not say.
 
-    `keep_encoder_cls`: the decoder's cls token is the encoder's, projected, plus decoder_cls.
+    `norm_pix`: the values of a target patch that are normalised together. `keep_encoder_cls`: the
+    decoder's cls token is the encoder's, projected, plus decoder_cls. `checkpoint`: a block keeps
+    its input only, and runs again in backward.
     """
 
     t_patch: int
@@ -85,11 +107,11 @@ class Spec(NamedTuple):
     decoder_num_heads: int
     target_frames: tuple[int, ...]
     pred_t_patch: int
-    norm_pix_loss: bool
+    norm_pix: Literal["none", "patch", "channel"]
     keep_encoder_cls: bool
-    eps: float = 1e-6
     mean: float = 0.45
     std: float = 0.225
+    checkpoint: bool = False
 
 
 def forward(
@@ -100,11 +122,13 @@ def forward(
     ids_mask: Tensor,
     full_pred: bool = False,
     without: Collection[str] = (),
+    pixels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, pred) of a clip [B, C, T, H, W], uint8 or normalised float, under one mask.
 
-    ids_keep [B, K] and ids_mask [B, M] split the L tokens. pred is [B, M, P], in the order of
-    ids_mask, or with full_pred [B, L, P] in patch order. `without` names SAVINGS to switch off.
+    ids_keep [B, K] and ids_mask [B, M] split the L tokens, or some of them: no other token takes
+    part. pred is [B, M, P], in the order of ids_mask, or with full_pred [B, K + M, P] in patch
+    order. `without` names SAVINGS to switch off. The targets are those of the clip `pixels`.
     """
     unknown = set(without) - set(SAVINGS)
     if unknown:
@@ -112,7 +136,7 @@ def forward(
     latent = encode(params, spec, video, ids_keep, without)
     pred = decode(params, spec, latent, ids_keep, ids_mask, full_pred, without)
     masked = pred[:, ids_keep.shape[1] :] if full_pred else pred
-    loss = masked_loss(spec, masked, video, ids_mask)
+    loss = masked_loss(spec, masked, video if pixels is None else pixels, ids_mask)
     if full_pred:
         pred = _rows(pred, torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1))
     return loss, pred
@@ -121,7 +145,7 @@ def forward(
 def encode(
     params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
 ) -> Tensor:
-    """The encoder on visible tokens only: [B, (1 +) K, D] after its last norm, cls first."""
+    """The encoder on visible tokens: [B, (1 +) K, D] after its last norm (if any), cls first."""
     everywhere = "visible_embed" in without
     ids = ids_keep
     if everywhere:
@@ -132,10 +156,12 @@ def encode(
         x = _rows(x, ids_keep)
     if params.cls is not None:
         x = torch.cat([params.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
-    y = None
+    y, run = None, _runner(spec)
     for block in params.blocks:
-        x, y = transformer_block(x, y, block, spec.num_heads, spec.eps)
-    return _norm(x, y, params.norm, spec.eps)[1]
+        x, y = run(x, y, block, spec.num_heads)
+    if params.norm is None:
+        return x if y is None else x + y
+    return _norm(x, y, params.norm)[1]
 
 
 def decode(
@@ -157,29 +183,28 @@ def decode(
     else:
         cls = params.decoder_cls.expand(visible.shape[0], -1)
     x = decoder_tokens(visible, cls, params.mask_token, params.decoder_pos, ids_keep, ids_mask)
-    heads, eps = spec.decoder_num_heads, spec.eps
+    heads, run = spec.decoder_num_heads, _runner(spec)
     blocks, y, qkv = params.decoder_blocks, None, None
     # The outputs asked for stand last; keys and values come from every token all the same.
     wanted = ids_mask.shape[1] + (ids_keep.shape[1] if everything else 0)
-    ids = torch.cat([ids_keep, ids_mask], dim=1)
-    length = len(params.decoder_pos)
+    length, tokens = len(params.decoder_pos), ids_keep.shape[1] + ids_mask.shape[1]
     if "no_unshuffle" in without:
-        x = torch.cat([x[:, : -ids.shape[1]], _rows(x[:, -ids.shape[1] :], ids.argsort(dim=1))], 1)
+        order = torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1)
+        x = torch.cat([x[:, :-tokens], _rows(x[:, -tokens:], order)], dim=1)
     elif len(blocks) > 1 and ids_mask.numel() > length and "shared_mask_tokens" not in without:
         table = params.mask_token + params.decoder_pos  # [L, E], the same for every clip
-        qkv = _shared_qkv(x[:, : -ids_mask.shape[1]], table, ids_mask, blocks[0], heads, eps)
+        qkv = _shared_qkv(x[:, : -ids_mask.shape[1]], table, ids_mask, blocks[0], heads)
     for block in blocks[:-1]:
-        x, y = transformer_block(x, y, block, heads, eps, qkv=qkv)
+        x, y = run(x, y, block, heads, qkv=qkv)
         qkv = None
     everywhere = "no_unshuffle" in without or "masked_last_block" in without
     first = 0 if everywhere else x.shape[1] - wanted
-    x, y = transformer_block(x, y, blocks[-1], heads, eps, first)
+    x, y = run(x, y, blocks[-1], heads, first)
     if everywhere:
-        x, y = (
-            _rows(t[:, -ids.shape[1] :], ids) if "no_unshuffle" in without else t for t in (x, y)
-        )
+        if "no_unshuffle" in without:
+            x, y = (_rows(t[:, -tokens:], order.argsort(dim=1)) for t in (x, y))
         x, y = x[:, -wanted:], y[:, -wanted:]
-    return linear(_norm(x, y, params.decoder_norm, eps)[1], *params.head)
+    return linear(_norm(x, y, params.decoder_norm)[1], *params.head)
 
 
 def _rows(x: Tensor, ids: Tensor) -> Tensor:
@@ -188,11 +213,11 @@ def _rows(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _shared_qkv(
-    others: Tensor, table: Tensor, ids_mask: Tensor, p: Block, heads: int, eps: float
+    others: Tensor, table: Tensor, ids_mask: Tensor, p: Block, heads: int
 ) -> list[Tensor]:
     """q, k, v [B, S, heads, d] of [others | mask tokens]: those of mask tokens are computed once
     for each position ([L, E]) and looked up, so their gradients are summed over clips first."""
-    others, table = (_norm(x, None, p.norm1, eps)[1] for x in (others, table))
+    others, table = (_norm(x, None, p.norm1)[1] for x in (others, table))
     qkv = []
     for w in (p.q, p.k, p.v):
         masked = F.embedding(ids_mask, linear(table, *w))
@@ -203,7 +228,7 @@ def _shared_qkv(
 def masked_loss(spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
     """The loss of predictions [B, M, P] of the tokens ids_mask [B, M]."""
     target = (spec.target_frames, spec.pred_t_patch, spec.patch, spec.mean, spec.std)
-    return masked_mse(pred, video, ids_mask, *target, spec.norm_pix_loss)
+    return masked_mse(pred, video, ids_mask, *target, spec.norm_pix == "patch")
 
 
 def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -220,44 +245,53 @@ def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tenso
     )
 
 
+def _runner(spec: Spec) -> Callable[..., tuple[Tensor, Tensor]]:
+    """How a block is run: as it is, or kept as its input only."""
+    if not spec.checkpoint or not torch.is_grad_enabled():
+        return transformer_block
+    # Nothing in a block is random. What it keeps lives for the length of its own backward only.
+    how = dict(use_reentrant=False, preserve_rng_state=False, again=False)
+    return functools.partial(checkpoint, transformer_block, **how)
+
+
 def transformer_block(
     x: Tensor,
     y: Tensor | None,
     p: Block,
     heads: int,
-    eps: float,
     first: int = 0,
     qkv: list[Tensor] | None = None,
+    again: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The block's output for the tokens from `first` on, as the two parts [B, S - first, D] of a
     sum that the next norm takes; its input is x + y [B, S, D] (y None: x alone).
 
     qkv, where given, holds the queries, keys and values [B, S, heads, d] that the input would give.
+    again: norms and activations are made again in backward, not kept.
     """
     if qkv is None:
-        x, h = _norm(x, y, p.norm1, eps)
-        with _made_again(h, layer_norm, x, *p.norm1, eps, h.dtype):
+        x, h = _norm(x, y, p.norm1)
+        with _made_again(again, h, layer_norm, x, *p.norm1, h.dtype):
             asked = h[:, first:]
             if h.dtype != x.dtype:  # torch rounds before it adds the bias where rows lie apart
                 asked = asked.contiguous()
             inputs = ((asked, p.q), (h, p.k), (h, p.v))
             qkv = [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
     a = attention(*qkv).flatten(2)  # [B, S - first, D]
-    x, h = _norm(x[:, first:], linear(a, *p.proj), p.norm2, eps)
-    with _made_again(h, layer_norm, x, *p.norm2, eps, h.dtype):
+    x, h = _norm(x[:, first:], linear(a, *p.proj), p.norm2)
+    with _made_again(again, h, layer_norm, x, *p.norm2, h.dtype):
         h = linear(h, p.fc1.weight)
     g = bias_gelu(h, p.fc1.bias)
-    with _made_again(g, bias_gelu, h, p.fc1.bias):
+    with _made_again(again, g, bias_gelu, h, p.fc1.bias):
         return x, linear(g, *p.fc2)
 
 
 @contextlib.contextmanager
-def _made_again(out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
+def _made_again(again: bool, out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
     """What is called inside keeps, in place of `out`, how to make it again: function(*args), a pass
     over memory, once for all that is called inside. Norms and activations are two thirds of what a
-    block would keep for backward."""
-    # A compiler chooses for itself.
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    block would keep for backward. Without `again`, and where a compiler chooses: nothing."""
+    if not again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
     storage = out.untyped_storage()._cdata
@@ -288,13 +322,13 @@ def _made_again(out: Tensor, function: Callable[..., Tensor], *args) -> Iterator
         yield
 
 
-def _norm(x: Tensor, y: Tensor | None, p: Affine, eps: float) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, y: Tensor | None, p: Norm) -> tuple[Tensor, Tensor]:
     """(x + y, its layer norm), where y may be absent. The norm is rounded once, to the dtype of the
     products that take it, each of which would cast it for itself."""
     dtype = _product_dtype(x)
     if y is None:
-        return x, layer_norm(x, *p, eps, dtype)
-    return add_layer_norm(x, y, *p, eps, dtype)
+        return x, layer_norm(x, *p, dtype)
+    return add_layer_norm(x, y, *p, dtype)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype | None:

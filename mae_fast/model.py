@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast.config import ModelConfig
-from mae_fast.forward import Affine, Block, Params, Spec, forward
+from mae_fast.forward import Affine, Block, Norm, Params, Spec, forward
 from mae_fast.masking import ids_from_keep, ids_from_noise, mask_from_keep, num_keep
 from mae_fast.ops.masked_mse import unpatchify
 
@@ -50,8 +50,8 @@ class TransformerBlock(nn.Module):
 
     def params(self) -> Block:
         a, m = self.attn, self.mlp
-        layers = (self.norm1, a.q, a.k, a.v, a.proj, self.norm2, m.fc1, m.fc2)
-        return Block(*(_affine(layer) for layer in layers))
+        q, k, v, proj, fc1, fc2 = map(Affine.of, (a.q, a.k, a.v, a.proj, m.fc1, m.fc2))
+        return Block(Norm.of(self.norm1), q, k, v, proj, Norm.of(self.norm2), fc1, fc2)
 
 
 class PatchEmbed(nn.Module):
@@ -99,9 +99,8 @@ class MaskedAutoencoder(nn.Module):
             decoder_num_heads=cfg.decoder_num_heads,
             target_frames=cfg.target_frames,
             pred_t_patch=cfg.pred_t_patch_size,
-            norm_pix_loss=cfg.norm_pix_loss,
+            norm_pix="patch" if cfg.norm_pix_loss else "none",
             keep_encoder_cls=cfg.cls_embed and not own_cls,
-            eps=NORM_EPS,
             mean=PIXEL_MEAN,
             std=PIXEL_STD,
         )
@@ -139,14 +138,14 @@ class MaskedAutoencoder(nn.Module):
             pos=pos,
             cls=cls,
             blocks=[b.params() for b in self.blocks],
-            norm=_affine(self.norm),
-            decoder_embed=_affine(self.decoder_embed),
+            norm=Norm.of(self.norm),
+            decoder_embed=Affine.of(self.decoder_embed),
             mask_token=self.mask_token[0, 0],
             decoder_pos=decoder_pos,
             decoder_cls=decoder_cls,
             decoder_blocks=[b.params() for b in self.decoder_blocks],
-            decoder_norm=_affine(self.decoder_norm),
-            head=_affine(self.decoder_pred),
+            decoder_norm=Norm.of(self.decoder_norm),
+            head=Affine.of(self.decoder_pred),
         )
 
     def forward(
@@ -190,10 +189,6 @@ class MaskedAutoencoder(nn.Module):
     def unpatchify(self, patches: Tensor) -> Tensor:
         """Predicted patches [B, L, P] -> video [B, C, target frames, H, W]; keeps no state."""
         return unpatchify(patches, self.cfg.grid, self.cfg.patch_size, self.cfg.in_chans)
-
-
-def _affine(layer: nn.Linear | nn.LayerNorm) -> Affine:
-    return Affine(layer.weight, layer.bias)
 
 
 @torch.no_grad()

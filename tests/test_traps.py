@@ -245,9 +245,9 @@ def test_trap_14_block_against_formula(heads, side):
 
     from mae_fast.forward import transformer_block
 
-    ours = sum(transformer_block(x, None, block.params(), heads, 1e-6))
+    ours = sum(transformer_block(x, None, block.params(), heads))
     torch.testing.assert_close(ours, y, rtol=1e-10, atol=1e-10)
-    some = sum(transformer_block(x, None, block.params(), heads, 1e-6, first=4))
+    some = sum(transformer_block(x, None, block.params(), heads, first=4))
     torch.testing.assert_close(some, y[:, 4:], rtol=1e-10, atol=1e-10)
 
 
