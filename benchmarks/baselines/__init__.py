@@ -46,12 +46,13 @@ class Official:
             model.compile(dynamic=False, backend=self.compiler)
         optimizer = make_optimizer(model, self.fused_adamw)
 
-        def loss_of(clips: Tensor, noise: Tensor | None) -> Tensor:
+        def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
             if clips.dtype == torch.uint8:
                 clips = normalise(clips)
-            return model(clips, mask_ratio, noise)[0]
+            return model(clips, ratio, noise, encode_all)[0]
 
-        return Built(model, optimizer, make_step(model, optimizer, loss_of, precision))
+        step = make_step(model, optimizer, loss_of, mask_ratio, precision)
+        return Built(model, optimizer, step)
 
 
 OFFICIAL = {

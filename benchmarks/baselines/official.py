@@ -88,11 +88,12 @@ class PatchEmbed(nn.Module):
 
 
 class OfficialMAE(nn.Module):
-    """loss, pred, mask = model(video, mask_ratio, noise), the official slow way.
+    """loss, pred, mask = model(video, mask_ratio, noise, encode_all), the official slow way.
 
     video [N, C, T, H, W] float, normalised; noise [N, L] (drawn when None); mask [N, L] is 0 for
     kept and 1 for removed. pred is [N, L, P] for mae_st, and for slowfast, which projects masked
-    tokens only, [N, M, P], both in patch order.
+    tokens only, [N, M, P], both in patch order. encode_all is not in the official code: the encoder
+    sees every token, and the decoder gets those that the mask keeps.
     """
 
     def __init__(self, cfg: ModelConfig, attention: Literal["eager", "sdpa"] = "eager") -> None:
@@ -147,9 +148,17 @@ class OfficialMAE(nn.Module):
         return pos
 
     def forward(
-        self, video: Tensor, mask_ratio: float = 0.9, noise: Tensor | None = None
+        self,
+        video: Tensor,
+        mask_ratio: float = 0.9,
+        noise: Tensor | None = None,
+        encode_all: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        latent, mask, ids_restore = self.encode(video, mask_ratio, noise)
+        latent, mask, ids_restore = self.encode(video, 0.0 if encode_all else mask_ratio, noise)
+        if encode_all:
+            keep = int(mask.shape[1] * (1 - mask_ratio))
+            mask = (ids_restore >= keep).float()
+            latent = latent[:, : int(self.cfg.cls_embed) + keep]  # these stand first
         pred = self.decode(latent, ids_restore, mask)
         return self.loss(video, pred, mask), pred, mask
 

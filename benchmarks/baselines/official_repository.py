@@ -53,7 +53,9 @@ class OfficialRepository:
         model.to(device).train()
         optimizer = make_optimizer(model)
 
-        def loss_of(clips: Tensor, noise: Tensor | None) -> Tensor:
+        def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
+            if encode_all:
+                raise ValueError("the official repository cannot encode every token")
             if clips.dtype == torch.uint8:
                 clips = normalise(clips)
             # The noise is the only random number of its forward.
@@ -61,9 +63,10 @@ class OfficialRepository:
             if noise is not None:
                 given = mock.patch.object(torch, "rand", lambda *size, device: noise.to(device))
             with given:
-                return model(clips, mask_ratio)[0]
+                return model(clips, ratio)[0]
 
-        return Built(model, optimizer, make_step(model, optimizer, loss_of, precision))
+        step = make_step(model, optimizer, loss_of, mask_ratio, precision)
+        return Built(model, optimizer, step)
 
     def source(self) -> str:
         """A hash of the files that make the model, for records: a checkout may have no git."""

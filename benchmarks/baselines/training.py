@@ -15,9 +15,12 @@ LR = 1.6e-3 * 2 / 256
 
 
 class Built(NamedTuple):
-    """A baseline ready to train. step(clips [B, C, T, H, W], noise [B, L] or None) -> loss.
+    """A baseline ready to train: step(clips [B, C, T, H, W], noise [B, L], mask_ratio, encode_all)
+    -> loss.
 
-    clips are uint8, or normalised float where the loader's share is not to be timed.
+    clips are uint8, or normalised float where the loader's share is not to be timed. noise is drawn
+    when it is None, mask_ratio is by default that of the build. encode_all is masking at 0%: the
+    encoder sees every token; the decoder and the loss stay those of the mask.
     """
 
     model: nn.Module
@@ -34,10 +37,12 @@ def make_optimizer(model: nn.Module, fused: bool = False) -> torch.optim.AdamW:
 def make_step(
     model: nn.Module,
     optimizer: torch.optim.AdamW,
-    loss_of: Callable[[Tensor, Tensor | None], Tensor],
+    loss_of: Callable[[Tensor, Tensor | None, float, bool], Tensor],
+    mask_ratio: float,
     precision: str = "fp32",
 ) -> Callable[..., float]:
-    """One step of the official loop, its host syncs included. `loss_of(clips, noise)` is forward.
+    """One step of the official loop, its host syncs included. `loss_of(clips, noise, mask_ratio,
+    encode_all)` is forward.
 
     precision "bf16" runs forward under autocast; the official code is "fp32".
     """
@@ -45,9 +50,14 @@ def make_step(
         raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
     params = list(model.parameters())
 
-    def step(clips: Tensor, noise: Tensor | None = None) -> float:
+    def step(
+        clips: Tensor,
+        noise: Tensor | None = None,
+        mask_ratio: float = mask_ratio,
+        encode_all: bool = False,
+    ) -> float:
         with torch.autocast(clips.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(clips, noise)
+            loss = loss_of(clips, noise, mask_ratio, encode_all)
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value}")

@@ -5,13 +5,15 @@ token and every frame predicted. It still differs: fixed sine positions, no bias
 the decoder, no norm after the encoder, pixels normalised channel by channel.
 """
 
+import contextlib
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_fast.config import ModelConfig, preset
 
@@ -26,6 +28,11 @@ VIDEOMAE_B = preset(
 )
 # VideoMAE takes its target from pixels it un-normalises with ImageNet's constants.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def nearest(cfg: ModelConfig) -> ModelConfig:
+    """The model of cfg's widths and depths that VideoMAE has."""
+    return replace(cfg, pred_t_dim=cfg.num_frames, cls_embed=False, no_qkv_bias=False)
 
 
 @dataclass(frozen=True)
@@ -51,22 +58,43 @@ class TransformersVideoMAE:
         optimizer = make_optimizer(model)
         mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (_MEAN, _STD))
 
-        def loss_of(clips: Tensor, noise: Tensor | None) -> Tensor:
+        def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
             if clips.dtype == torch.uint8:
                 clips = (clips.float() / 255 - mean) / std
             if noise is None:
                 noise = torch.rand(len(clips), cfg.num_patches, device=clips.device)
-            keep = int(cfg.num_patches * (1 - mask_ratio))
+            keep = int(cfg.num_patches * (1 - ratio))
             masked = noise.argsort(dim=1).argsort(dim=1) >= keep
-            return model(clips.transpose(1, 2), bool_masked_pos=masked).loss
+            with _all_seen(model, masked) if encode_all else contextlib.nullcontext():
+                return model(clips.transpose(1, 2), bool_masked_pos=masked).loss
 
-        return Built(model, optimizer, make_step(model, optimizer, loss_of, precision))
+        step = make_step(model, optimizer, loss_of, mask_ratio, precision)
+        return Built(model, optimizer, step)
 
 
 PEERS = {
     name: TransformersVideoMAE(name, attention)
     for name, attention in (("transformers_eager", "eager"), ("transformers_sdpa", "sdpa"))
 }
+
+
+@contextlib.contextmanager
+def _all_seen(model: nn.Module, masked: Tensor) -> Iterator[None]:
+    """The encoder sees every token, and hands over those that are not masked."""
+
+    def hand_over(module, inputs, output):
+        x = output.last_hidden_state
+        output.last_hidden_state = x[~masked].view(len(x), -1, x.shape[-1])
+        return output
+
+    embeddings = model.videomae.embeddings
+    before = embeddings.register_forward_pre_hook(lambda module, inputs: (inputs[0], None))
+    after = model.videomae.register_forward_hook(hand_over)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 def _import_videomae() -> tuple[type, type]:

@@ -32,12 +32,16 @@ class Ours:
         """The model with its own starting values, its optimizer, and one training step."""
         model = MaskedAutoencoder(cfg).to(device)
         optimizer = make_optimizer(model, TrainConfig())
-        keep = num_keep("random", cfg.grid, mask_ratio)
 
-        def step(clips: Tensor, noise: Tensor) -> Tensor:
-            ids = ids_from_noise(noise, keep)
+        def step(
+            clips: Tensor,
+            noise: Tensor,
+            mask_ratio: float = mask_ratio,
+            encode_all: bool = self.encode_all,
+        ) -> Tensor:
+            ids = ids_from_noise(noise, num_keep("random", cfg.grid, mask_ratio))
             with torch.autocast(clips.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                if self.encode_all:
+                if encode_all:
                     loss = encode_all_loss(model, clips, *ids)
                 else:
                     without = self.without
