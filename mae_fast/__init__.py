@@ -18,8 +18,11 @@ _HOME = {
     "TrainConfig": "config",
     "preset": "config",
     "MaskedAutoencoder": "model",
+    "accelerate": "drop_in",
     "backends": "ops.dispatch",
+    "explain": "drop_in",
     "pretrain": "train",
+    "restore": "drop_in",
 }
 _MODULES = ("convert", "data", "masking", "reconstruct")
 __all__ = sorted([*_HOME, *_MODULES, "__version__"])

@@ -17,6 +17,10 @@ class BackendError(ConfigError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
+class AccelerateError(ConfigError):
+    """A model that the fused forward cannot stand for; the message says which part and why."""
+
+
 class DataError(MaeFastError):
     """No usable videos, or more broken ones than the run allows."""
 

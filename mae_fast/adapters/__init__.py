@@ -1,0 +1,36 @@
+"""One adapter a family of models: which parts it has, whether they fit, how its forward is fused.
+
+An adapter is a module:
+    FAMILY       its name
+    SOURCE       whose model it is, in a line
+    PARTS        names of modules and parameters by which the family is recognised
+    CHANNEL_DIM  where a clip [B, ..., H, W] has its channels
+    check(model) -> list[Finding]: each part, compared with what the fused forward computes
+    forward(model, pixels, ...) -> what the model's own forward gives for the same arguments,
+        through mae_fast.forward. Parameters are read from the modules at every call. `pixels` says
+        how a uint8 clip is read (None: there are none). Raises Unfused for a call that is left to
+        the model's own forward.
+"""
+
+from types import ModuleType
+
+from torch import nn
+
+from mae_fast.adapters import mae_st
+from mae_fast.adapters.parts import Finding
+
+FAMILIES: dict[str, ModuleType] = {adapter.FAMILY: adapter for adapter in (mae_st,)}
+
+
+def find(model: nn.Module) -> tuple[ModuleType | None, list[Finding]]:
+    """(the adapter whose parts the model has, what it finds); (None, what is missing) without one.
+
+    Of several adapters the one that refuses the least.
+    """
+    names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    missing = {f: [p for p in a.PARTS if p not in names] for f, a in FAMILIES.items()}
+    found = [(FAMILIES[f], FAMILIES[f].check(model)) for f, parts in missing.items() if not parts]
+    if not found:
+        what = [Finding(f, f"there is no {', no '.join(p)}") for f, p in missing.items()]
+        return None, what
+    return min(found, key=lambda pair: sum(f.why_not is not None for f in pair[1]))

@@ -1,0 +1,189 @@
+"""The official MAE-ST model (arXiv 2205.09113), models_mae.MaskedAutoencoderViT.
+
+loss, pred, mask = model(imgs, mask_ratio): its own random mask, pred of all tokens in patch order.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mae_fast.adapters.parts import Finding, Parts, Pixels
+from mae_fast.forward import Affine, Block, Norm, Params, Spec
+from mae_fast.forward import forward as fused
+from mae_fast.masking import mask_from_keep
+
+FAMILY = "mae_st"
+SOURCE = "facebookresearch/mae_st, MaskedAutoencoderViT"
+PARTS = (
+    "patch_embed.proj",
+    "blocks.0.attn.q",
+    "blocks.0.mlp.fc1",
+    "norm",
+    "decoder_embed",
+    "mask_token",
+    "decoder_blocks.0.attn.q",
+    "decoder_norm",
+    "decoder_pred",
+)
+CHANNEL_DIM = 1
+
+
+def check(model: nn.Module) -> list[Finding]:
+    """Each part of the model, compared with what the fused forward computes."""
+    parts = Parts(model)
+    parts.signature(forward)
+    settings = "patch_embed.input_size patch_embed.frames patch_embed.img_size pred_t_dim"
+    settings += " t_pred_patch_size norm_pix_loss sep_pos_embed cls_embed"
+    lacking = [name for name in settings.split() if not _has(model, name)]
+    if not parts.need("settings", not lacking, f"there is no {', no '.join(lacking)}"):
+        return parts.findings
+    if not parts.layer("patch_embed.proj", nn.Conv3d, in_channels=3):
+        return parts.findings
+    embed, proj = model.patch_embed, model.patch_embed.proj
+    (t, h, w), (u, p, q) = embed.input_size, proj.kernel_size
+    dim, dec = proj.out_channels, model.decoder_embed.out_features
+    with parts.group("patch_embed"):
+        plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
+        parts.layer("patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
+        size = (embed.frames, *embed.img_size)
+        parts.value("patch_embed.input_size", (t * u, h * p, w * q), size)
+        parts.rest_is_off("patch_embed", "proj")
+
+    parts.value("pred_t_dim", model.pred_t_dim, t * model.t_pred_patch_size)
+    known = ["patch_embed", "blocks", "norm", "decoder_embed", "mask_token"]
+    known += ["decoder_blocks", "decoder_norm", "decoder_pred"]
+    for name, width in (("", dim), ("decoder_", dec)):
+        tables = {"pos_embed": t * h * w + bool(model.cls_embed)}
+        if model.sep_pos_embed:
+            tables = {"pos_embed_spatial": h * w, "pos_embed_temporal": t}
+        if model.cls_embed:
+            tables |= {"cls_token": 1} | ({"pos_embed_class": 1} if model.sep_pos_embed else {})
+        for table, length in tables.items():
+            known.append(name + table)
+            parts.shape(name + table, 1, length, width)
+        _check_blocks(parts, f"{name}blocks", width)
+        parts.norm(f"{name}norm", width)
+    parts.shape("mask_token", 1, 1, dec)
+    parts.linear("decoder_embed", dim, dec)
+    parts.linear("decoder_pred", dec, model.t_pred_patch_size * p * p * 3)
+    parts.rest_is_off("", *known)
+    return parts.findings
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    return hasattr(model.get_submodule(module), name)
+
+
+def _check_blocks(parts: Parts, name: str, dim: int) -> None:
+    blocks = parts.model.get_submodule(name)
+    heads = getattr(blocks[0].attn, "num_heads", None)
+    for i, block in enumerate(blocks):
+        part = f"{name}.{i}"
+        with parts.group(part):
+            attn = block.attn
+            parts.value(f"{part}.attn.num_heads", getattr(attn, "num_heads", None), heads)
+            parts.value(f"{part}.attn.scale", attn.scale, (dim // heads) ** -0.5)
+            turned = getattr(attn, "requires_t_shape", False)
+            parts.need(f"{part}.attn", not turned, "takes tokens by time step")
+            for layer in ("q", "k", "v", "proj"):
+                parts.linear(f"{part}.attn.{layer}", dim, dim, None if layer != "proj" else True)
+            hidden = block.mlp.fc1.out_features
+            parts.linear(f"{part}.mlp.fc1", dim, hidden)
+            parts.layer(f"{part}.mlp.act", nn.GELU, approximate="none")
+            parts.linear(f"{part}.mlp.fc2", hidden, dim)
+            parts.norm(f"{part}.norm1", dim)
+            parts.norm(f"{part}.norm2", dim)
+            parts.rest_is_off(part, "norm1", "attn", "norm2", "mlp")
+            parts.rest_is_off(f"{part}.attn", "q", "k", "v", "proj")
+            parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2")
+
+
+def forward(
+    model: nn.Module, pixels: Pixels | None, imgs: Tensor, mask_ratio: float = 0.75
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, pred [N, L, P], mask [N, L]), the mask from the same random numbers as the model's.
+
+    Raises ValueError on a clip of another size than the model's.
+    """
+    embed = model.patch_embed
+    clip = (embed.proj.in_channels, embed.frames, *embed.img_size)
+    if imgs.shape[1:] != clip:
+        raise ValueError(f"imgs must be [N, {', '.join(map(str, clip))}], got {list(imgs.shape)}")
+    t, h, w = embed.input_size
+    length = t * h * w
+    ids = torch.argsort(torch.rand(len(imgs), length, device=imgs.device), dim=1).int()
+    keep = int(length * (1 - mask_ratio))
+    ids_keep, ids_mask = ids[:, :keep], ids[:, keep:]
+    spec = _spec(model)
+    if imgs.dtype == torch.uint8:
+        if len({*pixels.mean}) == len({*pixels.std}) == 1:
+            spec = spec._replace(mean=pixels.mean[0], std=pixels.std[0])
+        else:  # the targets are of normalised pixels, whose channels then differ in scale
+            imgs = pixels.normalise(imgs, CHANNEL_DIM, torch.float32)
+    loss, pred = fused(_params(model), spec, imgs, ids_keep, ids_mask, full_pred=True)
+    # What model.unpatchify(pred) reads.
+    size, frames = embed.img_size[0], model.pred_t_dim
+    p, u = embed.proj.kernel_size[1], model.t_pred_patch_size
+    model.patch_info = (len(imgs), frames, size, size, p, u, t, h, w)
+    return loss, pred, mask_from_keep(ids_keep, length)
+
+
+def _spec(model: nn.Module) -> Spec:
+    u, p, _ = model.patch_embed.proj.kernel_size
+    return Spec(
+        t_patch=u,
+        patch=p,
+        num_heads=model.blocks[0].attn.num_heads,
+        decoder_num_heads=model.decoder_blocks[0].attn.num_heads,
+        target_frames=_target_frames(model.patch_embed.frames, model.pred_t_dim),
+        pred_t_patch=model.t_pred_patch_size,
+        norm_pix="patch" if model.norm_pix_loss else "none",
+        keep_encoder_cls=False,
+    )
+
+
+def _target_frames(frames: int, count: int) -> tuple[int, ...]:
+    """The frames that are predicted, by the model's own expression."""
+    return tuple(torch.linspace(0, frames - 1, count, device="cpu").long().tolist())
+
+
+_target_frames._dynamo_marked_constant = True  # torch.compile evaluates it once
+
+
+def _params(model: nn.Module) -> Params:
+    pos, cls = _pos(model, "")
+    decoder_pos, decoder_cls = _pos(model, "decoder_")
+    proj = model.patch_embed.proj
+    return Params(
+        patch_embed=Affine(proj.weight.flatten(1), proj.bias),
+        pos=pos,
+        cls=cls,
+        blocks=[_block(block) for block in model.blocks],
+        norm=Norm.of(model.norm),
+        decoder_embed=Affine.of(model.decoder_embed),
+        mask_token=model.mask_token[0, 0],
+        decoder_pos=decoder_pos,
+        decoder_cls=decoder_cls,
+        decoder_blocks=[_block(block) for block in model.decoder_blocks],
+        decoder_norm=Norm.of(model.decoder_norm),
+        head=Affine.of(model.decoder_pred),
+    )
+
+
+def _block(block: nn.Module) -> Block:
+    a, m = block.attn, block.mlp
+    q, k, v, proj, fc1, fc2 = map(Affine.of, (a.q, a.k, a.v, a.proj, m.fc1, m.fc2))
+    return Block(Norm.of(block.norm1), q, k, v, proj, Norm.of(block.norm2), fc1, fc2)
+
+
+def _pos(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Positions [L, D], and the cls token [D] with its own (None without one)."""
+    if model.sep_pos_embed:
+        spatial = getattr(model, f"{name}pos_embed_spatial")
+        temporal = getattr(model, f"{name}pos_embed_temporal")
+        pos = (temporal[0, :, None] + spatial[0]).flatten(0, 1)
+        cls = getattr(model, f"{name}pos_embed_class")[0, 0] if model.cls_embed else None
+    else:
+        table = getattr(model, f"{name}pos_embed")[0]
+        pos, cls = (table[1:], table[0]) if model.cls_embed else (table, None)
+    return pos, cls if cls is None else getattr(model, f"{name}cls_token")[0, 0] + cls

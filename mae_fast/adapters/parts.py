@@ -1,0 +1,146 @@
+"""What adapters are made of: findings about a model's parts, and clips of uint8."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mae_fast.forward import Affine
+
+
+class Finding(NamedTuple):
+    """A part of a model, and why the fused forward cannot stand for it (None: it can)."""
+
+    part: str
+    why_not: str | None = None
+
+
+class Unfused(Exception):
+    """An adapter's forward leaves this call to the model's own; the message says why."""
+
+
+class Pixels(NamedTuple):
+    """How a uint8 clip is read: (x / 255 - mean) / std, one number or one a channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalise(self, clip: Tensor, channel_dim: int, dtype: torch.dtype) -> Tensor:
+        """The float clip that the model's own forward takes."""
+        shape = [-1 if dim == channel_dim else 1 for dim in range(clip.dim())]
+        mean, std = (torch.tensor(t, dtype=dtype, device=clip.device).view(shape) for t in self)
+        return (clip.to(dtype) / 255 - mean) / std
+
+    def fold(self, patch_embed: Affine, channels: int) -> Affine:
+        """The embedding of x / 255 that gives what `patch_embed` gives of the normalised clip.
+
+        W [D, C*u*p*p] -> W / std, b - W.(mean / std); differentiable, small, no copy of a clip.
+        """
+        mean, std = (t * channels if len(t) == 1 else t for t in self)
+        parts = patch_embed.weight.unflatten(1, (channels, -1)).unbind(1)
+        parts = [w / s for w, s in zip(parts, std, strict=True)]
+        shift = sum(w.sum(1) * m for w, m in zip(parts, mean, strict=True))
+        bias = -shift if patch_embed.bias is None else patch_embed.bias - shift
+        return Affine(torch.cat(parts, dim=1), bias)
+
+
+class Parts:
+    """Collects findings. Each method names a part and says what the fused forward needs of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.findings: list[Finding] = []
+
+    def need(self, part: str, fits: bool, why_not: str) -> bool:
+        """The part fits, or why not."""
+        self.findings.append(Finding(part, None if fits else why_not))
+        return fits
+
+    @contextlib.contextmanager
+    def group(self, part: str) -> Iterator[None]:
+        """One finding in place of many: the part fits, or what of it does not."""
+        first = len(self.findings)
+        yield
+        refused = [f for f in self.findings[first:] if f.why_not]
+        self.findings[first:] = refused or [Finding(part)]
+
+    def value(self, part: str, value: Any, expected: Any) -> bool:
+        """An attribute's value is the expected one."""
+        return self.need(part, value == expected, f"is {value}, not {expected}")
+
+    def layer(self, part: str, kind: type[nn.Module], **attributes: Any) -> bool:
+        """The layer is a `kind` itself, no subclass (which may compute otherwise), and its
+        attributes are these."""
+        layer = self.model.get_submodule(part)
+        if type(layer) is not kind:
+            return self.need(part, False, f"is a {type(layer).__name__}, not a {kind.__name__}")
+        found = {name: getattr(layer, name) for name in attributes}
+        wrong = [f"{n} is {found[n]}, not {v}" for n, v in attributes.items() if found[n] != v]
+        return self.need(part, not wrong, ", ".join(wrong))
+
+    def linear(self, part: str, rows: int, columns: int, bias: bool | None = True) -> bool:
+        """A linear layer from `rows` to `columns` values; bias None: with or without."""
+        fits = self.layer(part, nn.Linear, in_features=rows, out_features=columns)
+        if not fits or bias is None:
+            return fits
+        has = self.model.get_submodule(part).bias is not None
+        return has == bias or self.need(part, False, "has a bias" if has else "has no bias")
+
+    def norm(self, part: str, width: int) -> bool:
+        """A layer norm with weight and bias, of any eps."""
+        fits = self.layer(part, nn.LayerNorm, normalized_shape=(width,))
+        bare = fits and self.model.get_submodule(part).bias is None
+        return self.need(part, False, "has no weight or no bias") if bare else fits
+
+    def shape(self, part: str, *shape: int) -> bool:
+        """A parameter or buffer of this shape."""
+        found = tuple(_get(self.model, part).shape)
+        return self.need(part, found == shape, f"is {list(found)}, not {list(shape)}")
+
+    def rest_is_off(self, part: str, *known: str) -> None:
+        """Beside the `known` ones, the module has no parameter, and children that do nothing."""
+        module = self.model.get_submodule(part)
+        before = f"{part}." if part else ""
+        for name, child in module.named_children():
+            if name not in known and (why_not := why_not_off(child)):
+                self.need(before + name, False, why_not)
+        for name, _ in module.named_parameters(recurse=False):
+            if name not in known:
+                self.need(before + name, False, "is no parameter of the fused forward")
+
+    def signature(self, forward: Callable) -> None:
+        """The model's forward takes what `forward(model, pixels, ...)` takes, under the same
+        names and with the same defaults."""
+        theirs = inspect.signature(type(self.model).forward).parameters.values()
+        ours = list(inspect.signature(forward).parameters.values())[2:]
+        theirs = [(p.name, p.default) for p in list(theirs)[1:]]
+        wanted = [(p.name, p.default) for p in ours]
+        self.need("forward", theirs == wanted, f"takes {_names(theirs)}, not {_names(wanted)}")
+
+
+def why_not_off(module: nn.Module) -> str | None:
+    """Why a module may do something: it is no identity, dropout of 0 or stochastic depth of 0."""
+    if type(module) is nn.Identity:
+        return None
+    probability = module.p if isinstance(module, nn.Dropout) else None
+    probability = getattr(module, "drop_prob", probability)
+    kind = type(module).__name__
+    if isinstance(module, nn.Dropout) or hasattr(module, "drop_prob"):
+        return (
+            f"is a {kind} of {probability}, and the fused forward has none" if probability else None
+        )
+    return f"is a {kind} that the fused forward does not have"
+
+
+def _get(model: nn.Module, path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(module), name)
+
+
+def _names(parameters: list[tuple[str, Any]]) -> str:
+    empty = inspect.Parameter.empty
+    given = (n if default is empty else f"{n}={default}" for n, default in parameters)
+    return f"({', '.join(given)})"

@@ -1,0 +1,240 @@
+"""VideoMAE by its authors, modeling_pretrain.PretrainVisionTransformer.
+
+pred = model(x, mask): the mask is the caller's, pred [B, M, P] is of masked tokens in their order.
+The loss is computed outside of the model; `loss` is what engine_for_pretraining.py computes there.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused
+from mae_fast.forward import Affine, Block, Norm, Params, Spec, decode, encode
+from mae_fast.ops.masked_mse import masked_mse
+
+FAMILY = "videomae"
+SOURCE = "MCG-NJU/VideoMAE, PretrainVisionTransformer"
+PARTS = (
+    "encoder.patch_embed.proj",
+    "encoder.blocks.0.attn.qkv",
+    "encoder.norm",
+    "encoder_to_decoder",
+    "mask_token",
+    "decoder.blocks.0.attn.qkv",
+    "decoder.norm",
+    "decoder.head",
+)
+CHANNEL_DIM = 1
+IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def check(model: nn.Module) -> list[Finding]:
+    """Each part of the model, compared with what the fused forward computes."""
+    parts = Parts(model)
+    parts.signature(forward)
+    return check_parts(parts)
+
+
+def check_parts(parts: Parts) -> list[Finding]:
+    """What V2 has in common with VideoMAE: everything but the arguments of the forward."""
+    model = parts.model
+    embed, proj = model.encoder.patch_embed, model.encoder.patch_embed.proj
+    if not parts.layer("encoder.patch_embed.proj", nn.Conv3d):
+        return parts.findings
+    (u, p, _), dim, dec = proj.kernel_size, proj.out_channels, model.mask_token.shape[-1]
+    plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
+    parts.layer("encoder.patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
+    parts.rest_is_off("encoder.patch_embed", "proj")
+    rows, columns = (n // p for n in embed.img_size)
+    parts.value("encoder.patch_embed.img_size", tuple(embed.img_size), (rows * p, columns * p))
+    length = embed.num_patches
+    parts.value("encoder.patch_embed.num_patches", length % (rows * columns), 0)
+    for part, table, width in (("encoder.", model.encoder, dim), ("", model, dec)):
+        found = list(getattr(table, "pos_embed", torch.empty(0)).shape)
+        fits = found == [1, length, width]
+        parts.need(f"{part}pos_embed", fits, f"is {found}, not {[1, length, width]}")
+    for name, width in (("encoder", dim), ("decoder", dec)):
+        check_blocks(parts, f"{name}.blocks", width)
+        parts.norm(f"{name}.norm", width)
+    parts.linear("encoder_to_decoder", dim, dec, None)
+    parts.shape("mask_token", 1, 1, dec)
+    parts.linear("decoder.head", dec, proj.in_channels * u * p * p)
+    parts.rest_is_off("encoder", "patch_embed", "blocks", "norm", "pos_embed")
+    parts.rest_is_off("decoder", "blocks", "norm", "head")
+    parts.rest_is_off("", "encoder", "decoder", "encoder_to_decoder", "mask_token", "pos_embed")
+    return parts.findings
+
+
+def check_blocks(parts: Parts, name: str, dim: int) -> None:
+    """Blocks whose attention makes q, k and v by one product: attn.qkv, or attn.q, .k and .v."""
+    blocks = parts.model.get_submodule(name)
+    heads = getattr(blocks[0].attn, "num_heads", 0)
+    for i, block in enumerate(blocks):
+        part, attn = f"{name}.{i}", block.attn
+        with parts.group(part):
+            head_dim = dim // max(heads, 1)
+            parts.value(f"{part}.attn.num_heads", getattr(attn, "num_heads", None), heads)
+            parts.value(f"{part}.attn.num_heads * head", heads * head_dim, dim)
+            scale = getattr(attn, "scale", None)
+            if torch.is_tensor(scale):
+                parts.need(f"{part}.attn.scale", False, "is learned: attention by cosines")
+            else:
+                parts.value(f"{part}.attn.scale", scale, head_dim**-0.5)
+            if hasattr(attn, "qkv"):
+                parts.linear(f"{part}.attn.qkv", dim, 3 * dim, None)
+            else:
+                for layer in ("q", "k", "v"):
+                    parts.linear(f"{part}.attn.{layer}", dim, dim, None)
+            parts.linear(f"{part}.attn.proj", dim, dim)
+            hidden = block.mlp.fc1.out_features
+            parts.linear(f"{part}.mlp.fc1", dim, hidden)
+            parts.layer(f"{part}.mlp.act", nn.GELU, approximate="none")
+            parts.linear(f"{part}.mlp.fc2", hidden, dim)
+            parts.norm(f"{part}.norm1", dim)
+            parts.norm(f"{part}.norm2", dim)
+            parts.rest_is_off(part, "norm1", "attn", "norm2", "mlp")
+            products = ("q", "k", "v", "qkv", "proj", "q_bias", "v_bias")
+            parts.rest_is_off(f"{part}.attn", *products)
+            parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2")
+
+
+def forward(model: nn.Module, pixels: Pixels | None, x: Tensor, mask: Tensor) -> Tensor:
+    """pred [B, M, P] of the tokens where mask [B, L] is True."""
+    return predict(model, pixels, x, *ids_of(mask, x.device))
+
+
+def predict(
+    model: nn.Module, pixels: Pixels | None, x: Tensor, ids_keep: Tensor, ids_mask: Tensor
+) -> Tensor:
+    """pred [B, M, P] of the tokens ids_mask, in their order; ids_keep are those the encoder sees."""
+    embed = model.encoder.patch_embed
+    u, p, _ = embed.proj.kernel_size
+    rows, columns = (n // p for n in embed.img_size)
+    frames = embed.num_patches // (rows * columns) * u
+    clip = (embed.proj.in_channels, frames, *embed.img_size)
+    if x.shape[1:] != clip:
+        raise Unfused(f"the clip is {list(x.shape)}, not [B, {', '.join(map(str, clip))}]")
+    blocks = *model.encoder.blocks, *model.decoder.blocks
+    spec = Spec(
+        t_patch=u,
+        patch=p,
+        num_heads=blocks[0].attn.num_heads,
+        decoder_num_heads=blocks[-1].attn.num_heads,
+        target_frames=tuple(range(frames)),
+        pred_t_patch=u,
+        norm_pix="none",
+        keep_encoder_cls=False,
+        mean=0.0,
+        std=1.0,
+        checkpoint=checkpointed(model.encoder) or checkpointed(model.decoder),
+    )
+    weights = Affine(embed.proj.weight.flatten(1), embed.proj.bias)
+    if x.dtype == torch.uint8:
+        weights = pixels.fold(weights, x.shape[1])
+    params = Params(
+        patch_embed=weights,
+        pos=fixed(model.encoder.pos_embed, product_dtype(embed.proj.weight), x.device),
+        cls=None,
+        blocks=[block_of(block) for block in model.encoder.blocks],
+        norm=Norm.of(model.encoder.norm),
+        decoder_embed=Affine.of(model.encoder_to_decoder),
+        mask_token=model.mask_token[0, 0],
+        decoder_pos=fixed(model.pos_embed, model.mask_token.dtype, x.device),
+        decoder_cls=None,
+        decoder_blocks=[block_of(block) for block in model.decoder.blocks],
+        decoder_norm=Norm.of(model.decoder.norm),
+        head=Affine.of(model.decoder.head),
+    )
+    return decode(params, spec, encode(params, spec, x, ids_keep), ids_keep, ids_mask)
+
+
+def checkpointed(part: nn.Module) -> bool:
+    """The encoder or decoder was built to keep its blocks' inputs only."""
+    return bool(getattr(part, "use_checkpoint", False) or getattr(part, "with_cp", False))
+
+
+def block_of(block: nn.Module) -> Block:
+    """A block's parameters. A fused weight is split into views: its gradient is one copy of theirs
+    in backward, and no activation is copied."""
+    a, m = block.attn, block.mlp
+    if hasattr(a, "qkv"):
+        biases = (None,) * 3 if a.qkv.bias is None else a.qkv.bias.chunk(3)
+        if getattr(a, "q_bias", None) is not None:
+            biases = a.q_bias, None, a.v_bias
+        qkv = [Affine(w, b) for w, b in zip(a.qkv.weight.chunk(3), biases, strict=True)]
+    else:
+        qkv = [Affine.of(layer) for layer in (a.q, a.k, a.v)]
+    proj, fc1, fc2 = map(Affine.of, (a.proj, m.fc1, m.fc2))
+    return Block(Norm.of(block.norm1), *qkv, proj, Norm.of(block.norm2), fc1, fc2)
+
+
+def ids_of(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids_keep [B, K], ids_mask [B, M]) int32, ascending, of mask [B, L], True where masked.
+
+    Raises Unfused where rows differ in their counts, or nothing is kept, or nothing is masked.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise Unfused(f"the mask is {mask.dtype} {list(mask.shape)}, not bool [B, L]")
+    counts = mask.sum(dim=1).aminmax()
+    least, most = torch.stack(counts).tolist()  # the host waits here, once
+    if least != most:
+        raise Unfused(f"the mask hides {least} tokens of one clip and {most} of another")
+    if not 0 < most < mask.shape[1]:
+        raise Unfused(f"the mask hides {most} of {mask.shape[1]} tokens")
+    ids = mask.to(device).byte().argsort(dim=1, stable=True).int()
+    return ids[:, :-most], ids[:, -most:]
+
+
+_COPIES = WeakIdKeyDictionary()  # a fixed table -> (what it was copied from and to, the copy)
+
+
+def fixed(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Positions [1, L, D] that are not trained: [L, D], in the dtype that they are added in.
+
+    They are no buffer, so they stay on the CPU when the model moves: the copy is kept.
+    """
+    table = table.detach()[0] if torch.compiler.is_compiling() else table
+    if torch.compiler.is_compiling() or (table.device, table.dtype) == (device, dtype):
+        return table.detach().reshape(table.shape[-2:]).to(device, dtype)
+    key = (table._version, dtype, device)
+    known, copy = _COPIES.get(table, (None, None))
+    if known != key:
+        copy = table.detach()[0].to(device, dtype)
+        _COPIES[table] = key, copy
+    return copy
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a product with `weight`, which the encoder's positions are rounded to."""
+    device = weight.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and weight.dtype != torch.float64 else weight.dtype
+
+
+def unnormalised(clip: Tensor, channel_dim: int, pixels: Pixels = IMAGENET) -> Tensor:
+    """clip * std + mean, channel by channel, without gradient: pixels in [0, 1]."""
+    out = torch.empty_like(clip)
+    channels = zip(clip.detach().unbind(channel_dim), out.unbind(channel_dim), strict=True)
+    for (x, y), mean, std in zip(channels, *pixels, strict=True):
+        torch.mul(x, std, out=y).add_(mean)
+    return out
+
+
+def loss(
+    outputs: Tensor,
+    videos: Tensor,
+    bool_masked_pos: Tensor,
+    patch_size: int = 16,
+    normlize_target: bool = True,
+    tubelet_size: int = 2,
+) -> Tensor:
+    """The loss of engine_for_pretraining.py, its labels read from the clip and never stored.
+
+    outputs [B, M, P], the model's; videos [B, 3, T, H, W], normalised by ImageNet's constants, or
+    uint8; bool_masked_pos [B, L], M a row. Normalised channel by channel, eps outside the root.
+    """
+    _, ids = ids_of(bool_masked_pos.flatten(1).bool(), videos.device)
+    clip = videos if videos.dtype == torch.uint8 else unnormalised(videos, CHANNEL_DIM)
+    frames = tuple(range(clip.shape[2]))
+    norm_pix = "channel" if normlize_target else "none"
+    return masked_mse(outputs, clip, ids, frames, tubelet_size, patch_size, 0.0, 1.0, norm_pix)

@@ -1,0 +1,289 @@
+"""accelerate: the fused forward, in the model that somebody trains already.
+
+    model = mae_fast.accelerate(model)      # the same object, and one line in a training script
+
+Nothing changes but `model.forward`, on that instance: same class, parameters, names, hooks on the
+model itself, optimizer, DDP. The family is recognised by the names of its parts, and every part is
+compared with what the fused forward computes (mae_fast/adapters); the first call also compares the
+outputs of both. Nothing is ever approximated: what does not fit is refused by name.
+"""
+
+import contextlib
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from mae_fast import adapters
+from mae_fast.adapters.parts import Finding, Pixels, Unfused
+from mae_fast.errors import AccelerateError
+from mae_fast.ops.dispatch import backends as forced
+
+log = logging.getLogger("mae_fast")
+
+# Greatest relative difference of an output between both forwards, by the parameters' dtype.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    backends: Mapping[str, str] | None = None,
+    strict: bool = True,
+    verify: bool = True,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+) -> nn.Module:
+    """The same model, its forward fused from now on; `restore` undoes it, twice is once.
+
+    `backends` forces backends by op, as mae_fast.backends does, for the forward. `strict=False`
+    runs the model's own forward, and says so, for calls while an inner module has hooks. `verify`
+    sends one clip of the first batch, and of the first after modules were exchanged, through both
+    forwards, in the parameters' dtype; not under torch.compile. With `mean` and `std`, a number or
+    one a channel, uint8 clips are taken too: (x / 255 - mean) / std. Raises AccelerateError with
+    the parts that do not fit (`explain` prints them all).
+    """
+    family, findings = _examine(model, strict)
+    refused = [f for f in findings if f.why_not]
+    if refused:
+        raise AccelerateError(f"{_title(model, family)}\n{_table(refused)}")
+    if (mean is None) != (std is None):
+        raise AccelerateError("mean and std go together")
+    pixels = None if mean is None else Pixels(_numbers(mean), _numbers(std))
+    model.forward = Fused(model, family.FAMILY, dict(backends or {}), strict, verify, pixels)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """The same model with its own forward. Raises AccelerateError if another has replaced ours."""
+    forward = vars(model).get("forward")
+    if isinstance(forward, Fused):
+        del model.forward
+    elif forward is not None:
+        raise AccelerateError(f"model.forward is {forward!r}, which accelerate did not set")
+    return model
+
+
+def explain(model: nn.Module) -> None:
+    """Print what fits the fused forward, part by part, and what does not."""
+    family, findings = _examine(model, strict=True)
+    print(f"{_title(model, family)}\n{_table(findings)}")
+
+
+class Fused:
+    """The forward of an accelerated model. It can be pickled and copied with its model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: str,
+        backends: dict[str, str],
+        strict: bool,
+        verify: bool,
+        pixels: Pixels | None,
+    ) -> None:
+        self.model, self.family, self.backends = model, family, backends
+        self.strict, self.verify, self.pixels = strict, verify, pixels
+        self.checked: list[nn.Module] = []  # the model's modules when its parts were compared
+        self.said: set[str] = set()
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """The model's own forward: what inspect.signature reads."""
+        return type(self.model).forward.__get__(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"checked": []}  # a copy is compared anew
+
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return self._fused(args, kwargs)
+        hooked = _hooked(self.model)
+        if hooked and self.strict:
+            raise AccelerateError(f"hooks that would not be called:\n{_table(hooked)}")
+        if hooked:
+            return self._own(f"{hooked[0].part} has hooks", args, kwargs)
+        modules = list(self.model.modules())
+        if modules != self.checked:
+            self._check(args, kwargs)
+            self.checked = modules
+        try:
+            return self._fused(args, kwargs)
+        except Unfused as e:
+            return self._own(str(e), args, kwargs)
+
+    def _fused(self, args: tuple, kwargs: dict):
+        forward = adapters.FAMILIES[self.family].forward
+        with forced(**self.backends) if self.backends else contextlib.nullcontext():
+            return forward(self.model, self.pixels, *args, **kwargs)
+
+    def _own(self, reason: str, args: tuple, kwargs: dict):
+        if reason not in self.said:
+            self.said.add(reason)
+            log.warning("%s: its own forward runs: %s", type(self.model).__name__, reason)
+        return self._as_before(args, kwargs)
+
+    def _as_before(self, args: tuple, kwargs: dict):
+        return self.__wrapped__(*_map(self._normalised, args), **_map(self._normalised, kwargs))
+
+    def _normalised(self, t: Tensor) -> Tensor:
+        if t.dtype != torch.uint8 or t.dim() != 5 or self.pixels is None:
+            return t
+        channel_dim = adapters.FAMILIES[self.family].CHANNEL_DIM
+        return self.pixels.normalise(t, channel_dim, torch.get_default_dtype())
+
+    def _check(self, args: tuple, kwargs: dict) -> None:
+        """Compare the model's parts, and both forwards on one clip of this batch."""
+        _, findings = _examine(self.model, self.strict)
+        refused = [f for f in findings if f.why_not]
+        if refused:
+            raise AccelerateError(f"the model has changed:\n{_table(refused)}")
+        if self.verify:
+            self._compare(args, kwargs)
+
+    @torch.no_grad()
+    def _compare(self, args: tuple, kwargs: dict) -> None:
+        tensors = _tensors([args, kwargs])
+        param = next(self.model.parameters())
+        batch = len(tensors[0]) if tensors else 0
+
+        def one(t: Tensor) -> Tensor:
+            t = t[:1] if t.dim() and len(t) == batch else t
+            return t.to(param.dtype) if t.is_floating_point() else t
+
+        args, kwargs = _map(one, args), _map(one, kwargs)
+        outputs = []
+        try:
+            for forward in (self._fused, self._as_before):
+                with _same_conditions(param.device):
+                    outputs.append(_tensors(forward(args, kwargs)))
+        except Unfused:
+            return
+        ours, theirs = outputs
+        worst = [_difference(a, b) for a, b in zip(ours, theirs, strict=False)]
+        limit = TOLERANCE[param.dtype]
+        if len(ours) != len(theirs) or not all(w <= limit for w in worst):
+            raise AccelerateError(
+                f"{type(self.model).__name__} has the parts of {self.family} and computes something"
+                f" else: on one clip {len(theirs)} outputs and {len(ours)} of the fused forward"
+                f" differ by {', '.join(f'{w:.1e}' for w in worst)} (relative; at most {limit:.0e}"
+                f" in {param.dtype})"
+            )
+        log.info("%s: on one clip both forwards agree to %.1e", self.family, max(worst, default=0))
+
+
+@contextlib.contextmanager
+def _same_conditions(device: torch.device) -> Iterator[None]:
+    """The same random numbers inside and afterwards, no autocast, no TF32."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.autocast(device.type, enabled=False):
+        try:
+            matmul.fp32_precision = conv.fp32_precision = "ieee"
+            yield
+        finally:
+            matmul.fp32_precision, conv.fp32_precision = before
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|; NaN where shapes differ or one alone is not finite."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return math.nan
+    same = torch.equal(ours.isfinite(), theirs.isfinite())
+    ours, theirs = (t.double().nan_to_num(0, 0, 0) for t in (ours, theirs))
+    difference = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
+    return float(difference) if same else math.nan
+
+
+def _examine(model: nn.Module, strict: bool) -> tuple[ModuleType | None, list[Finding]]:
+    """(the adapter of the model's family, what was found of every part)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes an nn.Module, not a {type(model).__name__}")
+    inside = [name for name, _ in model.named_children()]
+    if inside in (["module"], ["_orig_mod"]):
+        wrapper = type(model).__name__
+        why_not = (
+            f"is a {wrapper}: accelerate the model inside (.{inside[0]}), before it is wrapped"
+        )
+        return None, [Finding(wrapper, why_not)]
+    family, findings = adapters.find(model)
+    replaced = [n for n, m in model.named_modules() if "forward" in vars(m)]
+    if not isinstance(vars(model).get("forward"), Fused) and "" in replaced:
+        findings.append(Finding("forward", "was replaced on this instance"))
+    findings += [Finding(n, "has a forward of its own") for n in replaced if n]
+    if strict:
+        findings += _hooked(model)
+    return family, findings
+
+
+def _hooked(model: nn.Module) -> list[Finding]:
+    """The modules inside whose hooks a fused forward would not call."""
+    if any(getattr(nn_module, f"_global{hooks}", None) for hooks in _HOOKS):
+        return [Finding("torch.nn.modules.module", "has hooks of every module")]
+    inner = model.modules()
+    next(inner)
+    # Names are made where there is something to name: this runs at every call.
+    if not any(m.__dict__[hooks] for m in inner for hooks in _HOOKS):
+        return []
+    named = [(n, m) for n, m in model.named_modules() if n]
+    return [
+        Finding(
+            n, "has hooks (FSDP, quantisation, feature extraction ...), called by no fused forward"
+        )
+        for n, m in named
+        if any(m.__dict__[hooks] for hooks in _HOOKS)
+    ]
+
+
+def _title(model: nn.Module, family: ModuleType | None) -> str:
+    kind = type(model).__name__
+    return f"{kind}: {family.FAMILY} ({family.SOURCE})" if family else f"{kind}: of no known family"
+
+
+def _table(findings: list[Finding]) -> str:
+    """A line a part; blocks that fit are one line."""
+    rows: list[list[str]] = []
+    for part, why_not in findings:
+        stem = re.sub(r"\.\d+$", "", part)
+        if rows and not why_not and stem != part and rows[-1][2] == stem:
+            rows[-1][1] = f" to {part.removeprefix(stem + '.')}"
+        else:
+            rows.append([f"  {'does not fit' if why_not else 'fits':14}{part}", "", stem])
+            rows[-1][1] = f": {why_not}" if why_not else ""
+            rows[-1][2] = stem if not why_not else ""
+    return "\n".join(text + more for text, more, _ in rows)
+
+
+def _numbers(value: float | Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`function` of every tensor in lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {k: _map(function, v) for k, v in tree.items()}
+    return type(tree)(_map(function, t) for t in tree) if type(tree) in (list, tuple) else tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in lists, tuples and mappings, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    return [t for x in tree for t in _tensors(x)] if isinstance(tree, list | tuple) else []
