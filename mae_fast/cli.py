@@ -20,6 +20,7 @@ VERBS = {
     "index": ("mae_fast.cli", "index", "list the videos of folders and CSV files in one index"),
     "pretrain": ("mae_fast.cli", "pretrain", "pre-train as a TOML file says; resumes a run"),
     "reconstruct": ("mae_fast.reconstruct", "reconstruct", "draw what a checkpoint reconstructs"),
+    "convert": ("mae_fast.convert", "convert", "write weights under another family's names"),
     "info": ("mae_fast.info", "info", "print versions, devices, decoders and optional libraries"),
     "bench step": ("mae_fast.bench.step", "step", "time whole training steps"),
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),
