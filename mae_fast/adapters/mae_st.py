@@ -33,14 +33,13 @@ def check(model: nn.Module) -> list[Finding]:
     parts.signature(forward)
     settings = "patch_embed.input_size patch_embed.frames patch_embed.img_size pred_t_dim"
     settings += " t_pred_patch_size norm_pix_loss sep_pos_embed cls_embed"
-    lacking = [name for name in settings.split() if not _has(model, name)]
-    if not parts.need("settings", not lacking, f"there is no {', no '.join(lacking)}"):
+    if not parts.has("", *settings.split()):
         return parts.findings
     if not parts.layer("patch_embed.proj", nn.Conv3d, in_channels=3):
         return parts.findings
     embed, proj = model.patch_embed, model.patch_embed.proj
     (t, h, w), (u, p, q) = embed.input_size, proj.kernel_size
-    dim, dec = proj.out_channels, model.decoder_embed.out_features
+    dim, dec = proj.out_channels, model.mask_token.shape[-1]
     with parts.group("patch_embed"):
         plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
         parts.layer("patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
@@ -69,25 +68,24 @@ def check(model: nn.Module) -> list[Finding]:
     return parts.findings
 
 
-def _has(model: nn.Module, path: str) -> bool:
-    module, _, name = path.rpartition(".")
-    return hasattr(model.get_submodule(module), name)
-
-
 def _check_blocks(parts: Parts, name: str, dim: int) -> None:
     blocks = parts.model.get_submodule(name)
-    heads = getattr(blocks[0].attn, "num_heads", None)
+    heads = getattr(blocks[0].attn, "num_heads", 1)
+    linears = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2"]
     for i, block in enumerate(blocks):
         part = f"{name}.{i}"
         with parts.group(part):
-            attn = block.attn
-            parts.value(f"{part}.attn.num_heads", getattr(attn, "num_heads", None), heads)
-            parts.value(f"{part}.attn.scale", attn.scale, (dim // heads) ** -0.5)
-            turned = getattr(attn, "requires_t_shape", False)
+            names = ["attn.num_heads", "attn.scale", "mlp.act", "norm1", "norm2", *linears]
+            if not parts.has(part, *names):
+                continue
+            parts.value(f"{part}.attn.num_heads", block.attn.num_heads, heads)
+            parts.value(f"{part}.attn.scale", block.attn.scale, (dim // heads) ** -0.5)
+            turned = getattr(block.attn, "requires_t_shape", False)
             parts.need(f"{part}.attn", not turned, "takes tokens by time step")
-            for layer in ("q", "k", "v", "proj"):
-                parts.linear(f"{part}.attn.{layer}", dim, dim, None if layer != "proj" else True)
-            hidden = block.mlp.fc1.out_features
+            for layer in ("q", "k", "v"):
+                parts.linear(f"{part}.attn.{layer}", dim, dim, bias=None)
+            parts.linear(f"{part}.attn.proj", dim, dim)
+            hidden = getattr(block.mlp.fc1, "out_features", None)
             parts.linear(f"{part}.mlp.fc1", dim, hidden)
             parts.layer(f"{part}.mlp.act", nn.GELU, approximate="none")
             parts.linear(f"{part}.mlp.fc2", hidden, dim)

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -67,6 +68,16 @@ class Parts:
         refused = [f for f in self.findings[first:] if f.why_not]
         self.findings[first:] = refused or [Finding(part)]
 
+    def has(self, part: str, *names: str) -> bool:
+        """The module has attributes under these names, dots and all."""
+        missing = []
+        for name in names:
+            try:
+                operator.attrgetter(name)(self.model.get_submodule(part))
+            except AttributeError:
+                missing.append(name)
+        return self.need(part or "model", not missing, f"has no {', no '.join(missing)}")
+
     def value(self, part: str, value: Any, expected: Any) -> bool:
         """An attribute's value is the expected one."""
         return self.need(part, value == expected, f"is {value}, not {expected}")
@@ -97,7 +108,9 @@ class Parts:
 
     def shape(self, part: str, *shape: int) -> bool:
         """A parameter or buffer of this shape."""
-        found = tuple(_get(self.model, part).shape)
+        module, _, name = part.rpartition(".")
+        tensor = getattr(self.model.get_submodule(module), name, None)
+        found = () if tensor is None else tuple(tensor.shape)
         return self.need(part, found == shape, f"is {list(found)}, not {list(shape)}")
 
     def rest_is_off(self, part: str, *known: str) -> None:
@@ -133,11 +146,6 @@ def why_not_off(module: nn.Module) -> str | None:
             f"is a {kind} of {probability}, and the fused forward has none" if probability else None
         )
     return f"is a {kind} that the fused forward does not have"
-
-
-def _get(model: nn.Module, path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(module), name)
 
 
 def _names(parameters: list[tuple[str, Any]]) -> str:
