@@ -125,6 +125,8 @@ class Fused:
             return self._own(str(e), args, kwargs)
 
     def _fused(self, args: tuple, kwargs: dict):
+        if self.pixels is None and any(map(_is_uint8_clip, _tensors([args, kwargs]))):
+            raise AccelerateError("uint8 clips need accelerate(model, mean=..., std=...)")
         forward = adapters.FAMILIES[self.family].forward
         with forced(**self.backends) if self.backends else contextlib.nullcontext():
             return forward(self.model, self.pixels, *args, **kwargs)
@@ -139,7 +141,7 @@ class Fused:
         return self.__wrapped__(*_map(self._normalised, args), **_map(self._normalised, kwargs))
 
     def _normalised(self, t: Tensor) -> Tensor:
-        if t.dtype != torch.uint8 or t.dim() != 5 or self.pixels is None:
+        if self.pixels is None or not _is_uint8_clip(t):
             return t
         channel_dim = adapters.FAMILIES[self.family].CHANNEL_DIM
         return self.pixels.normalise(t, channel_dim, torch.get_default_dtype())
@@ -265,6 +267,10 @@ def _table(findings: list[Finding]) -> str:
             rows[-1][1] = f": {why_not}" if why_not else ""
             rows[-1][2] = stem if not why_not else ""
     return "\n".join(text + more for text, more, _ in rows)
+
+
+def _is_uint8_clip(t: Tensor) -> bool:
+    return t.dtype == torch.uint8 and t.dim() == 5
 
 
 def _numbers(value: float | Sequence[float]) -> tuple[float, ...]:

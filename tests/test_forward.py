@@ -1,12 +1,14 @@
 """Every exact saving, on and off: the same loss and the same gradients."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mae_fast import MaskedAutoencoder, ModelConfig, backends
-from mae_fast.forward import SAVINGS, forward
+from mae_fast.forward import SAVINGS, Norm, encode, forward, masked_loss
 from mae_fast.masking import draw_ids
 from mae_fast.ops import OPS
 
@@ -98,3 +100,71 @@ def test_an_unknown_saving_is_refused(tiny_cfg):
     model, video, ids = _model(tiny_cfg, torch.float32)
     with pytest.raises(ValueError, match="no_such"):
         forward(model.params(), model.spec, video, *ids, without={"no_such"})
+
+
+@pytest.mark.parametrize("off", [(), *((s,) for s in SAVINGS), tuple(SAVINGS)], ids="+".join)
+def test_some_of_the_masked_tokens(tiny_cfg, off):
+    # Tokens that are named nowhere take no part: a model that has no others gives the same.
+    model, video, (keep, mask) = _model(tiny_cfg, torch.float64, decoder_depth=3)
+    some = mask[:, ::2]
+    loss, pred, grads = _run(model, video, (keep, some), off)
+    _, full, _ = _run(model, video, (keep, some), off, full_pred=True)
+    ids = torch.cat([keep, some], dim=1).sort(dim=1).values
+    at = torch.searchsorted(ids.contiguous(), some.contiguous())
+    torch.testing.assert_close(full.gather(1, at[..., None].expand_as(pred)), pred)
+    other = _run(model, video, (keep, some.flip(1)), ("shared_mask_tokens",))
+    torch.testing.assert_close(pred, other[1].flip(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close((loss, grads), (other[0], other[2]), rtol=1e-10, atol=1e-12)
+    everything = _run(model, video, (keep, mask), off)
+    assert not torch.allclose(pred, everything[1][:, ::2])
+
+
+def test_targets_are_of_the_clip_named(tiny_cfg):
+    model, video, ids = _model(tiny_cfg, torch.float64)
+    other = video.flip(0)
+    args = model.params(), model.spec, video, *ids
+    loss, pred = forward(*args, pixels=other)
+    assert torch.equal(pred, forward(*args)[1])
+    assert (
+        torch.equal(loss, masked_loss(model.spec, pred, other, ids[1]))
+        and loss != forward(*args)[0]
+    )
+
+
+def test_every_norm_has_its_eps_and_the_encoder_may_have_none(tiny_cfg):
+    model, video, (keep, _) = _model(tiny_cfg, torch.float64)
+    params = model.params()
+    bare = encode(params._replace(norm=None), model.spec, video, keep)
+    weight, bias, _ = params.norm
+    for eps in (1e-6, 0.5):
+        out = encode(params._replace(norm=Norm(weight, bias, eps)), model.spec, video, keep)
+        torch.testing.assert_close(out, F.layer_norm(bare, weight.shape, weight, bias, eps))
+    block = params.blocks[1]._replace(norm2=params.blocks[1].norm2._replace(eps=0.5))
+    other = encode(params._replace(blocks=[params.blocks[0], block]), model.spec, video, keep)
+    assert not torch.allclose(other, encode(params, model.spec, video, keep))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_a_checkpointed_block_keeps_its_input_only(tiny_cfg, dtype, monkeypatch):
+    import mae_fast.forward as module
+
+    model, video, ids = _model(tiny_cfg, dtype)
+    before = _run(model, video, ids, ())
+    outputs, attention = [], module.attention
+
+    def watched(*qkv):
+        out = attention(*qkv)
+        outputs.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(module, "attention", watched)
+    for checkpoint, alive, calls in ((False, 4, 4), (True, 0, 8)):
+        model.spec = model.spec._replace(checkpoint=checkpoint)
+        model.zero_grad()
+        outputs.clear()
+        loss, pred = forward(model.params(), model.spec, video, *ids)
+        assert sum(r() is not None for r in outputs) == alive
+        loss.backward()
+        assert len(outputs) == calls
+        after = loss.detach(), pred.detach(), {n: p.grad for n, p in model.named_parameters()}
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
