@@ -2,8 +2,9 @@
 
 Its pixels are read as they lie in the clip, line by line, summed there, and put into the order of
 the prediction, channel last, within the program (`tl.gather`): both are read and written in wide
-pieces. The sums of bytes are exact integers. The rows' errors are averaged by torch, in an order
-that depends on their number only. An id that is no token gives NaN, and no pixel is read.
+pieces. By channel, they are normalised before they are put in order. The sums of bytes are exact
+integers. The rows' errors are averaged by torch, in an order that depends on their number only. An
+id that is no token gives NaN, and no pixel is read.
 """
 
 import functools
@@ -16,20 +17,28 @@ from mae_fast.kernels.patchify_gather import locate, normalise, offsets
 
 
 @triton.jit
-def _statistics(pixels, mask, std, VALUES: tl.constexpr):
-    """(the mean, 1 / the standard deviation) of a patch; of bytes both times VALUES, exactly."""
+def _statistics(pixels, mask, std, VALUES: tl.constexpr, CHANNEL: tl.constexpr):
+    """(the mean, 1 / the standard deviation) of a patch [N], or of its channels [C, N]; of bytes
+    both times VALUES, exactly."""
+    axis: tl.constexpr = 1 if CHANNEL else 0
     if pixels.dtype == tl.uint8:
         x = pixels.to(tl.int32)
-        average, squares = tl.sum(x, 0), tl.sum(x * x, 0).to(tl.int64)
+        average = tl.sum(x, axis, keep_dims=CHANNEL)
+        squares = tl.sum(x * x, axis, keep_dims=CHANNEL).to(tl.int64)
         total = (squares * VALUES - average.to(tl.int64) * average).to(tl.float32) * VALUES
         unit = 255.0 * VALUES * std
     else:
         x = pixels.to(tl.float32)
-        average = tl.div_rn(tl.sum(x, 0), 1.0 * VALUES)
+        average = tl.div_rn(tl.sum(x, axis, keep_dims=CHANNEL), 1.0 * VALUES)
+        if CHANNEL:  # a flat one's, to the last bit: what is left would be divided by 1e-6
+            average += tl.sum(tl.where(mask, x - average, 0.0), 1, keep_dims=True) / VALUES
         x = tl.where(mask, x - average, 0.0)
-        total = tl.sum(x * x, 0)
+        total = tl.sum(x * x, axis, keep_dims=CHANNEL)
         unit = 1.0
-    return average, tl.rsqrt(total / (VALUES - 1) + 1e-6 * unit * unit)
+    variance = total / (VALUES - 1)
+    if CHANNEL:
+        return average, 1 / (tl.sqrt(variance) + 1e-6 * unit)
+    return average, tl.rsqrt(variance + 1e-6 * unit * unit)
 
 
 @triton.jit
@@ -66,6 +75,7 @@ def _masked_mse_fwd_kernel(
     PATCH: tl.constexpr,
     LINES: tl.constexpr,
     PIXELS: tl.constexpr,
+    BAND: tl.constexpr,
     NORM: tl.constexpr,
     GRADIENT: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -74,20 +84,31 @@ def _masked_mse_fwd_kernel(
     row = clip * tl.num_programs(0) + token
     there, t, r, c = locate(tl.load(ids + row), length, ROWS, COLUMNS)
     corner = clip * sb + r.to(tl.int64) * PATCH * sh + c.to(tl.int64) * PATCH * sw
+    lines: tl.constexpr = CHANNELS * T_PATCH * PATCH
+    values: tl.constexpr = lines * PATCH
     line = tl.arange(0, LINES)[:, None]  # (c, u, y)
+    if BAND != T_PATCH * PATCH:  # that many of each channel, the last of them empty
+        of = line % BAND
+        line = tl.where(of < T_PATCH * PATCH, line // BAND * T_PATCH * PATCH + of, lines)
     x = tl.arange(0, PIXELS)[None, :]
     u = line // PATCH % T_PATCH
     frame = tl.zeros_like(line)
     for i in tl.static_range(T_PATCH):
         frame = tl.where(u == i, tl.load(frames + t * T_PATCH + i), frame)
     at = video + corner + offsets(line, frame, x, sc, st, sh, sw, T_PATCH, PATCH)
-    lines: tl.constexpr = CHANNELS * T_PATCH * PATCH
-    values: tl.constexpr = lines * PATCH
     mask = (line < tl.where(there, lines, 0)) & (x < PATCH)
-    pixels = tl.reshape(tl.load(at, mask=mask, other=0), [LINES * PIXELS])
+    pixels = tl.load(at, mask=mask, other=0)
     average, scale = 0.0, 1.0
-    if NORM:
-        average, scale = _statistics(pixels, tl.reshape(mask, [LINES * PIXELS]), std, values)
+    if NORM == "channel":
+        pixels = tl.reshape(pixels, [LINES // BAND, BAND * PIXELS])
+        mask = tl.reshape(mask, [LINES // BAND, BAND * PIXELS])
+        of_channel: tl.constexpr = values // CHANNELS
+        mean_of, scale_of = _statistics(pixels, mask, std, of_channel, True)
+        pixels = _deviation(pixels, mean_of, of_channel) * scale_of
+    pixels = tl.reshape(pixels, [LINES * PIXELS])
+    if NORM == "patch":
+        mask = tl.reshape(mask, [LINES * PIXELS])
+        average, scale = _statistics(pixels, mask, std, values, False)
     scale = tl.where(there, scale, float("nan"))
 
     from_ = pred + clip * pred_clip + token * pred_token
@@ -95,10 +116,13 @@ def _masked_mse_fwd_kernel(
     for first in tl.static_range(0, values, CHUNK):
         j = first + tl.arange(0, CHUNK)  # (u, y, x, c)
         inside = j < values
-        place = (j % CHANNELS * T_PATCH + j // (CHANNELS * PATCH * PATCH)) * PATCH
+        place = j % CHANNELS * BAND + j // (CHANNELS * PATCH * PATCH) * PATCH
         place = (place + j // (CHANNELS * PATCH) % PATCH) * PIXELS + j // CHANNELS % PATCH
         target = tl.gather(pixels, tl.where(inside, place, 0), 0)
-        target = _deviation(target, average, values) if NORM else normalise(target, mean, std)
+        if NORM == "patch":
+            target = _deviation(target, average, values)
+        else:
+            target = normalise(target, mean, std)
         value = tl.load(from_ + j, mask=inside, other=0).to(tl.float32)
         difference = tl.where(inside, value - target * scale, 0.0)
         error += difference * difference
@@ -122,7 +146,7 @@ def _on_device(numbers, device):
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
-def masked_mse_fwd(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix_loss, need_grad):
+def masked_mse_fwd(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix, need_grad):
     """pred [B, M, P]; video [B, C, T, H, W]; ids [B, M] -> (loss [], (pred - target) * factor
     [B, M, P], or [0]), where factor is that of `_factors`."""
     _, channels, length, height, width = video.shape
@@ -132,6 +156,9 @@ def masked_mse_fwd(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix
     saved = torch.empty(pred.shape if need_grad else (0,), dtype=pred.dtype, device=pred.device)
     errors = torch.empty(ids.numel(), dtype=torch.float32, device=pred.device)
     if ids.numel():
+        band = t_patch * patch
+        if norm_pix == "channel":  # its sums are over a row of a tensor
+            band = triton.next_power_of_2(band)
         rows, columns = height // patch, width // patch
         _masked_mse_fwd_kernel[ids.shape[1], ids.shape[0]](
             errors,
@@ -151,9 +178,10 @@ def masked_mse_fwd(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix
             channels,
             t_patch,
             patch,
-            triton.next_power_of_2(channels * t_patch * patch),
+            triton.next_power_of_2(channels * band),
             triton.next_power_of_2(patch),
-            norm_pix_loss,
+            band,
+            norm_pix,
             need_grad,
             **configs.pick("masked_mse_fwd"),
         )

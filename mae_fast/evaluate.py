@@ -9,7 +9,7 @@ from mae_fast.data import VideoRow, make_loader
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
-from mae_fast.ops.masked_mse import norm_pix
+from mae_fast.ops.masked_mse import norm_target
 
 CLIPS = 64
 _SEED = 20220518  # any fixed number: the paper's first day on arXiv
@@ -48,8 +48,7 @@ def held_out_loss(
         )
         loss, _, _ = model(video, ids_keep=keep, ids_mask=masked)
         target = targets(spec, video, masked, torch.float32)
-        if spec.norm_pix == "patch":
-            target = norm_pix(target)[0]
+        target, _, _ = norm_target(target, spec.norm_pix, cfg.model.in_chans)
         means += float(target.var(dim=-1, correction=0).mean()) * len(batch.paths)
         losses += float(loss) * len(batch.paths)
         clips += len(batch.paths)

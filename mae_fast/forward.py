@@ -228,7 +228,7 @@ def _shared_qkv(
 def masked_loss(spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
     """The loss of predictions [B, M, P] of the tokens ids_mask [B, M]."""
     target = (spec.target_frames, spec.pred_t_patch, spec.patch, spec.mean, spec.std)
-    return masked_mse(pred, video, ids_mask, *target, spec.norm_pix == "patch")
+    return masked_mse(pred, video, ids_mask, *target, spec.norm_pix)
 
 
 def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from mae_fast.errors import ConfigError, DataError
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
-from mae_fast.ops.masked_mse import norm_pix
+from mae_fast.ops.masked_mse import norm_target
 
 ROWS = ("original", "masked", "reconstruction", "reconstruction + visible patches")
 FPS = 30.0  # the rate at which sampling_rate counts, as in the official configuration
@@ -109,9 +109,8 @@ def draw_panel(
     loss, pred, mask = model(clip, ids_keep=keep, ids_mask=masked, full_pred=True)
     everything = torch.arange(cfg.num_patches)[None]
     target = targets(spec, clip, everything, clip.dtype)
-    if cfg.norm_pix_loss:
-        _, mean, std = norm_pix(target)
-        pred = pred * std + mean
+    _, mean, std = norm_target(target, spec.norm_pix, cfg.in_chans)
+    pred = pred * std + mean
     hidden = mask[..., None]
     grey = torch.full_like(target, (0.5 - spec.mean) / spec.std)
     rows = [
@@ -127,7 +126,7 @@ def draw_panel(
 
 def _caption(model: MaskedAutoencoder, name: str) -> str:
     text = f"{name}: {model.cfg.num_frames} frames of {model.cfg.img_size} x {model.cfg.img_size}"
-    if model.cfg.norm_pix_loss:
+    if model.spec.norm_pix != "none":
         text += "; predicted patches are given the original's own mean and contrast"
     return text
 

@@ -10,7 +10,7 @@ from mae_fast.config import ConfigError, ModelConfig, preset
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids, num_keep
 from mae_fast.model import MaskedAutoencoder
-from mae_fast.ops.masked_mse import masked_mse, norm_pix, target_patches, unpatchify
+from mae_fast.ops.masked_mse import masked_mse, norm_target, target_patches, unpatchify
 from mae_fast.ops.patchify_gather import patchify_gather_ref
 
 
@@ -86,7 +86,7 @@ def test_trap_4_noise_has_fp32_resolution():
 
 def test_trap_5_variance_is_unbiased_with_eps_inside():
     x = torch.randn(2, 3, 768, dtype=torch.float64)
-    ours, mean, std = norm_pix(x)
+    ours, mean, std = norm_target(x, "patch", chans=3)
     expected = (x - x.mean(-1, True)) / (x.var(-1, keepdim=True, unbiased=True) + 1e-6) ** 0.5
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
     biased = (x - mean) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6) ** 0.5
@@ -199,14 +199,14 @@ def test_trap_12_visible_patches_do_not_count(tiny_cfg):
     assert mask.sum(1).tolist() == [12.0, 12.0]
     assert grad is None or not grad[mask == 0].any()
     target = targets(model.spec, video, torch.arange(16).expand(2, -1), torch.float32)
-    per_patch = (pred - norm_pix(target)[0]).square().mean(-1)
+    per_patch = (pred - norm_target(target, "patch", chans=3)[0]).square().mean(-1)
     torch.testing.assert_close(loss, (per_patch * mask).sum() / mask.sum())
 
 
 def test_trap_13_the_mean_is_over_all_masked_values():
     pred, video = torch.randn(3, 5, 12), torch.randn(3, 3, 1, 4, 6)
     ids = torch.stack([torch.randperm(6)[:5] for _ in range(3)])
-    mse = masked_mse(pred, video, ids, (0,), 1, 2, 0.45, 0.225, norm_pix_loss=False)
+    mse = masked_mse(pred, video, ids, (0,), 1, 2, 0.45, 0.225, norm_pix="none")
     target = target_patches(video, ids, (0,), 1, 2, 0.45, 0.225, torch.float32)
     torch.testing.assert_close(mse, ((pred - target) ** 2).sum() / (3 * 5 * 12))
 

@@ -6,6 +6,13 @@
 
 MAE_FAST_BEGIN
 
+enum class NormPix { kNone, kPatch, kChannel };
+
+inline NormPix norm_pix_named(std::string_view name) {
+  TORCH_CHECK(name == "none" || name == "patch" || name == "channel", "masked_mse: norm_pix ", name);
+  return name == "none" ? NormPix::kNone : name == "patch" ? NormPix::kPatch : NormPix::kChannel;
+}
+
 template <typename P, typename N>
 inline void interleave(const P* line, int64_t stride, N patch, P* __restrict out) {
   const P* __restrict red = line;
@@ -73,14 +80,15 @@ struct TargetGrid {
   }
 };
 
-// target = (pixel - shift) * scale for every pixel of one patch. Sums of bytes are exact integers;
+// target = (pixel - shift) * scale for every pixel of one patch, or of one channel of it. Sums of bytes are exact integers;
 // of floats the variance takes a second pass, since one loses it for a flat patch.
 template <typename P, typename A>
-std::pair<A, A> target_affine(const P* pixels, int64_t size, double mean, double std, bool norm) {
+std::pair<A, A> target_affine(const P* pixels, int64_t size, double mean, double std,
+                              NormPix norm) {
   double average = 0, variance = 0, unit = 1;
   if constexpr (std::is_same_v<P, uint8_t>) {
     unit = 255 * std;
-    if (!norm) return {A(255 * mean), A(1 / unit)};
+    if (norm == NormPix::kNone) return {A(255 * mean), A(1 / unit)};
     int64_t total = 0, squares = 0;
     for (int64_t begin = 0; begin < size; begin += 4096) {  // 32 bits hold that many squares
       uint32_t t = 0, s = 0;
@@ -94,7 +102,7 @@ std::pair<A, A> target_affine(const P* pixels, int64_t size, double mean, double
     average = double(total) / size;
     variance = double(size * squares - total * total) / (double(size) * (size - 1));
   } else {
-    if (!norm) return {A(0), A(1)};
+    if (norm == NormPix::kNone) return {A(0), A(1)};
     for (int64_t i = 0; i < size; ++i) average += double(pixels[i]);
     average /= size;
     for (int64_t i = 0; i < size; ++i) {
@@ -103,7 +111,26 @@ std::pair<A, A> target_affine(const P* pixels, int64_t size, double mean, double
     }
     variance /= size - 1;
   }
+  if (norm == NormPix::kChannel) return {A(average), A(1 / (std::sqrt(variance) + 1e-6 * unit))};
   return {A(average), A(1 / (unit * std::sqrt(variance / (unit * unit) + 1e-6)))};
+}
+
+// The target of a patch, channel last, each channel of which has a shift and a scale of its own.
+template <typename P, typename A, typename N>
+void normalise_channels(const P* __restrict pixels, int64_t size, N chans, double std,
+                        P* __restrict planes, std::pair<A, A>* affine, A* __restrict to) {
+  const int64_t count = size / chans;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t k = 0; k < chans; ++k) planes[k * count + i] = pixels[i * chans + k];
+  }
+  for (int64_t k = 0; k < chans; ++k) {
+    affine[k] = target_affine<P, A>(planes + k * count, count, 0, std, NormPix::kChannel);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t k = 0; k < chans; ++k) {
+      to[i * chans + k] = (A(planes[k * count + i]) - affine[k].first) * affine[k].second;
+    }
+  }
 }
 
 template <typename P, typename A>
@@ -122,7 +149,7 @@ inline double unit_gradient(const Tensor& pred) {
 inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tensor& video,
                                                  const Tensor& ids_, at::IntArrayRef frames,
                                                  int64_t t_patch, int64_t patch, double mean,
-                                                 double std, bool norm, bool need_grad) {
+                                                 double std, std::string_view norm_pix, bool need_grad) {
   check_cpu(pred_, "masked_mse: pred");
   check_cpu(video, "masked_mse: video");
   TORCH_CHECK(pred_.dim() == 3 && video.dim() == 5 && t_patch > 0 && patch > 0 &&
@@ -145,6 +172,7 @@ inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tens
   const Tensor pred = pred_.stride(2) == 1 ? pred_ : pred_.contiguous();
   const auto acc = at::toOpMathType(pred.scalar_type());
   const double unit = unit_gradient(pred);
+  const NormPix norm = norm_pix_named(norm_pix);
   Tensor saved = at::empty(need_grad ? pred.sizes() : at::IntArrayRef{0}, pred.options());
   Tensor errors = at::empty({batch * masked}, pred.options().dtype(at::kDouble));
   MAE_FAST_FLOATS(pred.scalar_type(), "masked_mse", [&] {
@@ -158,12 +186,23 @@ inline std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tens
       at::parallel_for(0, batch * masked, 8, [&](int64_t begin, int64_t end) {
         std::vector<P> pixels(size);
         std::vector<A> wide(size);
+        std::vector<P> planes(norm == NormPix::kChannel ? size : 0);
+        std::vector<std::pair<A, A>> affine(grid.chans);
         for (int64_t row = begin; row < end; ++row) {
           const int64_t b = row / masked, m = row % masked;
           if (row + 1 < end) grid.prefetch(clip, (row + 1) / masked, ip[row + 1]);
           grid.read(clip, b, ip[row], pixels.data());
-          const auto [shift, scale] = target_affine<P, A>(pixels.data(), size, mean, std, norm);
-          widen(pixels.data(), size, wide.data());
+          A shift = 0, scale = 1;
+          if (norm != NormPix::kChannel) {
+            std::tie(shift, scale) = target_affine<P, A>(pixels.data(), size, mean, std, norm);
+            widen(pixels.data(), size, wide.data());
+          } else if (grid.chans == 3) {
+            normalise_channels(pixels.data(), size, std::integral_constant<int64_t, 3>(), std,
+                               planes.data(), affine.data(), wide.data());
+          } else {
+            normalise_channels(pixels.data(), size, grid.chans, std, planes.data(), affine.data(),
+                               wide.data());
+          }
           const scalar_t* from = pp + b * pred.stride(0) + m * pred.stride(1);
           const Vec<scalar_t> shifts(shift), scales(scale), units{A(unit)};
           Vec<scalar_t> squares(A(0));

@@ -13,7 +13,7 @@ struct TargetFrames {
   int32_t at[kMaxFrames];
 };
 
-// target = (x * count - total) * scale + shift of a byte x. With norm_pix_loss the first product is
+// target = (x * count - total) * scale + shift of a byte x. Normalised, the first product is
 // exact, and nothing cancels.
 struct Affine {
   int count, total;

@@ -90,8 +90,10 @@ double unit_gradient(const Tensor& pred) {
 std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tensor& video,
                                           const Tensor& ids, at::IntArrayRef frames_,
                                           int64_t t_patch, int64_t patch, double mean, double std,
-                                          bool norm, bool need_grad) {
+                                          std::string_view norm_pix, bool need_grad) {
   check_cuda(pred_, {video, ids});
+  TORCH_CHECK(norm_pix == "none" || norm_pix == "patch", "norm_pix ", norm_pix,
+              ", and the CUDA kernel takes none and patch");
   const c10::cuda::CUDAGuard guard(pred_.device());
   const Clip clip = clip_of(video, t_patch, patch);
   const Ids tokens = ids_of(ids, video.size(0));
@@ -116,9 +118,9 @@ std::tuple<Tensor, Tensor> masked_mse_fwd(const Tensor& pred_, const Tensor& vid
     using T = Of<decltype(type)>;
     C10_CUDA_CHECK(cuda::masked_mse_fwd<T>(
         c10::cuda::getCurrentCUDAStream(), clip, frames, int64_t(frames_.size()), tokens,
-        ids.size(0), ids.size(1), data<T>(pred), pred.stride(0), pred.stride(1), mean, std, norm,
-        unit_gradient(pred), need_grad ? data<T>(saved) : nullptr, data<float>(errors),
-        data<float>(loss)));
+        ids.size(0), ids.size(1), data<T>(pred), pred.stride(0), pred.stride(1), mean, std,
+        norm_pix == "patch", unit_gradient(pred), need_grad ? data<T>(saved) : nullptr,
+        data<float>(errors), data<float>(loss)));
   });
   return {loss, saved};
 }

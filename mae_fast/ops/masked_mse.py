@@ -1,8 +1,9 @@
 """masked_mse: the loss on masked patches, its target read straight from the clip.
 
 loss = mean over (b, m, value) of (pred - target)^2, target = norm(patch of token ids[b, m]).
-A target patch is flattened channel last (u, p, p, C), unlike the patch embedding's. With
-norm_pix_loss it is (x - mean) / sqrt(var + 1e-6) over all its values, var unbiased, eps inside.
+A target patch is flattened channel last (u, p, p, C), unlike the patch embedding's. norm_pix says
+what is normalised alone, var unbiased: "patch", all its values, (x - mean) / sqrt(var + 1e-6) as
+MAE-ST; "channel", those of one channel, (x - mean) / (sqrt(var) + 1e-6) as VideoMAE; or "none".
 Forward makes the gradient in the same pass, 2 (pred - target) / (B M P) in pred's dtype, and saves
 nothing else: backward multiplies it by dloss, and has nothing to do where that is known to be 1.
 fp16, in which so small numbers vanish, saves pred - target.
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.patchify_gather import gather_patches, normalise, why_not_cuda, why_not_triton
+
+NORM_PIX = ("none", "patch", "channel")
 
 
 def target_patches(
@@ -25,7 +28,7 @@ def target_patches(
     std: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The pixels to predict, not yet normalised by patch: [B, M, t_patch*patch*patch*C].
+    """The pixels to predict, before norm_target: [B, M, t_patch*patch*patch*C].
 
     video [B, C, T, H, W]; `frames` are the input frames that are targets, t_patch of them a token.
     """
@@ -35,10 +38,19 @@ def target_patches(
     return normalise(cells, mean, std, dtype).permute(0, 1, 3, 4, 5, 2).flatten(2)
 
 
-def norm_pix(target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(target [B, M, P] normalised by patch, mean [B, M, 1], standard deviation [B, M, 1])."""
-    mean = target.mean(dim=-1, keepdim=True)
-    std = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+def norm_target(target: Tensor, norm_pix: str, chans: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(target [B, M, P] normalised, and the mean and the deviation that it was normalised with,
+    [B, M, 1], or [B, M, P] by channel, or 0 and 1)."""
+    if norm_pix == "none":
+        return target, target.new_zeros(()), target.new_ones(())
+    if norm_pix == "patch":
+        mean = target.mean(dim=-1, keepdim=True)
+        std = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    else:
+        values = target.shape[-1] // chans
+        cells = target.unflatten(-1, (values, chans))
+        mean = cells.mean(dim=-2).repeat(1, 1, values)
+        std = (cells.var(dim=-2).sqrt() + 1e-6).repeat(1, 1, values)
     return (target - mean) / std, mean, std
 
 
@@ -51,25 +63,24 @@ def masked_mse_ref(
     patch: int,
     mean: float,
     std: float,
-    norm_pix_loss: bool,
+    norm_pix: str,
 ) -> Tensor:
     """The specification. The mean over no patches is NaN."""
     wide = torch.promote_types(pred.dtype, torch.float32)
     target = target_patches(video, ids, frames, t_patch, patch, mean, std, wide)
-    if norm_pix_loss:
-        target, _, _ = norm_pix(target)
+    target, _, _ = norm_target(target, norm_pix, video.shape[1])
     return (pred.to(wide) - target).square().mean()
 
 
 dispatch.LIBRARY.define(
     "masked_mse_fwd(Tensor pred, Tensor video, Tensor ids, int[] frames, int t_patch, int patch,"
-    " float mean, float std, bool norm_pix_loss, bool need_grad) -> (Tensor, Tensor)"
+    " float mean, float std, str norm_pix, bool need_grad) -> (Tensor, Tensor)"
 )
 dispatch.LIBRARY.define("masked_mse_bwd(Tensor saved, Tensor dloss) -> Tensor")
 
 
 @torch.library.register_fake("mae_fast::masked_mse_fwd")
-def _(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix_loss, need_grad):
+def _(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix, need_grad):
     loss = pred.new_empty((), dtype=torch.promote_types(pred.dtype, torch.float32))
     return loss, pred.new_empty(pred.shape if need_grad else (0,))
 
@@ -101,19 +112,21 @@ def _is_one(dloss: Tensor) -> bool:
 torch.library.register_autograd("mae_fast::masked_mse_fwd", _backward, setup_context=_save)
 
 
-def _why_not_cpp(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
+def _why_not_cpp(pred: Tensor, video: Tensor, ids: Tensor, norm_pix: str) -> str | None:
     if video.requires_grad:
         return "the clip wants a gradient"
     return dispatch.why_not_cpp(pred, video, ids) or dispatch.why_not_dtype(pred.dtype)
 
 
-def _why_not_triton(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
+def _why_not_triton(pred: Tensor, video: Tensor, ids: Tensor, norm_pix: str) -> str | None:
     if pred.shape[-1] > 2**15:
         return f"a patch has {pred.shape[-1]} values, more than {2**15}"
     return dispatch.why_not_triton(pred) or why_not_triton(video, ids, pred.dtype)
 
 
-def _why_not_cuda(pred: Tensor, video: Tensor, ids: Tensor) -> str | None:
+def _why_not_cuda(pred: Tensor, video: Tensor, ids: Tensor, norm_pix: str) -> str | None:
+    if norm_pix == "channel":
+        return "it does not normalise by channel"
     if pred.shape[-1] > 12_000:
         return f"four patches of {pred.shape[-1]} bytes are more than its shared memory"
     return dispatch.why_not_cuda(pred) or why_not_cuda(video, ids, pred.dtype)
@@ -140,14 +153,17 @@ def masked_mse(
     patch: int,
     mean: float,
     std: float,
-    norm_pix_loss: bool,
+    norm_pix: str,
 ) -> Tensor:
     """pred [B, M, P] float; video [B, C, T, H, W] uint8, or float already normalised; ids [B, M]
     int -> the loss, a scalar in fp32 (fp64 for double).
 
     `frames`: the numbers of the frames that are targets, t_patch of them a token. Raises ValueError
-    on a shape or an ids dtype that does not fit, IndexError on an id out of range.
+    on a norm_pix that is none of NORM_PIX, on a shape or an ids dtype that does not fit, IndexError
+    on an id out of range.
     """
+    if norm_pix not in NORM_PIX:
+        raise ValueError(f"masked_mse: norm_pix must be one of {NORM_PIX}, got {norm_pix!r}")
     size = t_patch * patch * patch * video.shape[1]
     if pred.shape != (*ids.shape, size) or ids.shape[:1] != video.shape[:1]:
         raise ValueError(
@@ -155,8 +171,8 @@ def masked_mse(
             f"{list(video.shape)} do not fit: a patch has {size} values"
         )
     dispatch.check_ids(ids)
-    args = (pred, video, ids, frames, t_patch, patch, mean, std, norm_pix_loss)
-    if OP.choose(pred, video, ids) == "reference":
+    args = (pred, video, ids, frames, t_patch, patch, mean, std, norm_pix)
+    if OP.choose(pred, video, ids, norm_pix) == "reference":
         rows, columns = video.shape[3] // patch, video.shape[4] // patch
         dispatch.check_range(ids, len(frames) // t_patch * rows * columns)
         return masked_mse_ref(*args)

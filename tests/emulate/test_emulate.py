@@ -73,17 +73,17 @@ def test_patchify_gather_divides_as_ieee(emulate, norm):
 def masked_mse(emulate, pred, video, ids, frames, t_patch, patch, norm, need_grad=True):
     """The loss, and what is saved for backward."""
     unit = 1 if pred.dtype == torch.float16 or not pred.numel() else 2 / pred.numel()
-    scalars = [t_patch, patch, *NORM, norm, unit, need_grad, *frames]
+    scalars = [t_patch, patch, *NORM, norm == "patch", unit, need_grad, *frames]
     outputs = [torch.empty(()), *[torch.empty(pred.shape, dtype=pred.dtype)] * need_grad]
     return emulate("masked_mse_fwd", [pred, video, ids], scalars, *outputs)
 
 
 LOSSES = [
-    *[("vit", layout, "bf16", True) for layout in LAYOUTS],
-    *[("prime", layout, "f32", True) for layout in LAYOUTS],
-    ("vit", "contiguous", "f32", True),
-    ("vit", "a_crop", "f16", False),
-    ("eight", "decoded_frames", "f16", True),
+    *[("vit", layout, "bf16", "patch") for layout in LAYOUTS],
+    *[("prime", layout, "f32", "patch") for layout in LAYOUTS],
+    ("vit", "contiguous", "f32", "patch"),
+    ("vit", "a_crop", "f16", "none"),
+    ("eight", "decoded_frames", "f16", "patch"),
 ]
 
 
@@ -113,15 +113,16 @@ def test_masked_mse_of_nearly_flat_patches(emulate):
     video.fill_(200)[..., -1] = 201
     pred = torch.zeros(*ids.shape, 1536)
     args = (pred, video, ids, range(4), t_patch, patch)
-    _, saved = masked_mse(emulate, *args, True)
+    _, saved = masked_mse(emulate, *args, "patch")
     wide = pred.double().requires_grad_()
-    masked_mse_ref(wide, *args[1:], *NORM, True).backward()
+    masked_mse_ref(wide, *args[1:], *NORM, "patch").backward()
     torch.testing.assert_close(saved.double(), wide.grad, rtol=1e-6, atol=1e-12)
 
 
 def test_masked_mse_of_nothing_is_nan(emulate):
     video, ids, t_patch, patch = clip_and_ids("no_ids")
-    loss, saved = masked_mse(emulate, torch.empty(2, 0, 48), video, ids, (0, 1), t_patch, patch, 1)
+    args = (torch.empty(2, 0, 48), video, ids, (0, 1), t_patch, patch)
+    loss, saved = masked_mse(emulate, *args, "patch")
     assert loss.isnan() and saved.shape == (2, 0, 48)
 
 
@@ -211,7 +212,7 @@ def test_an_id_out_of_range_reads_nothing_and_gives_nan(emulate, bad):
     out = patchify(emulate, video, ids, t_patch, patch, NORM, torch.bfloat16)
     assert out[1, 2].isnan().all() and out.isnan().sum() == out.shape[2]
     pred = torch.randn(*ids.shape, out.shape[2])
-    loss, saved = masked_mse(emulate, pred, video, ids, range(4), t_patch, patch, True)
+    loss, saved = masked_mse(emulate, pred, video, ids, range(4), t_patch, patch, "patch")
     assert loss.isnan() and saved[1, 2].isnan().all() and saved.isnan().sum() == out.shape[2]
     args = decoder_args("f32", "f32")
     args[5][1, 2] = bad

@@ -165,7 +165,7 @@ def _masked_mse(m: _Maker):
     """As MAE-ST: every second frame is a target."""
     ids, frames = m.ids()[1], [*range(0, m.model.frames, 2)]
     pred = m.floats(*ids.shape, 3 * m.model.patch**2)
-    yield "", (pred, m.clip(), ids, frames, 1, m.model.patch, 0.45, 0.225, True, True)
+    yield "", (pred, m.clip(), ids, frames, 1, m.model.patch, 0.45, 0.225, "patch", True)
 
 
 def _adamw(m: _Maker):

@@ -8,7 +8,7 @@ import mae_fast
 from mae_fast.errors import BackendError
 from mae_fast.masking import draw_ids
 from mae_fast.ops import dispatch
-from mae_fast.ops.masked_mse import masked_mse, masked_mse_ref
+from mae_fast.ops.masked_mse import NORM_PIX, OP, masked_mse, masked_mse_ref, norm_target
 
 SIDE = 32 if dispatch.interpreting() else 64
 # batch, channels, frames of the clip, height, width, target frames, patch in time, in space, masked
@@ -18,39 +18,55 @@ SHAPES = {
     "vit_b": (2, 3, 16, SIDE, SIDE, (0, 2, 4, 6, 8, 10, 12, 15), 1, 16, 0.9),
     "two_frames_a_token": (2, 3, 4, 16, 24, (0, 1, 2, 3), 2, 8, 0.5),
     "odd_patch_of_three_frames": (2, 5, 6, 14, 14, (5, 0, 1, 4, 2, 2), 3, 7, 0.5),
+    "two_channels": (1, 2, 1, 6, 9, (0,), 1, 3, 0.5),
+    "four_channels": (2, 4, 2, 10, 15, (1, 0), 2, 5, 0.5),
     "nothing_masked": (2, 3, 2, 8, 8, (0,), 1, 4, 0.0),
 }
-NORM = [(0.45, 0.225, True), (0.45, 0.225, False)]
+DATA = [s for s in SHAPES if s != "nothing_masked"]
+NORMALISED = [norm for norm in NORM_PIX if norm != "none"]
 
 
-def make(shape, dtype, norm=(0.45, 0.225, True), pixels=torch.uint8):
+def make(shape, dtype, norm="patch"):
     batch, chans, t, h, w, frames, u, p, ratio = SHAPES[shape]
     video = torch.randint(0, 256, (batch, chans, t, h, w), dtype=torch.uint8)
-    if pixels.is_floating_point:
-        video = (video / 255 - 0.45).to(pixels)
     grid = (len(frames) // u, h // p, w // p)
     if ratio == 1:
         ids = torch.zeros(batch, 1, dtype=torch.int32)
     else:
         _, ids = draw_ids("random", grid, ratio, seed=0, step=0, samples=torch.arange(batch))
     pred = torch.randn(*ids.shape, u * p * p * chans).to(dtype).requires_grad_()
-    return [pred, video, ids, frames, u, p, *norm]
+    return [pred, video, ids, frames, u, p, 0.45, 0.225, norm]
 
 
-@pytest.mark.parametrize("norm", NORM, ids=["norm_pix", "raw"])
+@pytest.mark.parametrize("norm", NORM_PIX)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "nothing_masked"])
+@pytest.mark.parametrize("shape", DATA)
 def test_masked_mse_matches_fp64(backend, shape, dtype, norm):
+    if (shape, norm) == ("two_values", "channel"):
+        pytest.skip("one value has no variance: see test_masked_mse_of_one_value_a_channel_is_nan")
     with mae_fast.backends(masked_mse=backend):
         check_op(masked_mse, masked_mse_ref, make(shape, DTYPES[dtype], norm))
 
 
+def test_norm_target_by_channel_is_videomae_s():
+    """Values of a channel stand at a distance of C: var unbiased, eps outside the root."""
+    x = torch.randn(2, 3, 4 * 5, dtype=torch.float64) * 1e-5
+    ours, mean, std = norm_target(x, "channel", chans=5)
+    cells = x.view(2, 3, 4, 5)
+    expected = (cells - cells.mean(dim=-2, keepdim=True)) / (
+        cells.var(dim=-2, unbiased=True, keepdim=True).sqrt() + 1e-6
+    )
+    torch.testing.assert_close(ours, expected.flatten(2), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours * std + mean, x, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("norm", NORMALISED)
 @pytest.mark.parametrize("pixels", ["f64", *DTYPES])
-def test_masked_mse_takes_normalised_clips(backend, pixels):
+def test_masked_mse_takes_normalised_clips(backend, pixels, norm):
     if backend == "triton" and pixels == "f64":
         pytest.skip("triton leaves float64 to the reference")
     pixels = DTYPES.get(pixels, torch.float64)
-    args = make("vit_b", torch.float32)
+    args = make("vit_b", torch.float32, norm)
     args[1] = (args[1] / 255 - 0.45).to(pixels)
     exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     with mae_fast.backends(masked_mse=backend):
@@ -67,10 +83,11 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("norm", NORMALISED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=["uint8", "f32"])
-def test_masked_mse_reads_any_strides(backend, layout, pixels):
-    args = make("vit_b", torch.float32)
+def test_masked_mse_reads_any_strides(backend, layout, pixels, norm):
+    args = make("vit_b", torch.float32, norm)
     args[1] = LAYOUTS[layout](args[1] if pixels == torch.uint8 else args[1] / 255 - 0.45)
     assert args[1].shape == (2, 3, 16, SIDE, SIDE)
     args[0] = torch.randn(2, 130, 768)[:, -args[2].shape[1] :].requires_grad_()
@@ -78,20 +95,53 @@ def test_masked_mse_reads_any_strides(backend, layout, pixels):
         check_op(masked_mse, masked_mse_ref, args)
 
 
-def test_masked_mse_of_a_flat_patch(backend):
-    """Its deviation is sqrt(1e-6): a mean that is off by rounding would show a thousandfold."""
-    args = make("vit_b", torch.float32)
+@pytest.mark.parametrize("pixels", ["uint8", "f32"])
+@pytest.mark.parametrize("norm", NORMALISED)
+def test_masked_mse_of_a_flat_patch(backend, norm, pixels):
+    """Its deviation is sqrt(1e-6), or 1e-6: a mean that is off by rounding would show a thousand-
+    or a millionfold."""
+    if (backend, norm) == ("reference", "channel"):
+        pytest.skip("its fp32 sums are not exact")
+    args = make("vit_b", torch.float32, norm)
     args[1].fill_(77)
+    if pixels == "f32":
+        args[1] = args[1] / 255
     with mae_fast.backends(masked_mse=backend):
         loss = masked_mse(*args)
+        loss.backward()
     torch.testing.assert_close(loss, args[0].square().mean(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(args[0].grad, 2 / args[0].numel() * args[0], rtol=1e-3, atol=1e-9)
 
 
-def test_masked_mse_of_an_almost_flat_patch(backend):
+@pytest.mark.parametrize("pixels", ["uint8", "f32"])
+def test_masked_mse_of_a_flat_channel(backend, pixels):
+    """Beside channels that are not: its target alone is zero."""
+    if backend == "reference":
+        pytest.skip("its fp32 sums are not exact")
+    args = make("vit_b", torch.float32, "channel")
+    args[1][:, 1] = 3
+    exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    if pixels == "f32":  # a float clip's own unit: eps stands beside another deviation
+        args[1] = args[1] / 255
+        exact[1], exact[6:8] = exact[1] / 255.0, [0.0, 1.0]
+    with mae_fast.backends(masked_mse=backend):
+        loss = masked_mse(*args)
+    torch.testing.assert_close(loss.double(), masked_mse_ref(*exact), rtol=1e-6, atol=0)
+
+
+def test_masked_mse_of_one_value_a_channel_is_nan(backend):
+    """As torch's unbiased variance of one value, and the official code's."""
+    args = make("two_values", torch.float32, "channel")
+    with mae_fast.backends(masked_mse=backend):
+        assert masked_mse(*args).isnan()
+
+
+@pytest.mark.parametrize("norm", NORMALISED)
+def test_masked_mse_of_an_almost_flat_patch(backend, norm):
     """One byte differs by one: of sums that are not exact integers, nothing would be left."""
     if backend == "reference":
         pytest.skip("its fp32 sums are not exact")
-    args = make("vit_b", torch.float32)
+    args = make("vit_b", torch.float32, norm)
     args[1].fill_(255)[..., ::16, ::16] -= 1
     exact = [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     with mae_fast.backends(masked_mse=backend):
@@ -172,6 +222,8 @@ def test_masked_mse_refuses(backend):
     with mae_fast.backends(masked_mse=backend):
         with pytest.raises(ValueError, match=rf"pred \[2, {ids.shape[1]}, 767\]"):
             masked_mse(pred[..., :767], video, ids, *rest)
+        with pytest.raises(ValueError, match=r"norm_pix .* got 'pixel'"):
+            masked_mse(pred, video, ids, *rest[:-1], "pixel")
         with pytest.raises(ValueError, match=r"got torch\.float32"):
             masked_mse(pred, video, ids.float(), *rest)
         with pytest.raises(ValueError, match=rf"video \[1, 3, 16, {SIDE}, {SIDE}\]"):
@@ -180,6 +232,12 @@ def test_masked_mse_refuses(backend):
             masked_mse(pred, video, ids, (0, 2, 4, 6, 8, 10, 12, 16), *rest[1:])
         with pytest.raises((RuntimeError, BackendError)):
             masked_mse(pred.to("meta"), video, ids, *rest)
+
+
+def test_masked_mse_by_channel_is_not_for_cuda():
+    args = make("prime", torch.float32)[:3]
+    assert OP.backends["cuda"](*args, "channel") == "it does not normalise by channel"
+    assert "by channel" not in (OP.backends["cuda"](*args, "patch") or "")
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="the triton backend's own refusals")
@@ -191,7 +249,7 @@ def test_masked_mse_leaves_what_triton_does_not_take_to_the_reference():
         with pytest.raises(BackendError, match="requires a gradient"):
             masked_mse(pred, video.float().requires_grad_(), *rest)
     video, ids = torch.zeros(1, 1, 1, 256, 256, dtype=torch.uint8), torch.zeros(1, 1).int()
-    args = (torch.zeros(1, 1, 2**16), video, ids, (0,), 1, 256, 0.45, 0.225, True)
+    args = (torch.zeros(1, 1, 2**16), video, ids, (0,), 1, 256, 0.45, 0.225, "patch")
     with mae_fast.backends(masked_mse="triton"):
         with pytest.raises(BackendError, match="a patch has 65536 values, more than 32768"):
             masked_mse(*args)

@@ -44,7 +44,7 @@ def _ids(*ids):
 
 
 def _mse(pred, video, ids):
-    return masked_mse(pred, video, ids, (0, 2), 1, 4, 0.45, 0.225, True)
+    return masked_mse(pred, video, ids, (0, 2), 1, 4, 0.45, 0.225, "patch")
 
 
 def _embed(weight, bias, pos, video, ids):
