@@ -35,11 +35,12 @@ def check(model: nn.Module) -> list[Finding]:
     settings += " t_pred_patch_size norm_pix_loss sep_pos_embed cls_embed"
     if not parts.has("", *settings.split()):
         return parts.findings
-    if not parts.layer("patch_embed.proj", nn.Conv3d, in_channels=3):
+    known = parts.layer("patch_embed.proj", nn.Conv3d, in_channels=3)
+    if not parts.layer("decoder_embed", nn.Linear) or not known:
         return parts.findings
     embed, proj = model.patch_embed, model.patch_embed.proj
     (t, h, w), (u, p, q) = embed.input_size, proj.kernel_size
-    dim, dec = proj.out_channels, model.mask_token.shape[-1]
+    dim, dec = proj.out_channels, model.decoder_embed.out_features
     with parts.group("patch_embed"):
         plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
         parts.layer("patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)

@@ -57,7 +57,9 @@ class Parts:
 
     def need(self, part: str, fits: bool, why_not: str) -> bool:
         """The part fits, or why not."""
-        self.findings.append(Finding(part, None if fits else why_not))
+        finding = Finding(part, None if fits else why_not)
+        if finding not in self.findings:
+            self.findings.append(finding)
         return fits
 
     @contextlib.contextmanager

@@ -1,0 +1,129 @@
+"""A model as other people have it, written from the specification: what accelerate is tried on."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from mae_fast.bench.baselines import OfficialMAE
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import mae_fast
+from mae_fast.config import ModelConfig
+from mae_fast.errors import AccelerateError
+
+
+class MaskedAutoencoderViT(OfficialMAE):
+    """The official MAE-ST under all of its names: submodules, settings, forward's arguments."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg)
+        self.sep_pos_embed, self.cls_embed = cfg.sep_pos_embed, cfg.cls_embed
+        self.norm_pix_loss, self.pred_t_dim = cfg.norm_pix_loss, cfg.pred_t_dim
+        self.t_pred_patch_size = self.pred_t_patch
+        self.patch_embed.input_size = cfg.grid
+        self.patch_embed.frames = cfg.num_frames
+        self.patch_embed.img_size = (cfg.img_size, cfg.img_size)
+        for block in (*self.blocks, *self.decoder_blocks):
+            block.attn.num_heads = block.attn.heads
+            block.attn.proj_drop, block.drop_path = nn.Dropout(0.0), nn.Identity()
+            block.mlp.act = nn.GELU()
+
+    def forward(self, imgs: Tensor, mask_ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward(imgs, mask_ratio)
+
+
+def make(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> MaskedAutoencoderViT:
+    """The model with values that no part of it can hide."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoderViT(cfg).to(dtype)
+    for p in model.parameters():
+        p.data.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def clips(cfg: ModelConfig, n: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Float clips [n, 3, T, H, W]."""
+    generator = torch.Generator().manual_seed(1)
+    size = (n, 3, cfg.num_frames, cfg.img_size, cfg.img_size)
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def run(model: nn.Module, *args, seed: int = 3, **kwargs):
+    """((loss, pred, mask), gradients by name) of one step from a seed."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    out = model(*args, **kwargs)
+    out[0].backward()
+    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return tuple(t.detach() for t in out), grads
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs| in fp64."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def worst(ours, theirs) -> dict[str, float]:
+    """The greatest relative differences of two `run`s: of loss, pred and the gradients.
+
+    A key bias has no gradient but rounding: a constant added to every key changes no softmax.
+    """
+    (ours, our_grads), (theirs, their_grads) = ours, theirs
+    assert torch.equal(ours[2], theirs[2]) and our_grads.keys() == their_grads.keys()
+    names = [n for n in their_grads if not n.endswith("attn.k.bias")]
+    grads = max(relative(our_grads[n], their_grads[n]) for n in names)
+    return {
+        "loss": relative(ours[0], theirs[0]),
+        "pred": relative(ours[1], theirs[1]),
+        "gradients": grads,
+    }
+
+
+def process(rank: int, cfg: ModelConfig, store: str) -> None:
+    """One of two gloo processes: three steps of SGD in a wrapper, with and without the one line."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for how in ("ddp", "ddp_then_accelerate", "fsdp2"):
+        without, with_it = (_losses(rank, how, cfg, line) for line in (False, True))
+        torch.testing.assert_close(with_it, without, rtol=1e-5, atol=0, msg=how)
+        assert len(set(with_it)) == 3
+    _blocks_sharded_by_themselves(cfg)
+    dist.destroy_process_group()
+
+
+def _losses(rank: int, how: str, cfg: ModelConfig, line: bool) -> list[float]:
+    model = make(cfg)
+    if line and how != "ddp_then_accelerate":
+        mae_fast.accelerate(model)
+    wrapped = _shard(model) if how == "fsdp2" else nn.parallel.DistributedDataParallel(model)
+    if line and how == "ddp_then_accelerate":
+        mae_fast.accelerate(wrapped.module)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2)
+    video = clips(cfg, 4)[2 * rank : 2 * rank + 2]
+    losses = []
+    for step in range(3):
+        torch.manual_seed(10 * step + rank)
+        loss = wrapped(video, mask_ratio=0.7)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _shard(module: nn.Module) -> nn.Module:
+    return fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+
+
+def _blocks_sharded_by_themselves(cfg: ModelConfig) -> None:
+    """Their parameters are gathered by hooks that a fused forward would not call."""
+    model = make(cfg)
+    for block in model.blocks:
+        _shard(block)
+    with pytest.raises(AccelerateError, match=r"blocks\.0: has hooks"):
+        mae_fast.accelerate(_shard(model))
