@@ -222,7 +222,7 @@ def _examine(model: nn.Module, strict: bool) -> tuple[ModuleType | None, list[Fi
         )
         return None, [Finding(wrapper, why_not)]
     family, findings = adapters.find(model)
-    replaced = [n for n, m in model.named_modules() if "forward" in vars(m)]
+    replaced = [n for n, m in model.named_modules() if _replaced(m)]
     if not isinstance(vars(model).get("forward"), Fused) and "" in replaced:
         findings.append(Finding("forward", "was replaced on this instance"))
     findings += [Finding(n, "has a forward of its own") for n in replaced if n]
@@ -238,7 +238,7 @@ def _hooked(model: nn.Module) -> list[Finding]:
     inner = model.modules()
     next(inner)
     # Names are made where there is something to name: this runs at every call.
-    if not any(m.__dict__[hooks] for m in inner for hooks in _HOOKS):
+    if not any(_called(m.__dict__[hooks]) for m in inner for hooks in _HOOKS):
         return []
     named = [(n, m) for n, m in model.named_modules() if n]
     return [
@@ -246,8 +246,21 @@ def _hooked(model: nn.Module) -> list[Finding]:
             n, "has hooks (FSDP, quantisation, feature extraction ...), called by no fused forward"
         )
         for n, m in named
-        if any(m.__dict__[hooks] for hooks in _HOOKS)
+        if any(_called(m.__dict__[hooks]) for hooks in _HOOKS)
     ]
+
+
+def _called(hooks: Mapping[int, Callable]) -> bool:
+    """Some of a module's hooks do something. Those that transformers installs when hidden states
+    are first asked for, and leaves there, do nothing at other calls."""
+    return any(getattr(h, "__name__", "") != "output_capturing_hook" for h in hooks.values())
+
+
+def _replaced(module: nn.Module) -> bool:
+    """The instance has a forward that is not its class's (which transformers 4 puts back there)."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is not None and not own
 
 
 def _title(model: nn.Module, family: ModuleType | None) -> str:

@@ -16,10 +16,12 @@ from types import ModuleType
 
 from torch import nn
 
-from mae_fast.adapters import mae_st
+from mae_fast.adapters import mae_st, transformers, videomae, videomae_v2
 from mae_fast.adapters.parts import Finding
 
-FAMILIES: dict[str, ModuleType] = {adapter.FAMILY: adapter for adapter in (mae_st,)}
+FAMILIES: dict[str, ModuleType] = {
+    adapter.FAMILY: adapter for adapter in (mae_st, videomae, videomae_v2, transformers)
+}
 
 
 def find(model: nn.Module) -> tuple[ModuleType | None, list[Finding]]:

@@ -38,21 +38,19 @@ def check(model: nn.Module) -> list[Finding]:
 def check_parts(parts: Parts) -> list[Finding]:
     """What V2 has in common with VideoMAE: everything but the arguments of the forward."""
     model = parts.model
-    embed, proj = model.encoder.patch_embed, model.encoder.patch_embed.proj
-    if not parts.layer("encoder.patch_embed.proj", nn.Conv3d):
+    settings = ["encoder.patch_embed.img_size", "encoder.patch_embed.num_patches"]
+    if not parts.has("", *settings) or not parts.layer("encoder.patch_embed.proj", nn.Conv3d):
         return parts.findings
+    embed, proj = model.encoder.patch_embed, model.encoder.patch_embed.proj
     (u, p, _), dim, dec = proj.kernel_size, proj.out_channels, model.mask_token.shape[-1]
-    plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
-    parts.layer("encoder.patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
-    parts.rest_is_off("encoder.patch_embed", "proj")
     rows, columns = (n // p for n in embed.img_size)
-    parts.value("encoder.patch_embed.img_size", tuple(embed.img_size), (rows * p, columns * p))
-    length = embed.num_patches
-    parts.value("encoder.patch_embed.num_patches", length % (rows * columns), 0)
-    for part, table, width in (("encoder.", model.encoder, dim), ("", model, dec)):
-        found = list(getattr(table, "pos_embed", torch.empty(0)).shape)
-        fits = found == [1, length, width]
-        parts.need(f"{part}pos_embed", fits, f"is {found}, not {[1, length, width]}")
+    with parts.group("encoder.patch_embed"):
+        plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
+        parts.layer("encoder.patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
+        parts.rest_is_off("encoder.patch_embed", "proj")
+        parts.value("encoder.patch_embed.img_size", tuple(embed.img_size), (rows * p, columns * p))
+    parts.shape("encoder.pos_embed", 1, embed.num_patches, dim)
+    parts.shape("pos_embed", 1, embed.num_patches, dec)
     for name, width in (("encoder", dim), ("decoder", dec)):
         check_blocks(parts, f"{name}.blocks", width)
         parts.norm(f"{name}.norm", width)
@@ -106,7 +104,7 @@ def forward(model: nn.Module, pixels: Pixels | None, x: Tensor, mask: Tensor) ->
 def predict(
     model: nn.Module, pixels: Pixels | None, x: Tensor, ids_keep: Tensor, ids_mask: Tensor
 ) -> Tensor:
-    """pred [B, M, P] of the tokens ids_mask, in their order; ids_keep are those the encoder sees."""
+    """pred [B, M, P] of the tokens ids_mask, in their order; the encoder sees ids_keep."""
     embed = model.encoder.patch_embed
     u, p, _ = embed.proj.kernel_size
     rows, columns = (n // p for n in embed.img_size)
@@ -191,11 +189,10 @@ _COPIES = WeakIdKeyDictionary()  # a fixed table -> (what it was copied from and
 def fixed(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Positions [1, L, D] that are not trained: [L, D], in the dtype that they are added in.
 
-    They are no buffer, so they stay on the CPU when the model moves: the copy is kept.
+    They are no buffer, so they stay on the CPU when the model moves: a copy is kept.
     """
-    table = table.detach()[0] if torch.compiler.is_compiling() else table
-    if torch.compiler.is_compiling() or (table.device, table.dtype) == (device, dtype):
-        return table.detach().reshape(table.shape[-2:]).to(device, dtype)
+    if (table.device, table.dtype) == (device, dtype) or torch.compiler.is_compiling():
+        return table.detach()[0].to(device, dtype)
     key = (table._version, dtype, device)
     known, copy = _COPIES.get(table, (None, None))
     if known != key:
@@ -208,14 +205,16 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a product with `weight`, which the encoder's positions are rounded to."""
     device = weight.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on and weight.dtype != torch.float64 else weight.dtype
+    return (
+        torch.get_autocast_dtype(device) if on and weight.dtype != torch.float64 else weight.dtype
+    )
 
 
-def unnormalised(clip: Tensor, channel_dim: int, pixels: Pixels = IMAGENET) -> Tensor:
-    """clip * std + mean, channel by channel, without gradient: pixels in [0, 1]."""
+def unnormalised(clip: Tensor, channel_dim: int) -> Tensor:
+    """clip * std + mean by ImageNet's constants in fp32, without gradient: pixels in [0, 1]."""
     out = torch.empty_like(clip)
     channels = zip(clip.detach().unbind(channel_dim), out.unbind(channel_dim), strict=True)
-    for (x, y), mean, std in zip(channels, *pixels, strict=True):
+    for (x, y), mean, std in zip(channels, *torch.tensor(IMAGENET).tolist(), strict=True):
         torch.mul(x, std, out=y).add_(mean)
     return out
 
