@@ -22,6 +22,11 @@ VERBS = {
     "reconstruct": ("mae_fast.reconstruct", "reconstruct", "draw what a checkpoint reconstructs"),
     "convert": ("mae_fast.convert", "convert", "write weights under another family's names"),
     "info": ("mae_fast.info", "info", "print versions, devices, decoders and optional libraries"),
+    "bench ratio": (
+        "mae_fast.bench.ratio",
+        "ratio",
+        "what masking buys: speed-up by ratio and engine",
+    ),
     "bench step": ("mae_fast.bench.step", "step", "time whole training steps"),
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),
 }

@@ -1,0 +1,141 @@
+"""Training steps by name: ours, the official code rung by rung, a peer's, or anybody's.
+
+built = build("official_sdpa", cfg)
+built.step(clips, noise, mask_ratio=0.75)
+built.step(clips, noise, mask_ratio=0.9, encode_all=True)  # masking at 0%
+"""
+
+import importlib
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
+from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
+from mae_fast.bench.baselines.transformers_videomae import nearest
+from mae_fast.bench.flops import Flop, forward_flop, official_parts, step_parts
+from mae_fast.bench.ours import Ours
+from mae_fast.config import ModelConfig
+from mae_fast.cost import BASE_RATIO
+from mae_fast.errors import ConfigError
+from mae_fast.forward import SAVINGS
+from mae_fast.masking import draw_ids, num_keep
+
+OURS = "mae_fast"
+ALIASES = {"ours": OURS, "transformers": "transformers_sdpa"}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What a step is given to hide `ratio` of the patches by a strategy: `keep` of them stay, and
+    `encode_all` shows the encoder all of them."""
+
+    strategy: str
+    ratio: float
+    keep: int
+    encode_all: bool
+
+    @classmethod
+    def of(cls, cfg: ModelConfig, ratio: float, strategy: str = "random") -> "Masking":
+        return cls(strategy, ratio, num_keep(strategy, cfg.grid, ratio or BASE_RATIO), ratio == 0)
+
+    def step_ratio(self, cfg: ModelConfig) -> float:
+        """The ratio at which int(L * (1 - ratio)), the official rule, keeps `keep` patches."""
+        return 1 - (self.keep + 0.5) / cfg.num_patches
+
+    def official_ratio(self, cfg: ModelConfig) -> float:
+        """The ratio by which the official FLOP are counted: 0 where the encoder sees all."""
+        return 0.0 if self.encode_all else self.step_ratio(cfg)
+
+    def noise(self, cfg: ModelConfig, clips: int, seed: int, step: int, device: str) -> Tensor:
+        """Keys [clips, L] whose order is the mask: those of the kept patches are the smallest."""
+        samples = torch.arange(clips, device=device)
+        ratio = self.ratio or BASE_RATIO
+        ids = draw_ids(self.strategy, cfg.grid, ratio, seed=seed, step=step, samples=samples)
+        order = torch.cat(ids, dim=1).long()
+        ranks = torch.arange(order.shape[1], device=device) / order.shape[1]
+        return torch.empty(order.shape, device=device).scatter_(1, order, ranks.expand_as(order))
+
+
+def name_of(engine: str) -> str:
+    """An engine's own name. ConfigError where there is no such engine."""
+    name = ALIASES.get(engine, engine)
+    if name != OURS and name not in BASELINES and ":" not in name:
+        known = ", ".join([OURS, *BASELINES])
+        raise ConfigError(f"unknown engine {engine!r} (known: {known}, or MODULE:FUNCTION)")
+    return name
+
+
+def model_of(name: str, cfg: ModelConfig) -> ModelConfig:
+    """The model that an engine trains where `cfg` is asked for: a peer's is only the nearest."""
+    return nearest(cfg) if name in PEERS else cfg
+
+
+def why_not(name: str, cfg: ModelConfig, masking: Masking) -> str | None:
+    """Why an engine has no step of this kind, or None."""
+    if name in PEERS and cfg.variant != "mae_st":
+        return f"a peer of mae_st, not of {cfg.variant}"
+    if ":" in name and masking.encode_all:
+        return "0% is known of our own engines only"
+    return None
+
+
+def build(name: str, cfg: ModelConfig, device: str = "cpu", precision: str = "fp32") -> Built:
+    """An engine with its own starting values. MODULE:FUNCTION is called with cfg and gives (model,
+    loss_of): loss_of(clips uint8, noise [B, L], mask_ratio) is the loss of one forward; the model's
+    parameters are trained by the official optimizer. The model may be one of mae_fast.accelerate.
+    """
+    if name == OURS:
+        return Ours().build(cfg, BASE_RATIO, device, precision)
+    if name in BASELINES:
+        return BASELINES[name].build(model_of(name, cfg), BASE_RATIO, device, precision)
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise ConfigError(f"engine {name}: {e}") from e
+    model, loss_of = made(cfg)
+    model.to(device).train()
+    optimizer = make_optimizer(model, fused=True)
+
+    def loss(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool) -> Tensor:
+        return loss_of(clips, noise, ratio)
+
+    return Built(model, optimizer, make_step(model, optimizer, loss, BASE_RATIO, precision))
+
+
+def same_model(name: str) -> bool:
+    """Whether an engine's loss is to be ours, from the same weights and mask."""
+    return name == OURS or name in OFFICIAL
+
+
+@torch.no_grad()
+def same_weights(built: Built) -> None:
+    """Matrices drawn anew by their names, so that engines of one model begin at one place."""
+    generator = torch.Generator().manual_seed(0)
+    for _, p in sorted(built.model.named_parameters()):
+        if p.ndim > 1:
+            p.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator))
+
+
+def parts(
+    name: str, cfg: ModelConfig, clips: int, masking: Masking, without: Collection[str] = ()
+) -> dict[str, Flop] | None:
+    """FLOP that a step really does, by part; None for a model that is not counted."""
+    ratio = masking.step_ratio(cfg)
+    cfg = model_of(name, cfg)
+    if name == OURS:
+        return step_parts(cfg, clips, ratio, without, masking.encode_all)
+    if ":" in name:
+        return None
+    found = step_parts(cfg, clips, ratio, SAVINGS, masking.encode_all)
+    if name in OFFICIAL:
+        found["head"] = official_parts(cfg, clips, ratio)["head"]
+    return found
+
+
+def flop_limit(cfg: ModelConfig, masking: Masking) -> float:
+    """How much faster than 0% the forward would be by its FLOP alone, by the official count."""
+    return forward_flop(cfg, 0.0) / forward_flop(cfg, masking.official_ratio(cfg))

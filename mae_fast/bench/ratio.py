@@ -1,0 +1,324 @@
+"""`mae-fast bench ratio`: what masking buys, for these models and engines on this machine.
+
+Every cell (model, strategy, ratio, engine) is first tried in a process of its own, which gives the
+batch that fits, peak memory, the loss and the parts of a step. Then steps of all cells are taken in
+turn, round by round, with the machine's limits among them; ratios are taken round by round.
+At 0% nothing is left to predict: the encoder sees every token, and the decoder and the loss stay
+those of 90%, as in the paper's dense encoder.
+"""
+
+import itertools
+import json as jsonlib
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich import progress as bar
+from rich.console import Console
+
+from mae_fast.bench import machine
+from mae_fast.bench.cell import (
+    QUICK,
+    Cell,
+    Setting,
+    build,
+    free_mb,
+    in_own_process,
+    make_clips,
+    stepper,
+)
+from mae_fast.bench.engines import OURS, name_of, same_model, why_not
+from mae_fast.bench.ratio_table import assemble, print_tables, summary
+from mae_fast.bench.records import append
+from mae_fast.bench.timing import clock, interleave
+from mae_fast.environment import environment
+from mae_fast.errors import ConfigError
+
+RATIOS = (0.0, 0.5, 0.75, 0.8, 0.9, 0.95, 0.98)
+ENGINES = ("ours", "official_eager", "official_sdpa", "official_compile", "transformers")
+QUICK_RATIOS, QUICK_ENGINES = (0.0, 0.9), ("ours", "official_eager")
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+WARMED, MOST_WARM = 0.95, 5  # a step that takes over 95% of the one before: nothing warms up now
+ROOM = 0.8  # of the free memory, for all engines that lie there at once
+
+
+def ratio(
+    model: tuple[str, ...] = ("vit_base",),
+    ratios: tuple[float, ...] = RATIOS,
+    engines: tuple[str, ...] = ENGINES,
+    strategies: tuple[str, ...] = ("random",),
+    batch: int = 0,
+    rounds: int = 7,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    with_data: str = "",
+    workers: int = 2,
+    seed: int = 0,
+    out: str = "runs/ratio",
+    quick: bool = False,
+    json: bool = False,
+) -> None:
+    """Time training steps (forward, backward, clip, AdamW) at masking ratios from 0%, each engine
+    beside the others, and tell what masking buys and what it loses. A second call goes on where
+    the first was stopped.
+
+    Args:
+        model: vit_tiny ... vit_huge, or a run's CONFIG.toml, whose [model] is taken.
+        ratios: masked shares in [0, 1). 0: the encoder sees every token.
+        engines: ours, official_eager, official_sdpa, official_compile, official_sdpa_compile,
+            transformers (VideoMAE of the same sizes), transformers_eager; or MODULE:FUNCTION that
+            gives (model, loss_of) for a model of yours, accelerated or not.
+        strategies: random, tube, frame, block, running_cell.
+        batch: clips a step; 0: 2 on a CPU, 64 on a GPU. Less where a cell does not fit, and told.
+        rounds: timed steps of each cell.
+        precision: fp32, or bf16 by autocast with fp32 weights.
+        device: where the models run.
+        with_data: a folder of videos; steps are timed once more with decoding and augmentation.
+        workers: processes that decode, with with_data.
+        seed: of clips, masks, weights and the order of every round.
+        out: folder of the samples, and of ratio.jsonl, the records.
+        quick: a tiny model and two rounds, to see that all works; the numbers say nothing.
+        json: print one JSON document, and nothing else on stdout.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if quick:
+        model, rounds = (QUICK,), 2
+        ratios = QUICK_RATIOS if ratios == RATIOS else ratios
+        engines = QUICK_ENGINES if engines == ENGINES else engines
+    if rounds < 2:
+        raise ConfigError(f"rounds must be 2 or more, got {rounds}")
+    setting = Setting(device, precision, seed)
+    run = Run(setting, batch or (64 if device == "cuda" else 2), rounds, Path(out))
+    cells = list(run.plan(model, strategies, ratios, engines))
+    run.probe_all(cells)
+    if with_data:
+        run.data_all(cells, with_data, workers)
+    for name in dict.fromkeys(cell.model for cell in cells):
+        for group in run.groups([c for c in cells if c.model == name and run.fits(c)]):
+            run.time_group(group)
+    found = assemble(run.log, cells)
+    if run.measured:
+        for record in found:
+            append(run.folder / "ratio.jsonl", record)
+    told = summary(found) | {"skipped": run.log["skipped"]}
+    if json:
+        print(jsonlib.dumps(told, indent=1))
+    else:
+        print_tables(told, run.folder / "ratio.jsonl")
+
+
+class Progress:
+    """What is going on and how long it will take, on stderr: a bar on a terminal, else lines."""
+
+    def __init__(self, what: str, total: float) -> None:
+        self.what, self.total, self.so_far, self.began = what, total, 0.0, time.monotonic()
+        columns = [bar.TextColumn("{task.description}"), bar.BarColumn(bar_width=20)]
+        columns += [bar.TimeElapsedColumn(), bar.TextColumn("left"), bar.TimeRemainingColumn()]
+        console = Console(stderr=True)
+        self.bar = bar.Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task(what, total=total or None)
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def tell(self, now: str) -> None:
+        self.bar.update(self.task, description=f"{self.what}: {now}")
+        if self.bar.disable:
+            passed = time.monotonic() - self.began
+            left = passed * (self.total / self.so_far - 1) if self.so_far else None
+            words = "" if left is None else f", {left / 60:.1f} min left"
+            print(f"{self.what}: {now}{words}", file=sys.stderr, flush=True)
+
+    def done(self, amount: float) -> None:
+        self.so_far += amount
+        self.bar.advance(self.task, amount)
+
+
+class Run:
+    """The samples of a run in FOLDER/samples.jsonl: what is there is not measured again."""
+
+    def __init__(self, setting: Setting, clips: int, rounds: int, folder: Path) -> None:
+        self.setting, self.clips, self.rounds, self.folder = setting, clips, rounds, folder
+        self.path, self.measured = folder / "samples.jsonl", False
+        self.log: dict[str, Any] = {"probe": {}, "data": {}, "rounds": [], "skipped": {}}
+        here = {"setting": asdict(setting), "clips": clips, "environment": environment()}
+        self.commit = here["environment"]["commit"]
+        if self.path.exists():
+            lines = [jsonlib.loads(line) for line in self.path.read_text().splitlines() if line]
+            self._same_conditions(lines[0], here)
+            for line in lines[1:]:
+                self._take(line)
+            self.log |= lines[0]
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.log |= here
+            self._write(here)
+
+    def _same_conditions(self, before: dict, now: dict) -> None:
+        for key in ("setting", "clips"):
+            if before[key] != now[key]:
+                raise ConfigError(
+                    f"{self.path} holds another run ({key} {before[key]}, not {now[key]}): "
+                    "name another --out"
+                )
+        for key in ("torch", "cpu"):
+            old, new = before["environment"][key], now["environment"][key]
+            if old != new:
+                raise ConfigError(
+                    f"{self.path} was measured with {key} {old}, this is {new}: name another --out"
+                )
+
+    def _take(self, line: dict) -> None:
+        for kind in ("probe", "data"):
+            if kind in line:
+                self.log[kind][line["cell"]] = line[kind]
+        if "seconds" in line:
+            self.log["rounds"].append(line)
+
+    def _write(self, line: dict) -> None:
+        with self.path.open("a") as f:
+            f.write(jsonlib.dumps(line) + "\n")
+
+    def _add(self, line: dict) -> None:
+        line["commit"] = self.commit
+        self._write(line)
+        self._take(line)
+        self.measured = True
+
+    def plan(self, models, strategies, ratios, names) -> Iterable[Cell]:
+        """The cells that there are; why others are not goes into the log."""
+        for each in itertools.product(models, strategies, ratios, map(name_of, names)):
+            cell = Cell(*each)
+            try:
+                reason = why_not(cell.engine, cell.cfg, cell.masking)
+            except ConfigError:
+                raise
+            except ValueError as e:  # a mask that keeps nothing
+                reason = str(e)
+            if reason:
+                self.log["skipped"][cell.key] = reason
+            else:
+                yield cell
+
+    def probe_all(self, cells: list[Cell]) -> None:
+        """Peak memory, loss and parts of every cell, at the largest batch that fits."""
+        todo = [c for c in cells if c.key not in self.log["probe"]]
+        with Progress("one process a cell", len(todo)) as progress:
+            for cell in todo:
+                progress.tell(cell.key)
+                self._add({"cell": cell.key, "probe": self._probe(cell)})
+                progress.done(1)
+        for cell in cells:
+            reason = self._wrong_loss(cell)
+            if reason:
+                self.log["skipped"][cell.key] = reason
+
+    def _probe(self, cell: Cell) -> dict[str, Any]:
+        clips = self.clips
+        while True:
+            try:
+                found = in_own_process("probe", cell, self.setting, clips=clips)
+            except ConfigError as e:
+                return {"failed": str(e)}
+            if "memory" not in found:
+                return found
+            if clips == 1:
+                return {"failed": f"one clip does not fit in memory: {found['memory']}"}
+            clips //= 2
+
+    def _wrong_loss(self, cell: Cell) -> str | None:
+        """Why a cell's numbers say nothing: engines of one model must give one loss."""
+        found = self.log["probe"][cell.key]
+        if "failed" in found:
+            return found["failed"]
+        base = self.log["probe"].get(Cell(cell.model, cell.strategy, cell.ratio, OURS).key)
+        if not same_model(cell.engine) or not base or "failed" in base:
+            return None
+        if base["clips"] != found["clips"]:
+            return None
+        tolerance = LOSS_TOLERANCE[self.setting.precision]
+        if abs(found["loss"] / base["loss"] - 1) <= tolerance:
+            return None
+        return f"its loss is {found['loss']}, ours {base['loss']}: not timed"
+
+    def fits(self, cell: Cell) -> bool:
+        return cell.key not in self.log["skipped"]
+
+    def data_all(self, cells: list[Cell], folder: str, workers: int) -> None:
+        """Loading and computing, each cell alone with its loader."""
+        todo = [c for c in cells if self.fits(c) and c.key not in self.log["data"]]
+        with Progress("loading and computing", len(todo)) as progress:
+            for cell in todo:
+                progress.tell(cell.key)
+                clips = self.log["probe"][cell.key]["clips"]
+                options = {"clips": clips, "folder": folder, "workers": workers}
+                found = in_own_process("with_data", cell, self.setting, **options)
+                self._add({"cell": cell.key, "data": found})
+                progress.done(1)
+
+    def groups(self, cells: list[Cell]) -> list[list[Cell]]:
+        """The cells of one model, by engines that lie in memory at once: all, if they fit."""
+        names = list(dict.fromkeys(c.engine for c in cells))
+        probes = self.log["probe"]
+        state = {c.engine: probes[c.key]["state_mb"] for c in cells}
+        peak = max((probes[c.key]["peak_memory_mb"] for c in cells), default=0.0)
+        room, groups = ROOM * free_mb(self.setting.device) - peak, []
+        for name in names:
+            if not groups or sum(state[n] for n in [*groups[-1], name]) > room:
+                groups.append([])
+            groups[-1].append(name)
+        return [[c for c in cells if c.engine in group] for group in groups]
+
+    def time_group(self, cells: list[Cell]) -> None:
+        """Rounds of these cells, each in an order drawn anew, until each has all its samples."""
+        taken = Counter(key for line in self.log["rounds"] for key in line["seconds"])
+        cells = [c for c in cells if taken[c.key] < self.rounds]
+        if not cells:
+            return
+        estimate = {c.key: self.log["probe"][c.key]["step_seconds"] for c in cells}
+        left = sum((self.rounds - taken[key] + 2) * s for key, s in estimate.items())
+        timer, built, steps = clock(self.setting.device), {}, {}
+        with Progress(f"{len(cells)} cells, steps in turn", left) as progress:
+            for cell in cells:
+                progress.tell(f"warming up {cell.key}")
+                if cell.engine not in built:
+                    built[cell.engine] = build(cell, self.setting)
+                clips = make_clips(cell.cfg, self.log["probe"][cell.key]["clips"], self.setting)
+                step = stepper(cell, built[cell.engine], clips, self.setting)
+                steps[cell.key] = step
+                warm_up(step, timer)
+                progress.done(2 * estimate[cell.key])
+            dtype = torch.bfloat16 if self.setting.precision == "bf16" else torch.float32
+            limits = machine.limits(cells[0].model == QUICK, self.setting.device, dtype)
+            while cells:
+                number = min(taken[c.key] for c in cells)
+                progress.tell(f"round {number + 1} of {self.rounds}")
+                random.seed(f"{self.setting.seed} {number}")
+                functions = {name: limit.run for name, limit in limits.items()}
+                functions |= {c.key: steps[c.key] for c in cells}
+                samples = interleave(functions, 1, timer=timer)
+                line = {"model": cells[0].model, "limits": machine.as_record(limits, samples)}
+                self._add(line | {"seconds": {c.key: samples[c.key][0] for c in cells}})
+                progress.done(sum(estimate[c.key] for c in cells))
+                taken.update(c.key for c in cells)
+                cells = [c for c in cells if taken[c.key] < self.rounds]
+
+
+def warm_up(step: Callable[[], object], timer: Callable[..., float]) -> None:
+    """Steps until one is hardly faster than the one before."""
+    seconds = [timer(step)]
+    while len(seconds) < MOST_WARM:
+        seconds.append(timer(step))
+        if seconds[-1] > WARMED * seconds[-2]:
+            break
