@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installe
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import device, engines, predict, records
-from benchmarks.gpu.calls import Call
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import attention, compile, kernels, profile, tune
+from mae_fast.bench.calls import Call, cost
 from mae_fast.errors import BackendError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -249,11 +249,10 @@ def test_a_kernel_that_is_wrong_is_not_timed(tmp_path):
 
 def test_costs_are_those_of_the_table():
     """facts of benchmarks/ops: the bytes and FLOP of an op in fp32."""
-    setting = mock.Mock(autocast=lambda: torch.autocast("cpu", enabled=False))
     x, w, b = torch.randn(2, 3, 16), torch.ones(16), torch.zeros(16)
 
     def both(call):
-        (work,) = kernels.cost(call, setting).values()
+        (work,) = cost(call).values()
         return work["forward_backward"]
 
     assert both(Call("layer_norm", (x, w, b, 1e-6))) == 5 * 4 * x.numel()

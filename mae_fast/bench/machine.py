@@ -26,12 +26,18 @@ class Limit(NamedTuple):
     amount: int
 
 
-def limits(quick: bool = False) -> dict[str, Limit]:
+def limits(
+    quick: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Limit]:
     """`copy`: bytes read + written. `torch_mm`: torch's own sgemm, which is MKL's on most builds.
     `engine_product`: the product that mae_fast's linear layers use here, oneDNN's on AMD."""
     side, length = (256, 1 << 18) if quick else (SIDE, COPY_BYTES // 4)
-    a, b, out = torch.rand(side, side), torch.rand(side, side), torch.empty(side, side)
-    source, target = torch.ones(length), torch.zeros(length)
+    if device == "cuda" and not quick:  # milliseconds, as there
+        side, length = 4 * SIDE, COPY_BYTES
+    a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.ones(length, device=device)
+    target = torch.zeros_like(source)
     found = {
         "copy": Limit(lambda: target.copy_(source), "bytes", 8 * length),
         "torch_mm": Limit(lambda: torch.mm(a, b, out=out), "flop", 2 * side**3),

@@ -49,6 +49,25 @@ def host_clock(cold: bool = False) -> Callable[[Callable[[], object]], float]:
     return timer
 
 
+def event_clock() -> Callable[[Callable[[], object]], float]:
+    """A timer of one call on the CUDA device, by events."""
+
+    def timer(function: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return timer
+
+
+def clock(device: str) -> Callable[[Callable[[], object]], float]:
+    """The timer of a device."""
+    return event_clock() if device == "cuda" else host_clock()
+
+
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Median over rounds of a's time over b's in the same round."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import ROOT
-from benchmarks.gpu.calls import Call, calls
+from benchmarks.gpu.calls import calls
 from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.engines import products_in
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
+from mae_fast.bench.calls import Call
 from mae_fast.config import ModelConfig
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch

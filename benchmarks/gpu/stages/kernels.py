@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from mae_fast.bench.baselines.training import CLIP_GRAD, LR
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.gpu.calls import Call, Case, Run, cases, check
+from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
+from mae_fast.bench.calls import Call, Run, check, cost
 from mae_fast.bench.machine import as_record
 from mae_fast.bench.timing import interleave, ratio
 from mae_fast.config import TrainConfig
@@ -59,7 +60,8 @@ def measure(setting: Setting, case: Case, limits: dict, variants: dict[str, Call
     """The record of one call: forward, and forward with backward, by variant."""
     call, two = case.call.real(), case.two.real()
     kept, declined, wrong = usable(setting, call, two, variants)
-    work = cost(call, setting)
+    with setting.autocast():
+        work = cost(call)
     seconds, measured_limits = {}, {}
     directions = {"forward": call.forward}
     if call.differentiable:
@@ -127,47 +129,6 @@ def cast(setting: Setting, run: Run) -> Run:
             return run()
 
     return under_autocast
-
-
-def cost(call: Call, setting: Setting) -> dict[str, dict[str, int]]:
-    """{"bytes" or "flop": {direction: what must move, or be computed, at the least}}.
-
-    Bytes: each tensor read or written once, of a clip only the pixels of the tokens asked for; a
-    backward reads the outputs' gradients and what was kept, and writes gradients.
-    """
-    with setting.autocast(), torch.no_grad():
-        outs = call.reference()(*call.args)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    tensors = [a for a in call.args if torch.is_tensor(a)]
-    written = sum(map(_size, outs))
-    if call.op == "attention":
-        q, k = tensors[:2]
-        flop = 4 * q.numel() * k.shape[1]
-        return {"flop": {"forward": flop, "forward_backward": 3 * flop}}
-    if call.op == "patch_embed":
-        flop = 2 * tensors[1].numel() * tensors[2].numel()
-        return {"flop": {"forward": flop, "forward_backward": 2 * flop}}
-    if call.op == "masked_mse":  # pred and a byte of the clip for each value -> the gradient
-        pred = tensors[0]
-        moved = 2 * _size(pred) + pred.numel()
-        return {"bytes": {"forward": moved, "forward_backward": moved}}
-    if call.op in ("patchify_gather", "crop_resize_patchify_gather"):
-        moved = written + outs[0].numel()
-        return {"bytes": {"forward": moved}}
-    if call.op == "decoder_tokens":  # the gradient of what is visible is a part of dout
-        visible, _, _, pos = tensors[:4]
-        forward = _size(visible) + _size(pos) + written
-        return {"bytes": {"forward": forward, "forward_backward": forward + written + _size(pos)}}
-    # Norms and activations: the large tensors in and out; back, also what was kept.
-    read = sum(_size(t) for t in tensors if t.dim() > 1)
-    back = written + 2 * read  # the inputs are kept
-    if call.op == "add_layer_norm":  # the sum is kept, and its gradient serves both terms
-        back = written + 2 * _size(outs[0])
-    return {"bytes": {"forward": read + written, "forward_backward": read + written + back}}
-
-
-def _size(t: Tensor) -> int:
-    return t.numel() * t.element_size()
 
 
 def share(work: dict, direction: str, limits: dict, seconds: list[float]) -> float:

@@ -19,10 +19,11 @@ from mae_fast.kernels import configs
 from mae_fast.kernels.configs import CANDIDATES
 
 from benchmarks.gpu import ROOT
-from benchmarks.gpu.calls import Call, Case, Run, cases
+from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.checks import end_by, own_backend
+from mae_fast.bench.calls import Call, Run
 from mae_fast.bench.timing import interleave
 
 MODELS, BATCH = ("vit_large", "vit_base"), 64

@@ -1,0 +1,120 @@
+"""What torch's profiler saw of one labelled step, as rows: phase, op, forward or backward, time.
+
+Every moment of the step belongs to one row: on a CPU the own time of each event, on a CUDA device
+the kernels that it launched. A backward node is put under the phase and op of the forward event
+that made it, which autograd numbers.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as torch_profile
+
+from mae_fast.bench.baselines.training import Built
+from mae_fast.profile.labels import PREFIX, labelled
+
+STEP = f"{PREFIX}rest|rest"
+NODE = "autograd::engine::evaluate_function: "
+OPTIMIZER = "Optimizer.step#"
+
+
+class Where(NamedTuple):
+    """Where a moment of the step belongs."""
+
+    phase: str
+    op: str
+    backward: bool
+
+
+@dataclass
+class Row:
+    """Calls (ranges forward, autograd nodes backward), seconds, and kernels launched."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    launches: int = 0
+
+
+class Trace(NamedTuple):
+    """One profiled step: its rows, seconds of its wall clock, those of the same step before it
+    without a profiler, and torch's own profile."""
+
+    rows: dict[Where, Row]
+    seconds: float
+    unprofiled: float
+    profile: torch_profile
+
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase; "idle" is what no row has: of a device that waits."""
+        found: dict[str, float] = {}
+        for where, row in self.rows.items():
+            found[where.phase] = found.get(where.phase, 0.0) + row.seconds
+        found["idle"] = self.seconds - sum(found.values())
+        return found
+
+
+def trace(built: Built, step: Callable[[], object], device: str = "cpu", warm: int = 2) -> Trace:
+    """Profile one call of `step`, which is a step of `built`, after `warm` others."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(warm):
+        synchronize()
+        begin = time.perf_counter()
+        step()
+        synchronize()
+        unprofiled = time.perf_counter() - begin
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with labelled(built), torch_profile(activities=activities) as found, record_function(STEP):
+        step()
+        synchronize()
+    events = [e for e in found.events() if e.device_type.name == "CPU"]
+    root = next(e for e in events if e.name == STEP)
+    rows = rows_of(events, root, device)
+    return Trace(rows, root.cpu_time_total / 1e6, unprofiled, found)
+
+
+def rows_of(events: list[FunctionEvent], root: FunctionEvent, device: str) -> dict[Where, Row]:
+    """The rows of a step whose outermost event is `root`."""
+    events = sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end))
+    places: dict[int, Where] = {}  # of each event, by identity
+    makers: dict[int, Where] = {}  # of each autograd node, by its number
+    rows: dict[Where, Row] = {}
+    last = Where("rest", "rest", True)  # of the backward node before
+    for event in events:
+        parent = event.cpu_parent
+        where = places.get(id(parent), Where("rest", "rest", False))
+        opened = event.name.startswith((PREFIX, OPTIMIZER))
+        if event.name.startswith(PREFIX):
+            phase, op = event.name[len(PREFIX) :].split("|")
+            where = Where(phase or where.phase, op, where.backward)
+        elif event.name.startswith(OPTIMIZER):
+            where = Where("optimizer", "adamw", False)
+        elif event.name.startswith(NODE):
+            opened = event.sequence_nr >= 0
+            # What adds up a parameter's gradient belongs to the node that gave it.
+            made = makers.get(event.sequence_nr) if opened else last
+            last = where = (made or last)._replace(backward=True)
+        elif event.sequence_nr >= 0 and not where.backward:
+            makers[event.sequence_nr] = where  # the last one before the next number is its maker
+        places[id(event)] = where
+        if not _within(event, root):
+            continue
+        row = rows.setdefault(where, Row())
+        row.calls += opened and event is not root
+        row.launches += len(event.kernels)
+        if device == "cuda":
+            row.seconds += sum(k.duration for k in event.kernels) / 1e6
+        elif event.thread == root.thread:
+            row.seconds += event.self_cpu_time_total / 1e6
+    return rows
+
+
+def _within(event: FunctionEvent, root: FunctionEvent) -> bool:
+    inner, outer = event.time_range, root.time_range
+    return outer.start <= inner.start and inner.end <= outer.end
