@@ -76,7 +76,9 @@ def sinusoids(length: int, dim: int) -> Tensor:
 
 
 class VideoMAE(nn.Module):
-    """VideoMAE's PretrainVisionTransformer, and with `v2` that of VideoMAE V2."""
+    """VideoMAE's PretrainVisionTransformer."""
+
+    checkpoint_flag = "use_checkpoint"
 
     def __init__(
         self,
@@ -89,7 +91,6 @@ class VideoMAE(nn.Module):
         depths: tuple[int, int] = (2, 2),
         ratio: float = 4.0,
         qkv_bias: bool = True,
-        v2: bool = False,
     ) -> None:
         super().__init__()
         length = frames // tubelet * (size[0] // patch) * (size[1] // patch)
@@ -99,20 +100,20 @@ class VideoMAE(nn.Module):
         ):
             blocks = [Block(dim, head, ratio, qkv_bias, True) for _ in range(depth)]
             part.blocks, part.norm = nn.ModuleList(blocks), nn.LayerNorm(dim, eps=1e-6)
-            setattr(part, "with_cp" if v2 else "use_checkpoint", False)
+            setattr(part, self.checkpoint_flag, False)
         embed = PatchEmbed(3, dims[0], (tubelet, patch, patch))
-        embed.patch_size, embed.tubelet_size, embed.img_size = (patch, patch), tubelet, size
+        embed.img_size, embed.num_patches = size, length
         self.encoder.patch_embed, self.encoder.pos_embed = embed, sinusoids(length, dims[0])
         self.encoder.head = nn.Identity()
         self.decoder.head = nn.Linear(dims[1], 3 * tubelet * patch**2)
         self.encoder_to_decoder = nn.Linear(*dims, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dims[1]))
         self.pos_embed = sinusoids(length, dims[1])
-        self.v2 = v2
 
-    def forward(self, x: Tensor, mask: Tensor, decode_mask: Tensor | None = None) -> Tensor:
-        assert self.v2 or decode_mask is None
-        decoded = mask if decode_mask is None else ~decode_mask
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.predict(x, mask, mask)
+
+    def predict(self, x: Tensor, mask: Tensor, decoded: Tensor) -> Tensor:
         batch = x.shape[0]
         x = self.encoder.patch_embed(x) + self.encoder.pos_embed.type_as(x)
         x = x[~mask].reshape(batch, -1, x.shape[-1])
@@ -127,10 +128,19 @@ class VideoMAE(nn.Module):
         return self.decoder.head(self.decoder.norm(x[:, -pos_decoded.shape[1] :]))
 
 
+class VideoMAEV2(VideoMAE):
+    """VideoMAE V2's: the decoder may skip tokens, and decode some that the encoder sees."""
+
+    checkpoint_flag = "with_cp"
+
+    def forward(self, x: Tensor, mask: Tensor, decode_mask: Tensor | None = None) -> Tensor:
+        return self.predict(x, mask, mask if decode_mask is None else ~decode_mask)
+
+
 def videomae_labels(video: Tensor, mask: Tensor, patch: int, tubelet: int, norm: bool) -> Tensor:
     """The engine's labels of the tokens where mask [B, L] is True: [B, M, P], channel fastest."""
     mean, std = (
-        video.new_tensor(x).view(1, 3, 1, 1, 1)
+        torch.tensor(x).to(video).view(1, 3, 1, 1, 1)  # in fp32 first
         for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
     x = video * std + mean
