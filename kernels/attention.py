@@ -16,7 +16,7 @@ where S is small: 3 programs a head fill a GPU from 8 clips, and share the keys 
 
 A d that is no power of two is two parts, 80 = 64 + 16: each product runs over both, at the cost of
 d and not of 128. (112 = 64 + 48 is masked to 64 + 64.) fp32 keeps all its digits, so it has no
-tensor cores: it is for checks, and for heads of 32. Nothing here has run on a GPU yet.
+tensor cores: it is for checks, and for heads of up to 80. Nothing here has run on a GPU yet.
 """
 
 import torch
@@ -304,7 +304,7 @@ def _shape_class(k: Tensor) -> str:
     """The nearest of the shapes in configs.py: by dtype, head dim and number of keys."""
     length, d = k.shape[1], k.shape[3]
     if k.dtype == torch.float32:
-        return "f32_d32" if d <= 32 else "f32"
+        return "f32_d32" if d <= 32 else "f32_d64" if d <= 64 else "f32"
     if d <= 32:
         return "d32"
     if d <= 64:

@@ -34,8 +34,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     },
     "layer_norm_bwd": {
         "512": [
-            {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
             {"ROWS": 4, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
             {"ROWS": 4, "PROGRAMS": 264, "num_warps": 4},
         ],
         "1024": [
@@ -66,8 +66,8 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     },
     "add_layer_norm_bwd": {
         "512": [
-            {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
             {"ROWS": 4, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
             {"ROWS": 4, "PROGRAMS": 264, "num_warps": 4},
         ],
         "1024": [
@@ -113,12 +113,11 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         "any": [
             {"ROWS": 16, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},  # rows of some clips
             {"ROWS": 32, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},
-            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 8},
         ]
     },
     "crop_resize_patchify_gather_fwd": {
         "channel_first": [{"LINES": 32, "num_warps": 2}, {"LINES": 32, "num_warps": 4}],
-        "channel_last": [{"LINES": 16, "num_warps": 4}, {"LINES": 16, "num_warps": 8}],
+        "channel_last": [{"LINES": 32, "num_warps": 8}, {"LINES": 16, "num_warps": 8}],
     },
     "masked_mse_fwd": {
         "any": [  # values at a time; one warp alone would exchange bytes by shuffles, 32 for each
@@ -188,7 +187,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     "attention_fwd": {
         "d32": [
             {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
             {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
             {"BLOCK_Q": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
         ],
@@ -215,6 +214,9 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         ],
         "f32_d32": [
             {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+        ],
+        "f32_d64": [
+            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
         ],
         "f32": [
             {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
@@ -248,8 +250,11 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         "f32_d32": [
             {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
-        "f32": [
+        "f32_d64": [
             {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+        ],
+        "f32": [
+            {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         ],
     },
     "attention_bwd_dkv": {
@@ -279,10 +284,13 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK_Q": 16, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2},
         ],
         "f32_d32": [
-            {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1},
+            {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+        ],
+        "f32_d64": [
+            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
         ],
         "f32": [
-            {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+            {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
         ],
     },
 }

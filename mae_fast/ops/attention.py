@@ -76,6 +76,8 @@ def _why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"dtype {q.dtype} is none of float32, bfloat16, float16"
     if q.shape[-1] % 16 or not 16 <= q.shape[-1] <= 128:
         return f"head dim {q.shape[-1]} is not a multiple of 16 up to 128"
+    if q.dtype == torch.float32 and q.shape[-1] > 80:
+        return f"head dim {q.shape[-1]} in float32 does not fit the registers, 80 does"
     return None if k.shape[1] else "there are no keys"
 
 

@@ -65,6 +65,7 @@ class Row:
     bulk: int
     wide_loads: float
     wide_stores: float
+    waits: int = 0  # for wgmma
     cases: list[str] = field(default_factory=list)
 
     @property
@@ -80,6 +81,8 @@ class Row:
         wrong = [f"{self.spilled} bytes are spilled"] if self.spilled else []
         if self.dots and not self.tensor_core:
             wrong.append(f"{self.dots} dots, and no tensor-core instruction")
+        if self.waits >= max(self.tensor_core, 1):
+            wrong.append(f"{self.tensor_core} wgmma one after the other, {self.waits} waits")
         return wrong
 
     def worse(self, before: "Row") -> list[str]:
@@ -214,6 +217,7 @@ def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: An
         bulk=sum(i.startswith(("UTMALDG", "UTMASTG", "UBLKCP")) for i in instructions),
         wide_loads=_wide([i for i in instructions if i.startswith(("LDG.", "LDGSTS."))]),
         wide_stores=_wide([i for i in instructions if i.startswith("STG.")]),
+        waits=sum(i.startswith("WARPGROUP.DEPBAR") for i in instructions),
     )
 
 

@@ -209,6 +209,15 @@ MUTATIONS = [
         "no_worse and patchify_gather-sm_90 and not crop",
     ),
     Mutation(
+        "attention: the loop over queries may be empty, so that wgmma wait for one another",
+        "kernels/attention.py",
+        "tl.assume(whole > 0)  # else the wgmma of a loop that may be empty are serialised\n"
+        "        for query",
+        "for query",
+        "aot",
+        "no_worse and attention-sm_90",
+    ),
+    Mutation(
         "patch_embed: the product in fp32, beside the tensor cores",
         "kernels/patch_embed.py",
         "acc = tl.dot(a.to(dtype), tl.trans(b), acc,",

@@ -52,6 +52,8 @@ def make(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_matches_fp64(backend, shape, dtype):
     args = make(shape, DTYPES[dtype])
+    if backend == "triton" and dtype == "f32" and args[0].shape[-1] > 80:
+        pytest.skip("declined: see test_attention_in_triton_declines")
     with mae_fast.backends(attention=backend):
         check_op(attention, attention_ref, args, [torch.randn(args[0].shape)])
 
@@ -164,11 +166,12 @@ def test_attention_refuses_shapes():
     [
         (3, 24, "f32 f32 f32", "head dim 24 is not a multiple of 16 up to 128"),
         (3, 144, "f32 f32 f32", "head dim 144 is not a multiple of 16 up to 128"),
+        (3, 96, "f32 f32 f32", "head dim 96 in float32 does not fit the registers"),
         (0, 16, "f32 f32 f32", "there are no keys"),
         (3, 16, "f64 f64 f64", "dtype torch.float64 is none of"),
         (3, 16, "f32 bf16 f32", "q, k and v are torch.float32, torch.bfloat16 and torch.float32"),
     ],
-    ids=["odd_width", "too_wide", "no_keys", "f64", "mixed"],
+    ids=["odd_width", "too_wide", "too_wide_for_f32", "no_keys", "f64", "mixed"],
 )
 def test_attention_in_triton_declines(keys, width, dtypes, reason):
     names = DTYPES | {"f64": torch.float64}
