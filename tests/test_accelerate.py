@@ -3,9 +3,14 @@
 import copy
 import inspect
 import io
+import json
 import logging
 import pickle
+import subprocess
+import sys
+from importlib.util import find_spec
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -446,3 +451,18 @@ def test_explain_prints_every_part(model, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert ["fits", "blocks.0", "to", "1"] in lines and ["fits", "decoder_pred"] in lines
     assert all(line[0] == "fits" for line in lines)
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+def test_the_benchmark_runs(tmp_path):
+    out = tmp_path / "accelerate.jsonl"
+    command = [sys.executable, "-m", "benchmarks.bench_accelerate", "--quick", "--out", str(out)]
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert run.returncode == 0, run.stderr
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert record["family"] == "transformers" and record["model"] == "quick"
+    assert list(record["engines"]) == ["eager", "sdpa", "accelerated"]
+    for engine in record["engines"].values():
+        assert all(a < b for a, b in zip(engine["forward_backward"], engine["step"], strict=True))
+        assert len(engine["step"]) == 2 and engine["peak_memory_mb"] > 50

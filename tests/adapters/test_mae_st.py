@@ -95,7 +95,7 @@ def test_fp32(cfg, maker, record_property):
     theirs = worst(run(model, video, ratio), exact)
     ours = worst(run(mae_fast.accelerate(model), video, ratio), exact)
     record_property("error against fp64: ours, theirs", f"{ours} {theirs}")
-    assert all(ours[k] <= 2 * theirs[k] + 1e-6 for k in theirs), (ours, theirs)
+    assert all(ours[k] <= 2 * theirs[k] + 2e-6 for k in theirs), (ours, theirs)
 
 
 def _golden_run(golden, monkeypatch):
