@@ -86,7 +86,9 @@ def _label_modules(model: nn.Module, stack: contextlib.ExitStack) -> None:
         stack.enter_context(mock.patch.object(model, name, method))
     for path, module in model.named_modules():
         phase = next((PATHS[p] for p in PATHS if path.startswith(p)), "")
-        op = _op_of(module) if path else "rest"
+        op = _op_of(module)
+        if not path:  # what a peer does outside its modules is its loss; ours has methods
+            phase, op = "loss", None if hasattr(model, "encode") else "masked_mse"
         if op:
             _range_module(module, f"{PREFIX}{phase}|{op}", stack)
 

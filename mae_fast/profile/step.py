@@ -1,76 +1,305 @@
-"""`mae-fast profile`: one warmed training step, operator by operator."""
+"""`mae-fast profile`: one warmed training step by phase and op, against the machine's limits."""
 
-from typing import Literal
+import json as jsonlib
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch.profiler import ProfilerActivity, record_function
-from torch.profiler import profile as torch_profile
 
-from mae_fast.config import TrainConfig, Variant
-from mae_fast.config import preset as make_preset
-from mae_fast.masking import draw_ids
-from mae_fast.model import MaskedAutoencoder
-from mae_fast.optim import clipped_step, make_optimizer
+from mae_fast.bench import machine
+from mae_fast.bench.baselines.training import Built
+from mae_fast.bench.cell import Cell, Setting, build, make_clips, stepper
+from mae_fast.bench.engines import name_of, why_not
+from mae_fast.bench.ratio_table import text_table
+from mae_fast.bench.timing import clock, interleave, spread
+from mae_fast.environment import environment
+from mae_fast.errors import ConfigError
+from mae_fast.profile.memory import timeline
+from mae_fast.profile.trace import Trace, Where, trace
+from mae_fast.profile.work import Work, least
+
+ROUNDS = 5  # of the step without a profiler, with the machine's limits among them
+TRACES = 3  # profiled steps; the one nearest to the median without a profiler is told of
+PHASES = ("data", "host to device", "mask", "patch embedding", "encoder", "decoder", "loss")
+PHASES += ("optimizer", "rest", "idle", "unaccounted")
 
 
 def profile(
     model: str = "vit_base",
-    variant: Variant = "mae_st",
     batch: int = 2,
     ratio: float = 0.9,
+    strategy: str = "random",
+    engine: str = "ours",
+    against: str = "",
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["cpu", "cuda"] = "cpu",
-    rows: int = 20,
-    trace: str = "",
+    op: str = "",
+    shape: str = "",
+    out: str = "runs/profile",
+    nvtx: bool = False,
+    json: bool = False,
 ) -> None:
-    """Print the operators of one training step on random clips by their own time, and its phases.
+    """Show where one training step on random clips spends its time and memory, by phase and op,
+    forward and backward apart, and how far each is from this machine's limits. Writes profile.json,
+    Chrome traces, roofline.png and memory.png.
 
     Args:
-        model: vit_tiny, vit_small, vit_base, vit_large or vit_huge, at 16 x 224 x 224.
-        variant: which of the two official models.
+        model: vit_tiny ... vit_huge, or a run's CONFIG.toml, whose [model] is taken.
         batch: clips a step.
-        ratio: masked share in [0, 1).
+        ratio: masked share in [0, 1); 0: the encoder sees every token.
+        strategy: random, tube, frame, block or running_cell.
+        engine: what is profiled, by its name in `mae-fast bench ratio`.
+        against: another engine, side by side: official_eager.
         precision: fp32, or bf16 by autocast with fp32 weights.
         device: where the model runs.
-        rows: operators shown.
-        trace: write a Chrome trace to this file (.json).
+        op: only this op, on the arguments that it gets in a step of `shape`: every backend.
+        shape: the model whose shapes `op` gets; by default that of `model`.
+        out: the folder of what is written.
+        nvtx: only run five steps, their parts named for Nsight Systems and Compute (CUDA).
+        json: print one JSON document, and nothing else on stdout.
     """
-    cfg, where = make_preset(model, variant), torch.device(device)
-    net = MaskedAutoencoder(cfg).to(where)
-    optimizer = make_optimizer(net, TrainConfig())
-    shape = (batch, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-    video = torch.randint(0, 256, shape, dtype=torch.uint8, device=where)
-    samples = torch.arange(batch, device=where)
+    setting = Setting(device, precision, seed=0)
+    if op:
+        from mae_fast.profile.single import profile_op, single_table
 
-    def one_step(i: int) -> None:
-        with record_function("phase: mask"):
-            keep, masked = draw_ids("random", cfg.grid, ratio, seed=0, step=i, samples=samples)
-        with (
-            record_function("phase: forward"),
-            torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"),
-        ):
-            loss, _, _ = net(video, ids_keep=keep, ids_mask=masked)
-        with record_function("phase: backward"):
-            loss.backward()
-        with record_function("phase: optimizer"):
-            clipped_step(optimizer, 1e-4, 0.02)
+        told = profile_op(op, shape or model, batch, ratio, setting)
+        print(jsonlib.dumps(told, indent=1) if json else single_table(told))
+        return
+    cells = [Cell(model, strategy, ratio, name_of(e)) for e in (engine, against) if e]
+    for cell in cells:
+        reason = why_not(cell.engine, cell.cfg, cell.masking)
+        if reason:
+            raise ConfigError(f"{cell.engine}: {reason}")
+    if nvtx:
+        run_with_nvtx(cells[0], setting, batch)
+        return
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    told = profile_steps(cells, setting, batch, folder)
+    told["files"] = write(told, folder, device)
+    if json:
+        print(jsonlib.dumps(told, indent=1))
+    else:
+        print_tables(told)
 
-    for i in range(2):
-        one_step(i)
-    activities = [ProfilerActivity.CPU]
-    if where.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+
+def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path) -> dict[str, Any]:
+    """The document: steps timed in turn with the machine's limits, then each one's trace."""
+    built = {cell.engine: build(cell, setting) for cell in cells}
+    steps = {}
+    for cell in cells:
+        video = make_clips(cell.cfg, clips, setting)
+        steps[cell.engine] = stepper(cell, built[cell.engine], video, setting)
+        for _ in range(2):
+            steps[cell.engine]()
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    limits = machine.limits(cells[0].model == "quick", setting.device, dtype)
+    runs = {name: limit.run for name, limit in limits.items()} | steps
+    seconds = interleave(runs, ROUNDS, timer=clock(setting.device))
+    rates = {
+        name: limit.amount / statistics.median(seconds[name]) for name, limit in limits.items()
+    }
+    product = max(rate for name, rate in rates.items() if limits[name].unit == "flop")
+    engines = []
+    for cell in cells:
+        engine, step = built[cell.engine], steps[cell.engine]
+        median = statistics.median(seconds[cell.engine])
+        traces = [trace(engine, step, setting.device, warm=0) for _ in range(TRACES)]
+        found = min(traces, key=lambda t: abs(t.seconds - median))
+        found.profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
+        work = least(cell.engine, cell.cfg, clips, cell.masking, 2 if dtype != torch.float32 else 4)
+        held = timeline(trace(engine, step, setting.device, warm=0, memory=True), setting.device)
+        engines.append(
+            {
+                "engine": cell.engine,
+                "seconds": seconds[cell.engine],
+                "profiled_seconds": found.seconds,
+                "parts": parts(found, median, work, product, rates["copy"]),
+                "launches": sum(row.launches for row in found.rows.values()),
+                "state_mb": state_mb(engine),
+                "memory": held._asdict(),
+            }
+        )
+    return {
+        "what": "one training step by phase and op",
+        "model": cells[0].model,
+        "batch_clips": clips,
+        "ratio": cells[0].ratio,
+        "strategy": cells[0].strategy,
+        **asdict(setting),
+        "limits": machine.as_record(limits, seconds),
+        "product_rate": product,
+        "copy_rate": rates["copy"],
+        "engines": engines,
+        "environment": environment(),
+    }
+
+
+def parts(
+    found: Trace, step: float, work: dict[Where, Work], product: float, copy: float
+) -> list[dict[str, Any]]:
+    """Each row of a trace beside its work. The parts add up to `step`, seconds of the step without
+    a profiler: what is between is "unaccounted", the profiler's own time and the noise."""
+    told = []
+    for where, row in found.rows.items():
+        todo = work.get(where)
+        limit = todo.seconds(product, copy) if todo else None
+        told.append(
+            {
+                "phase": where.phase,
+                "op": where.op,
+                "direction": "backward" if where.backward else "forward",
+                "calls": row.calls,
+                "launches": row.launches,
+                "seconds": row.seconds,
+                "share": row.seconds / step,
+                "flop": todo.flop if todo else None,
+                "bytes": todo.bytes if todo else None,
+                "limit_seconds": limit,
+                "share_of_limit": limit / row.seconds if limit and row.seconds else None,
+            }
+        )
+    idle = found.phases()["idle"]
+    between = step - found.seconds
+    for name, seconds in (("idle", idle), ("unaccounted", between)):
+        told.append(
+            {"phase": name, "op": "", "direction": "", "seconds": seconds, "share": seconds / step}
+        )
+    return sorted(told, key=lambda part: (PHASES.index(part["phase"]), -part["seconds"]))
+
+
+def state_mb(built: Built) -> float:
+    """Weights and the optimizer's state, which no step gives back."""
+    tensors = list(built.model.parameters())
+    tensors += [t for s in built.optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+    return sum(t.numel() * t.element_size() for t in tensors) / 2**20
+
+
+def run_with_nvtx(cell: Cell, setting: Setting, clips: int) -> None:
+    """Steps for an outer profiler, which finds the labels as NVTX ranges."""
+    from mae_fast.profile.labels import labelled
+
+    if setting.device != "cuda":
+        raise ConfigError("nvtx needs --device cuda")
+    built = build(cell, setting)
+    step = stepper(cell, built, make_clips(cell.cfg, clips, setting), setting)
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    with labelled(built), torch.autograd.profiler.emit_nvtx():
+        torch.cuda.cudart().cudaProfilerStart()
+        step()
         torch.cuda.synchronize()
-    with torch_profile(activities=activities) as prof:
-        one_step(2)
-        if where.type == "cuda":
-            torch.cuda.synchronize()
-    averages = prof.key_averages()
-    own = f"self_{where.type}_time_total"
-    print(averages.table(sort_by=own, row_limit=rows, max_name_column_width=50))
-    for event in averages:
-        if event.key.startswith("phase: "):
-            print(f"{event.key:20} {event.cpu_time_total / 1e3:9.1f} ms on the host")
-    if trace:
-        prof.export_chrome_trace(trace)
-        print(f"wrote {trace}")
+        torch.cuda.cudart().cudaProfilerStop()
+
+
+def write(told: dict[str, Any], folder: Path, device: str) -> list[str]:
+    """profile.json and the pictures; the files' names, the traces among them."""
+    from mae_fast.profile.pictures import draw_memory, draw_roofline
+
+    (folder / "profile.json").write_text(jsonlib.dumps(told, indent=1))
+    files = [folder / "profile.json"]
+    files += [folder / f"{engine['engine']}.trace.json" for engine in told["engines"]]
+    files += [draw(told, folder) for draw in (draw_roofline, draw_memory)]
+    if device == "cuda":
+        files.append(folder / "deeper.sh")
+        files[-1].write_text(DEEPER.format(**told, name=told["engines"][0]["engine"]))
+    return [str(f) for f in files if f]
+
+
+# Not run yet: there was no GPU.
+DEEPER = """\
+#!/bin/sh
+# A timeline by phase and op, and every kernel of one op, counted.
+step="mae-fast profile --model {model} --batch {batch_clips} --ratio {ratio} --engine {name} \\
+  --precision {precision} --device cuda --nvtx"
+nsys profile -c cudaProfilerApi -t cuda,nvtx -o step $step
+ncu --profile-from-start off --set full --nvtx --nvtx-include "regex:mae_fast label.*attention/" \\
+  -o attention $step
+ncu --profile-from-start off --set full -k "regex:masked_mse" -o masked_mse $step
+"""
+
+
+def print_tables(told: dict[str, Any]) -> None:
+    """The phases and ops of each engine; two engines side by side; memory."""
+    first, *others = told["engines"]
+    print(
+        f"{told['model']}, {told['batch_clips']} clips, {told['ratio']:.0%} masked, "
+        f"{told['precision']}, {told['device']}; limits here: {told['product_rate'] / 1e9:.0f} "
+        f"GFLOP/s, {told['copy_rate'] / 1e9:.1f} GB/s"
+    )
+    for engine in told["engines"]:
+        step = statistics.median(engine["seconds"])
+        left = engine["parts"][-1]["seconds"]
+        print(
+            f"\n{engine['engine']}: {step:.3f} s a step without profiler (spread "
+            f"{spread(engine['seconds']):.0%}), {engine['profiled_seconds']:.3f} s with it; "
+            f"unaccounted {left / step:+.1%}"
+        )
+        print(text_table(HEAD, list(_rows(engine, told))))
+        held = engine["memory"]
+        top = ", ".join(f"{n} {mb:.1f}" for n, mb in list(held["at_peak"].items())[:5])
+        print(
+            f"memory: weights and moments {engine['state_mb']:.0f} MB, on top at the peak "
+            f"{held['peak_mb']:.0f} MB: {top}"
+        )
+    for other in others:
+        print(f"\n{first['engine']} beside {other['engine']}, milliseconds")
+        print(text_table(BESIDE, list(_beside(first, other))))
+    print("wrote " + ", ".join(told["files"]))
+
+
+HEAD = ["phase", "op", "calls", "fwd ms", "bwd ms", "share", "GFLOP", "MB", "GFLOP/s", "GB/s"]
+HEAD += ["of limit", "could save"]
+BESIDE = ["phase", "op", "ours", "theirs", "speed-up"]
+
+
+def _grouped(engine: dict[str, Any]) -> Iterator[tuple[tuple[str, str], dict[str, dict]]]:
+    """((phase, op), {direction: part}) in the order of the parts."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for part in engine["parts"]:
+        found.setdefault((part["phase"], part["op"]), {})[part["direction"]] = part
+    yield from found.items()
+
+
+def _rows(engine: dict[str, Any], told: dict[str, Any]) -> Iterator[list[str]]:
+    for (phase, op), both in _grouped(engine):
+        seconds = sum(p["seconds"] for p in both.values())
+        flop, moved = (sum(p.get(k) or 0 for p in both.values()) for k in ("flop", "bytes"))
+        limit = sum(p.get("limit_seconds") or 0 for p in both.values())
+        known = limit > 0 and seconds > 0
+
+        def milliseconds(direction: str, both: dict = both) -> str:
+            return f"{1e3 * both[direction]['seconds']:.1f}" if direction in both else "-"
+
+        yield [
+            phase,
+            op,
+            str(sum(p.get("calls", 0) for p in both.values()) or "-"),
+            milliseconds("forward") if op else f"{1e3 * seconds:.1f}",
+            milliseconds("backward"),
+            f"{sum(p['share'] for p in both.values()):.1%}",
+            f"{flop / 1e9:.1f}" if flop else "-",
+            f"{moved / 1e6:.0f}" if moved else "-",
+            f"{flop / seconds / 1e9:.0f}" if flop and seconds else "-",
+            f"{moved / seconds / 1e9:.1f}" if moved and seconds else "-",
+            f"{limit / seconds:.0%}" if known else "-",
+            f"{1e3 * (seconds - limit):.1f} ms" if known else "-",
+        ]
+
+
+def _beside(first: dict[str, Any], other: dict[str, Any]) -> Iterator[list[str]]:
+    """Rows of the same phase and op; an empty cell where only one engine has it."""
+    ours, theirs = (
+        {key: sum(p["seconds"] for p in both.values()) for key, both in _grouped(e)}
+        for e in (first, other)
+    )
+    for phase, op in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get((phase, op)), theirs.get((phase, op))
+        times = f"{b / a:.2f}x" if a and b and a > 0 and phase != "unaccounted" else "-"
+        yield [phase, op, *("-" if x is None else f"{1e3 * x:.1f}" for x in (a, b)), times]
+    total = [statistics.median(e["seconds"]) for e in (first, other)]
+    yield ["step", "", *(f"{1e3 * t:.1f}" for t in total), f"{total[1] / total[0]:.2f}x"]

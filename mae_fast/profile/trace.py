@@ -42,11 +42,13 @@ class Row:
 
 class Trace(NamedTuple):
     """One profiled step: its rows, seconds of its wall clock, those of the same step before it
-    without a profiler, and torch's own profile."""
+    without a profiler; its events with their places, the outermost, and torch's own profile."""
 
     rows: dict[Where, Row]
     seconds: float
     unprofiled: float
+    places: list[tuple[FunctionEvent, Where]]
+    root: FunctionEvent
     profile: torch_profile
 
     def phases(self) -> dict[str, float]:
@@ -58,8 +60,16 @@ class Trace(NamedTuple):
         return found
 
 
-def trace(built: Built, step: Callable[[], object], device: str = "cpu", warm: int = 2) -> Trace:
-    """Profile one call of `step`, which is a step of `built`, after `warm` others."""
+def trace(
+    built: Built,
+    step: Callable[[], object],
+    device: str = "cpu",
+    warm: int = 2,
+    memory: bool = False,
+) -> Trace:
+    """Profile one call of `step`, which is a step of `built`, after `warm` others; `memory`: its
+    allocations too, which takes time of its own."""
+    unprofiled = 0.0
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(warm):
         synchronize()
@@ -70,49 +80,63 @@ def trace(built: Built, step: Callable[[], object], device: str = "cpu", warm: i
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with labelled(built), torch_profile(activities=activities) as found, record_function(STEP):
+    profiler = torch_profile(activities=activities, profile_memory=memory)
+    with labelled(built), profiler as found, record_function(STEP):
         step()
         synchronize()
     events = [e for e in found.events() if e.device_type.name == "CPU"]
     root = next(e for e in events if e.name == STEP)
-    rows = rows_of(events, root, device)
-    return Trace(rows, root.cpu_time_total / 1e6, unprofiled, found)
+    places = places_of(events)
+    rows = rows_of(places, root, device)
+    return Trace(rows, root.cpu_time_total / 1e6, unprofiled, places, root, found)
 
 
-def rows_of(events: list[FunctionEvent], root: FunctionEvent, device: str) -> dict[Where, Row]:
-    """The rows of a step whose outermost event is `root`."""
+def places_of(events: list[FunctionEvent]) -> list[tuple[FunctionEvent, Where]]:
+    """Each event and where it belongs, by the time of its start."""
     events = sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end))
     places: dict[int, Where] = {}  # of each event, by identity
     makers: dict[int, Where] = {}  # of each autograd node, by its number
-    rows: dict[Where, Row] = {}
     last = Where("rest", "rest", True)  # of the backward node before
     for event in events:
         parent = event.cpu_parent
         where = places.get(id(parent), Where("rest", "rest", False))
-        opened = event.name.startswith((PREFIX, OPTIMIZER))
         if event.name.startswith(PREFIX):
             phase, op = event.name[len(PREFIX) :].split("|")
             where = Where(phase or where.phase, op, where.backward)
         elif event.name.startswith(OPTIMIZER):
             where = Where("optimizer", "adamw", False)
         elif event.name.startswith(NODE):
-            opened = event.sequence_nr >= 0
-            # What adds up a parameter's gradient belongs to the node that gave it.
-            made = makers.get(event.sequence_nr) if opened else last
-            last = where = (made or last)._replace(backward=True)
+            # What adds up a parameter's gradient has no number: it belongs to the node before.
+            last = where = makers.get(event.sequence_nr, last)._replace(backward=True)
         elif event.sequence_nr >= 0 and not where.backward:
             makers[event.sequence_nr] = where  # the last one before the next number is its maker
         places[id(event)] = where
+    return [(event, places[id(event)]) for event in events]
+
+
+def rows_of(
+    places: list[tuple[FunctionEvent, Where]], root: FunctionEvent, device: str
+) -> dict[Where, Row]:
+    """The rows of a step whose outermost event is `root`."""
+    rows: dict[Where, Row] = {}
+    for event, where in places:
         if not _within(event, root):
             continue
         row = rows.setdefault(where, Row())
-        row.calls += opened and event is not root
+        row.calls += event is not root and _opens(event)
         row.launches += len(event.kernels)
         if device == "cuda":
             row.seconds += sum(k.duration for k in event.kernels) / 1e6
         elif event.thread == root.thread:
             row.seconds += event.self_cpu_time_total / 1e6
     return rows
+
+
+def _opens(event: FunctionEvent) -> bool:
+    """Whether an event is one call of its row: a range, or a node that is more than a sum."""
+    if event.name.startswith(NODE):
+        return event.sequence_nr >= 0
+    return event.name.startswith((PREFIX, OPTIMIZER))
 
 
 def _within(event: FunctionEvent, root: FunctionEvent) -> bool:
