@@ -6,6 +6,7 @@ from typing import Any
 
 log = logging.getLogger("mae_fast")
 HOLDERS = 8  # shown apart; the rest is one
+NAMED = 0.02  # of the step: parts below it have no name beside their mark
 
 
 def draw_roofline(told: dict[str, Any], folder: Path) -> Path | None:
@@ -19,16 +20,18 @@ def draw_roofline(told: dict[str, Any], folder: Path) -> Path | None:
     roof = [min(product, x * copy) / 1e9 for x in lines]
     axes.plot(lines, roof, color="gray", label="this machine, measured in this process")
     for number, engine in enumerate(told["engines"]):
-        found = [
-            p for p in engine["parts"] if p.get("flop") and p.get("bytes") and p["seconds"] > 0
-        ]
-        for i, part in enumerate(sorted(found, key=lambda p: -p["seconds"])):
+        axes.scatter([], [], 60, color=f"C{number}", label=engine["engine"])
+        for part in engine["parts"]:
+            if not (part.get("flop") and part.get("bytes") and part["seconds"] > 0):
+                continue
             x, y = part["flop"] / part["bytes"], part["flop"] / part["seconds"] / 1e9
-            size = 40 + 800 * part["share"]
-            label = engine["engine"] if i == 0 else None
-            axes.scatter(x, y, size, color=f"C{number}", alpha=0.5, label=label)
-            name = f"{part['phase']} {part['op']} {part['direction'][:3]}"
-            axes.annotate(name, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            marker = {"forward": "o", "backward": "s"}[part["direction"]]
+            axes.scatter(x, y, 30 + 800 * part["share"], f"C{number}", marker, alpha=0.5)
+            if part["share"] >= NAMED:
+                name = f"{part['phase']} {part['op']}"
+                axes.annotate(name, (x, y), fontsize=6, xytext=(5, 4), textcoords="offset points")
+    axes.scatter([], [], 60, "none", "o", edgecolors="gray", label="forward (area: share of step)")
+    axes.scatter([], [], 60, "none", "s", edgecolors="gray", label="backward")
     axes.set(
         xscale="log",
         yscale="log",
@@ -62,7 +65,7 @@ def draw_memory(told: dict[str, Any], folder: Path) -> Path | None:
             xlabel="seconds of the profiled step",
             ylabel="MB",
         )
-        axes.legend(loc="upper right", fontsize=7)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
     return _save(figure, folder / "memory.png")
 
 

@@ -1,4 +1,4 @@
-"""`mae-fast profile --op`: one op on the arguments of a step, by every backend, against its limit."""
+"""`mae-fast profile --op`: one op on the arguments of a step, every backend against its limit."""
 
 import statistics
 from typing import Any
