@@ -26,12 +26,14 @@ def draw_roofline(told: dict[str, Any], folder: Path) -> Path | None:
                 continue
             x, y = part["flop"] / part["bytes"], part["flop"] / part["seconds"] / 1e9
             marker = {"forward": "o", "backward": "s"}[part["direction"]]
-            axes.scatter(x, y, 30 + 800 * part["share"], f"C{number}", marker, alpha=0.5)
+            axes.scatter(x, y, 30 + 800 * part["share"], f"C{number}", marker=marker, alpha=0.5)
             if part["share"] >= NAMED:
                 name = f"{part['phase']} {part['op']}"
                 axes.annotate(name, (x, y), fontsize=6, xytext=(5, 4), textcoords="offset points")
-    axes.scatter([], [], 60, "none", "o", edgecolors="gray", label="forward (area: share of step)")
-    axes.scatter([], [], 60, "none", "s", edgecolors="gray", label="backward")
+    axes.scatter(
+        [], [], 60, "none", marker="o", edgecolors="gray", label="forward (area: share of step)"
+    )
+    axes.scatter([], [], 60, "none", marker="s", edgecolors="gray", label="backward")
     axes.set(
         xscale="log",
         yscale="log",

@@ -1,0 +1,265 @@
+"""`mae-fast bench ratio`: what a cell is, what is measured once, and what the numbers say."""
+
+import json
+
+import pytest
+import torch
+
+from mae_fast.bench import cell as cell_module
+from mae_fast.bench import engines, ratio, ratio_table
+from mae_fast.bench.cell import Cell, Setting, build, in_own_process, make_clips, stepper
+from mae_fast.bench.engines import OURS, Masking
+from mae_fast.bench.ratio import Run
+from mae_fast.bench.records import problems
+from mae_fast.config import ModelConfig, preset
+from mae_fast.errors import ConfigError
+from mae_fast.masking import STRATEGIES, draw_ids
+
+SETTING = Setting("cpu", "fp32", 0)
+OFFICIAL = "official_eager"
+TINY = ModelConfig(
+    img_size=32,
+    patch_size=8,
+    num_frames=8,
+    pred_t_dim=4,
+    embed_dim=48,
+    depth=2,
+    num_heads=3,
+    decoder_embed_dim=32,
+    decoder_depth=2,
+    decoder_num_heads=2,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every model is TINY, and what would have a process of its own runs in this one."""
+    monkeypatch.setattr(cell_module, "config_of", lambda model: TINY)
+    monkeypatch.setattr(ratio_table, "config_of", lambda model: TINY)
+
+    def here(what, cell, setting, **arguments):
+        return getattr(cell_module, what)(cell, setting, **arguments)
+
+    monkeypatch.setattr(ratio, "in_own_process", here)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_noise_is_the_mask_of_the_strategy(strategy):
+    masking = Masking.of(TINY, 0.75, strategy)
+    noise = masking.noise(TINY, 3, seed=1, step=2, device="cpu")
+    keep, _ = draw_ids(strategy, TINY.grid, 0.75, seed=1, step=2, samples=torch.arange(3))
+    assert int(TINY.num_patches * (1 - masking.step_ratio(TINY))) == masking.keep == keep.shape[1]
+    assert torch.equal(noise.argsort(dim=1)[:, : masking.keep], keep.long())
+
+
+@pytest.mark.parametrize(
+    ("model", "masked", "limit"),
+    [("vit_base", 0.9, 4.6), ("vit_large", 0.9, 7.7), ("vit_large", 0.75, 3.9)],
+)
+def test_flop_limit_is_that_of_the_paper(model, masked, limit):
+    cfg = preset(model)
+    assert round(engines.flop_limit(cfg, Masking.of(cfg, masked)), 1) == limit
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.75])
+@pytest.mark.parametrize("name", ["official_eager", "official_sdpa"])
+def test_engines_of_one_model_have_one_loss(tiny, masked, name):
+    losses = []
+    for engine in (OURS, name):
+        cell = Cell("any", "tube", masked, engine)
+        built = build(cell, SETTING)
+        engines.same_weights(built)
+        clips = make_clips(TINY, 2, SETTING)
+        losses.append(float(stepper(cell, built, clips, SETTING)()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_peer_at_0_encodes_every_token(tiny):
+    pytest.importorskip("transformers")
+    cell = Cell("any", "random", 0.0, "transformers_sdpa")
+    built, seen = build(cell, SETTING), []
+    hook = lambda module, inputs, output: seen.append(output.last_hidden_state.shape[1])  # noqa: E731
+    built.model.videomae.encoder.register_forward_hook(hook)
+    stepper(cell, built, make_clips(cell.cfg, 2, SETTING), SETTING)()
+    assert seen == [TINY.num_patches]
+
+
+def test_an_engine_of_ones_own(tiny, tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "from mae_fast import MaskedAutoencoder\n"
+        "from mae_fast.masking import ids_from_noise\n"
+        "def made(cfg):\n"
+        "    model = MaskedAutoencoder(cfg)\n"
+        "    def loss_of(clips, noise, ratio):\n"
+        "        keep = int(cfg.num_patches * (1 - ratio))\n"
+        "        keep, mask = ids_from_noise(noise, keep)\n"
+        "        return model(clips, ids_keep=keep, ids_mask=mask)[0]\n"
+        "    return model, loss_of\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    losses = []
+    for engine in (OURS, "my_models:made"):
+        cell = Cell("any", "random", 0.75, engines.name_of(engine))
+        built = build(cell, SETTING)
+        engines.same_weights(built)
+        losses.append(float(stepper(cell, built, make_clips(TINY, 2, SETTING), SETTING)()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert engines.why_not("my_models:made", TINY, Masking.of(TINY, 0.0))
+    with pytest.raises(ConfigError, match="my_models"):
+        engines.build("my_models:other", TINY)
+
+
+def test_unknown_engine_is_refused():
+    with pytest.raises(ConfigError, match="unknown engine 'officail'"):
+        engines.name_of("officail")
+
+
+def run_ratio(out, **options) -> None:
+    options = {"model": ("any",), "engines": ("ours", OFFICIAL), "rounds": 2} | options
+    ratio.ratio(ratios=(0.0, 0.75), batch=1, out=str(out), **options)
+
+
+def test_a_run_tells_every_cell(tiny, tmp_path, capsys):
+    run_ratio(tmp_path, json=True)
+    told = json.loads(capsys.readouterr().out)
+    cells = {(c["ratio"], c["engine"]): c for c in told["cells"]}
+    assert cells.keys() == {(r, e) for r in (0.0, 0.75) for e in (OURS, OFFICIAL)}
+    ours = cells[0.75, OURS]
+    assert ours["samples"] == 2 and ours["seconds_a_step"] > 0 and ours["peak_memory_mb"] > 0
+    assert 0 < ours["share_of_product_rate"] < 1
+    assert cells[0.0, OURS]["against_itself_at_0"] == {"times": 1.0, "apart": False}
+    assert ours["lost"].keys() == {"decoder", "patch embedding", "optimizer", "overhead"}
+    assert sum(ours["parts_a_clip"].values()) == pytest.approx(ours["seconds_a_clip"])
+    records = [json.loads(line) for line in (tmp_path / "ratio.jsonl").read_text().splitlines()]
+    assert [problems(r) for r in records] == [[], []]
+    assert told["paper"]["with_data_hours"] == 35.8
+
+
+def test_what_is_there_is_not_measured_again(tiny, tmp_path, monkeypatch, capsys):
+    run_ratio(tmp_path)
+    first = capsys.readouterr().out
+    lines = (tmp_path / "samples.jsonl").read_text()
+
+    def refused(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as m:
+        m.setattr(ratio, "in_own_process", refused)
+        m.setattr(ratio, "interleave", refused)
+        run_ratio(tmp_path)
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "samples.jsonl").read_text() == lines
+    run_ratio(tmp_path, rounds=3)  # one more round, and nothing else
+    added = (tmp_path / "samples.jsonl").read_text()[len(lines) :].splitlines()
+    assert len(added) == 1 and len(json.loads(added[0])["seconds"]) == 4
+    with pytest.raises(ConfigError, match="another run"):
+        run_ratio(tmp_path, seed=1)
+
+
+def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(ratio, "warm_up", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_ratio(tmp_path)
+    before = (tmp_path / "samples.jsonl").read_text()
+    assert before.count('"probe"') == 4
+    run_ratio(tmp_path)
+    assert (tmp_path / "samples.jsonl").read_text()[len(before) :].count('"probe"') == 0
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_told(tiny, tmp_path, monkeypatch, capsys):
+    def probe(what, cell, setting, clips):
+        if clips > 2 and cell.ratio == 0:
+            return {"memory": "no room"}
+        return cell_module.probe(cell, setting, clips)
+
+    monkeypatch.setattr(ratio, "in_own_process", probe)
+    ratio.ratio(("any",), (0.0, 0.75), ("ours",), ("random",), batch=4, rounds=2, out=str(tmp_path))
+    assert "mae_fast at 0%: 2 clips a step, not 4, which do not fit" in capsys.readouterr().out
+
+
+def test_a_wrong_loss_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
+    def probe(what, cell, setting, clips):
+        found = cell_module.probe(cell, setting, clips)
+        return found | {"loss": found["loss"] * (1.01 if cell.engine == OFFICIAL else 1)}
+
+    monkeypatch.setattr(ratio, "in_own_process", probe)
+    run_ratio(tmp_path, json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert {c["engine"] for c in told["cells"]} == {OURS}
+    assert all("not timed" in reason for reason in told["skipped"].values())
+
+
+def test_memory_that_is_not_there_is_told_by_the_process(tmp_path):
+    found = in_own_process("probe", Cell("quick", "random", 0.9, OURS), SETTING, clips=10**6)
+    assert "can't allocate memory" in found["memory"]
+
+
+def test_steps_with_data(tiny, folder):
+    cell = Cell("any", "random", 0.75, OFFICIAL)
+    found = cell_module.with_data(cell, SETTING, 2, str(folder), 0)
+    assert len(found["seconds"]) == len(found["waits"]) == cell_module.TIMED
+    assert all(0 < w < s for w, s in zip(found["waits"], found["seconds"], strict=True))
+
+
+def record(masked, seconds, rounds, clips=2, parts=None, data=None) -> dict:
+    parts = parts or {"encoder": 0.6, "decoder": 0.4}
+    limits = {"product": {"flop": 1e9, "seconds": [0.1] * len(rounds)}}
+    each = {
+        "rounds": rounds,
+        "clips": clips,
+        "peak_memory_mb": 1.0,
+        "flop_a_clip": 1e9,
+        "parts": parts,
+        "data": data,
+    }
+    return {
+        "model": "m",
+        "strategy": "random",
+        "ratio": masked,
+        "precision": "fp32",
+        "device": "cpu",
+        "asked_clips": 2,
+        "seconds": {OURS: seconds},
+        "cells": {OURS: each},
+        "rounds": rounds,
+        "limits": limits,
+        "flop_limit": 2.0,
+        "forward_gflop": 1.0,
+        "environment": {},
+    }
+
+
+def test_ratios_are_of_clips_and_of_the_same_rounds():
+    dense = record(0.0, [8.0, 80.0, 8.0], [0, 1, 2], clips=1)
+    masked = record(0.9, [4.0, 40.0, 5.0], [0, 1, 3], clips=2)
+    assert ratio_table.faster(dense, OURS, masked, OURS) == {"times": 4.0, "apart": False}
+    apart = record(0.9, [4.0, 4.0], [7, 8])
+    assert ratio_table.faster(dense, OURS, apart, OURS) == {"times": 4.0, "apart": True}
+    assert ratio_table.faster(dense, OFFICIAL, apart, OURS) is None
+
+
+def test_what_is_lost_and_noise():
+    dense = record(0.0, [10.0, 10.0], [0, 1], parts={"encoder": 0.9, "decoder": 0.1})
+    data = {"clips": 2, "seconds": [4.0, 4.0], "waits": [1.0, 1.0], "repeat": 2}
+    masked = record(0.9, [2.0, 2.4], [0, 1], parts={"encoder": 0.5, "decoder": 0.5}, data=data)
+    told = ratio_table.summary([dense, masked])["cells"][1]
+    assert told["noisy"] and told["spread"] == pytest.approx(0.4 / 2.2)
+    assert told["share_of_product_rate"] == pytest.approx(2e9 / 2.2 / 1e10, rel=0.02)
+    assert told["lost"]["decoder"]["share"] == pytest.approx(0.5)
+    # 10 s, of which 1 are the decoder's, to 2.2, of which 1.1 are.
+    assert told["lost"]["decoder"]["speed_up_without"] == pytest.approx(9 / 1.1)
+    assert told["lost"]["data"]["share"] == pytest.approx(1.8 / 4)
+    assert told["data"]["waiting"] == 0.25
+
+
+def test_engines_that_do_not_fit_together_are_apart(tmp_path, monkeypatch):
+    run = Run(SETTING, 1, 2, tmp_path)
+    cells = [Cell("any", "random", 0.9, name) for name in ("a", "b", "c")]
+    for cell in cells:
+        run.log["probe"][cell.key] = {"state_mb": 400.0, "peak_memory_mb": 600.0}
+    monkeypatch.setattr(ratio, "free_mb", lambda device: 2000.0)
+    assert [[c.engine for c in group] for group in run.groups(cells)] == [["a", "b"], ["c"]]

@@ -1,0 +1,180 @@
+"""`mae-fast profile`: every moment of a step belongs to a part, and parts are held to formulas."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mae_fast.bench.baselines.training import Built
+
+import mae_fast.forward
+from mae_fast.bench import engines
+from mae_fast.bench.calls import Call
+from mae_fast.bench.cell import Cell, Setting, build, make_clips, stepper
+from mae_fast.bench.flops import official_step_flop, step_flop
+from mae_fast.errors import ConfigError
+from mae_fast.profile import labels
+from mae_fast.profile.memory import timeline
+from mae_fast.profile.step import parts, profile
+from mae_fast.profile.trace import Where, trace
+from mae_fast.profile.work import Work, least
+
+SETTING = Setting("cpu", "fp32", 0)
+ENGINES = ["mae_fast", "official_eager", "official_sdpa", "transformers_sdpa"]
+
+
+def built_step(engine: str, masked: float = 0.9):
+    if engine.startswith("transformers"):
+        pytest.importorskip("transformers")
+    cell = Cell("quick", "random", masked, engine)
+    built = build(cell, SETTING)
+    return cell, built, stepper(cell, built, make_clips(cell.cfg, 2, SETTING), SETTING)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_moment_has_a_place(engine):
+    cell, built, step = built_step(engine)
+    found = trace(built, step)
+    assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
+    assert abs(found.phases()["idle"]) < 1e-6
+    # What has a formula was seen, forward and backward.
+    expected = {w for w, work in least(engine, cell.cfg, 2, cell.masking).items() if any(work)}
+    assert expected <= found.rows.keys()
+    linears = {"encoder": 12, "decoder": 14}  # of 2 blocks of 6; decoder_embed and the head
+    for phase, count in linears.items():
+        both = [found.rows[Where(phase, "linear", backward)] for backward in (False, True)]
+        # Ours computes q, k, v of mask tokens apart.
+        more = 3 if engine == "mae_fast" and phase == "decoder" else 0
+        assert both[0].calls == count + more
+        assert both[1].calls >= count + more
+
+
+def test_names_cost_nothing_when_nobody_looks(monkeypatch):
+    _, built, step = built_step("mae_fast")
+    _, official, official_step = built_step("official_eager")
+    for engine, run in ((built, step), (official, official_step)):
+        with labels.labelled(engine):
+            run()
+    monkeypatch.setattr(labels, "record_function", None)  # whoever names something fails
+    step()
+    official_step()
+    assert not any(m._forward_hooks for m in official.model.modules())
+    assert mae_fast.forward.linear.__module__ == "mae_fast.ops.linear"
+    assert "step" not in vars(official.optimizer)
+
+
+def test_backward_is_put_where_forward_was():
+    """Of two products one is the decoder's: its backward is too, sums of gradients included."""
+    weights = torch.nn.ParameterList(torch.randn(64, 64) for _ in range(2))
+    optimizer = torch.optim.AdamW(weights)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.Linear(64, 64)
+            self.decoder = torch.nn.Linear(64, 64)
+
+    model = Model()
+
+    def step():
+        model.decoder(model.blocks(torch.randn(8, 64)).sin()).sum().backward()
+
+    found = trace(Built(model, optimizer, step), step)
+    calls = {where: row.calls for where, row in found.rows.items() if where.op == "linear"}
+    assert calls[Where("encoder", "linear", False)] == 1
+    assert calls[Where("decoder", "linear", False)] == 1
+    for phase in ("encoder", "decoder"):
+        assert found.rows[Where(phase, "linear", True)].seconds > 0
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.75])
+def test_work_is_all_flop_of_the_step(masked):
+    for engine, flop in (("mae_fast", step_flop), ("official_eager", official_step_flop)):
+        cell = Cell("quick", "random", masked, engine)
+        todo = sum(least(engine, cell.cfg, 2, cell.masking).values(), Work())
+        if engine == "mae_fast":
+            ratio = masked or engines.BASE_RATIO
+            assert todo.flop == flop(cell.cfg, 2, ratio, encode_all=not masked)
+        elif masked:
+            assert todo.flop == flop(cell.cfg, 2, masked)
+        assert todo.bytes > 32 * sum(p.numel() for p in build(cell, SETTING).model.parameters())
+
+
+def test_limits():
+    assert Work(flop=100, bytes=10).seconds(10, 10) == 10
+    assert Work(flop=10, bytes=100).seconds(10, 10) == 10
+
+
+def test_parts_add_up_to_the_step():
+    cell, built, step = built_step("mae_fast")
+    found = trace(built, step)
+    told = parts(found, 1.0, least("mae_fast", cell.cfg, 2, cell.masking), 1e11, 1e10)
+    assert sum(part["seconds"] for part in told) == pytest.approx(1.0)
+    assert told[-1]["phase"] == "unaccounted"
+    assert told[-1]["seconds"] == pytest.approx(1.0 - found.seconds)
+    linear = next(p for p in told if (p["phase"], p["op"]) == ("decoder", "linear"))
+    assert linear["share_of_limit"] == linear["limit_seconds"] / linear["seconds"]
+
+
+def test_memory_tells_who_holds_it():
+    model = torch.nn.ModuleDict({"decoder": torch.nn.Linear(8, 8)})
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step():
+        kept = torch.empty(1 << 20)  # 4 MB
+        for _ in range(3):
+            torch.empty(1 << 18)  # 1 MB, gone at once
+        model["decoder"](torch.empty(1 << 15, 8))  # 1 MB in, 1 MB out
+        del kept
+
+    found = timeline(trace(Built(model, optimizer, step), step, warm=0, memory=True), "cpu")
+    assert found.peak_mb == pytest.approx(6, abs=0.01)
+    assert found.at_peak == pytest.approx({"rest": 5, "decoder linear": 1}, abs=0.01)
+    assert max(map(sum, zip(*found.holders.values(), strict=True))) == pytest.approx(found.peak_mb)
+
+
+def test_profile_writes_what_it_says(tmp_path, capsys):
+    profile("quick", against="official_eager", out=str(tmp_path), json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [e["engine"] for e in told["engines"]] == ["mae_fast", "official_eager"]
+    for engine in told["engines"]:
+        step = sorted(engine["seconds"])[len(engine["seconds"]) // 2]
+        assert sum(p["seconds"] for p in engine["parts"]) == pytest.approx(step)
+    names = {Path(f).name for f in told["files"]}
+    assert names >= {"profile.json", "mae_fast.trace.json", "roofline.png", "memory.png"}
+    assert all(Path(f).stat().st_size > 1000 for f in told["files"])
+    profile("quick", out=str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "decoder          attention" in printed and "unaccounted" in printed
+
+
+def test_an_op_by_backend(capsys):
+    profile(op="masked_mse", shape="quick", json=True)
+    told = json.loads(capsys.readouterr().out)
+    (call,) = told["calls"]
+    shares = call["forward_backward"]["share_of_limit"]
+    assert "reference" in shares and all(0 < share < 2 for share in shares.values())
+    assert shares.keys() | call["declined"].keys() == {"cpp", "triton", "cuda", "reference"}
+    profile(op="attention", shape="quick")
+    assert "triton: " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="known: patch_embed"):
+        profile(op="masked_mes", shape="quick")
+
+
+def test_a_backend_that_is_wrong_is_not_timed(monkeypatch, capsys):
+    right = Call.function
+
+    def wrong(call, backend):
+        function = right(call, backend)
+        return (lambda *args: function(*args) * 1.001) if backend == "cpp" else function
+
+    monkeypatch.setattr(Call, "function", wrong)
+    profile(op="bias_gelu", shape="quick", json=True)
+    for call in json.loads(capsys.readouterr().out)["calls"]:
+        assert call["forward"]["seconds"].keys() == {"reference"}
+        assert "result 0" in call["declined"]["cpp"] or "C++" in call["declined"]["cpp"]
+
+
+def test_nvtx_needs_a_gpu():
+    with pytest.raises(ConfigError, match="nvtx needs --device cuda"):
+        profile("quick", nvtx=True)
