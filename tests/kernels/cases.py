@@ -164,10 +164,12 @@ def _decoder_tokens(m: _Maker):
 
 
 def _masked_mse(m: _Maker):
-    """As MAE-ST: every second frame is a target."""
-    ids, frames = m.ids()[1], [*range(0, m.model.frames, 2)]
-    pred = m.floats(*ids.shape, 3 * m.model.patch**2)
-    yield "", (pred, m.clip(), ids, frames, 1, m.model.patch, 0.45, 0.225, "patch", True)
+    """As VideoMAE, by channel, and as MAE-ST, where every second frame is a target."""
+    ids, frames = m.ids()[1], [*range(m.model.frames)]
+    for name, u, norm_pix in (("by_channel", 2, "channel"), ("", 1, "patch")):
+        pred = m.floats(*ids.shape, 3 * u * m.model.patch**2)
+        pixels = (frames[:: 3 - u], u, m.model.patch, 0.45, 0.225, norm_pix)
+        yield name, (pred, m.clip(), ids, *pixels, True)
 
 
 def _adamw(m: _Maker):
