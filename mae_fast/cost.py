@@ -11,7 +11,9 @@ from mae_fast.bench.flops import patch_values, step_parts
 from mae_fast.config import ModelConfig
 from mae_fast.masking import num_keep
 
-BASE_RATIO = 0.9  # at 0% nothing is left to predict: the decoder and the loss are those of this mask
+# At 0% nothing is left to predict: the decoder and the loss are then those of this mask.
+BASE_RATIO = 0.9
+USABLE = 0.92  # of a device's memory; assumed: the rest is the runtime's own, and holes
 # Shares of a GPU's ceilings: assumed. Nothing has run on one.
 GPU_SHARES = {
     "encoder products": 0.75,
@@ -45,10 +47,10 @@ class Device(NamedTuple):
     name: str
     products: float  # FLOP a second
     copy: float  # bytes read and written, a second
-    exponentials: float  # a second
+    exponentials: float | None  # a second; None: within the share of attention's products
     memory: float  # bytes
-    link: float
-    network: float
+    link: float | None
+    network: float | None
     shares: dict[str, float]
     product_bytes: int = 2  # of a value that a product takes: bf16, with fp32 masters
     attention_backward: int = 7  # two kernels, each with its own scores
@@ -73,7 +75,8 @@ DEVICES = {
 
 
 class Term(NamedTuple):
-    """One kind of work of a step: `amount` of FLOP, bytes or exponentials at `share` of a ceiling."""
+    """One kind of work of a step: `amount` of FLOP, bytes or exponentials, at `share` of the
+    ceiling."""
 
     name: str
     amount: float
@@ -207,9 +210,7 @@ class Memory(NamedTuple):
     peak: float
 
 
-def memory(
-    cfg: ModelConfig, clips: int, ratio: float, device: Device, shards: int = 1
-) -> Memory:
+def memory(cfg: ModelConfig, clips: int, ratio: float, device: Device, shards: int = 1) -> Memory:
     """Of the model, its optimizer and what backward needs; without the runtime's own. `shards`:
     devices among which FSDP parts weights, moments and gradients."""
     p, r, count = device.product_bytes, rows(cfg, ratio), parameters(cfg)
@@ -247,15 +248,12 @@ def _saved(cfg: ModelConfig, r: Rows, p: int) -> tuple[int, int]:
     return encoder, decoder
 
 
-def greatest_batch(
-    cfg: ModelConfig, ratio: float, device: Device, usable: float = 0.92, shards: int = 1
-) -> int:
-    """Clips of the largest step that fits in `usable` of the memory (the rest, assumed: the runtime
-    and holes); 0 if none does."""
+def greatest_batch(cfg: ModelConfig, ratio: float, device: Device, shards: int = 1) -> int:
+    """Clips of the largest step that fits; 0 if none does."""
     low, high = 0, 1 << 16
     while low < high:
         clips = (low + high + 1) // 2
-        fits = memory(cfg, clips, ratio, device, shards).peak <= usable * device.memory
+        fits = memory(cfg, clips, ratio, device, shards).peak <= USABLE * device.memory
         low, high = (clips, high) if fits else (low, clips - 1)
     return low
 
@@ -266,6 +264,8 @@ def communication_seconds(
     """What a step's collectives take in rings at full bandwidth. ddp: all-reduce of fp32
     gradients. fsdp: weights gathered forward and backward in the products' dtype, gradients
     scattered in fp32."""
+    if gpus == 1:
+        return 0.0
     bandwidth = device.link if gpus <= gpus_per_node else device.network
     each = {"ddp": 2 * 4, "fsdp": 2 * device.product_bytes + 4}[strategy]
     return (gpus - 1) / gpus * each * parameters(cfg) / bandwidth

@@ -1,6 +1,8 @@
 """What a step should cost on an H100, by the model of mae_fast/cost.py: docs/gpu.md's predictions.
 
-    python -m benchmarks.gpu.predict    # writes its tables into docs/gpu.md
+    python -m benchmarks.gpu.predict
+
+writes its tables into docs/gpu.md.
 """
 
 from benchmarks.gpu import ROOT
@@ -37,8 +39,8 @@ def tables() -> str:
     for row in zip(*columns, strict=True):
         cells = " | ".join(f"{1e6 * t.seconds / CLIPS:.0f}" for t in row)
         lines.append(f"| {row[0].name} | {cells} | {units[row[0].ceiling]}, {row[0].share:.0%} |")
-    sums = (sum(t.seconds for t in column) for column in columns)
-    return "\n".join([*lines, f"| **all** | {' | '.join(f'{1e6 * s / CLIPS:.0f}' for s in sums)} | |"])
+    sums = " | ".join(f"{1e6 * sum(t.seconds for t in c) / CLIPS:.0f}" for c in columns)
+    return "\n".join([*lines, f"| **all** | {sums} | |"])
 
 
 def main() -> None:

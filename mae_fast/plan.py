@@ -1,0 +1,334 @@
+"""`mae-fast plan`: what a run will need before it is paid for. The formulas are mae_fast/cost.py's.
+
+Everything printed is a prediction; what records hold of the same model and device stands beside it.
+"""
+
+import json as jsonlib
+import re
+import statistics
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mae_fast import cost
+from mae_fast.bench import records
+from mae_fast.bench.flops import forward_flop, official_parts, step_parts
+from mae_fast.config import ModelConfig, Variant, load_config
+from mae_fast.config import preset as make_preset
+from mae_fast.errors import ConfigError
+
+VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
+# One core's time for 16 frames, every fourth of a 30 fps video, without resizing: 57-88 ms seen.
+DECODE_SECONDS = 0.07
+# arXiv 2205.09113, table 1: ViT-L, Kinetics-400, 800 epochs of 128 A100, the official code.
+PAPER = {
+    "gpus": 128,
+    "device": "A100",
+    "hours_compute": {0.0: 24.5 * 5.8, 0.9: 24.5},
+    "hours_with_loading": {0.0: 35.8 * 4.1, 0.9: 35.8},
+}
+DRAWN = ("vit_base", "vit_large", "vit_huge")
+
+
+def plan(
+    model: str = "vit_large",
+    variant: Variant = "mae_st",
+    ratio: float = 0.9,
+    device: Literal["h100", "h200", "a100", "b200", "this"] = "h100",
+    gpus: int = 1,
+    gpus_per_node: int = 8,
+    batch: int = 0,
+    strategy: Literal["ddp", "fsdp"] = "ddp",
+    epochs: float = 800.0,
+    dataset: str = "k400",
+    data_rate: float = 0.0,
+    price: float = 0.0,
+    results: str = "benchmarks/results",
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "",
+    json: bool = False,
+) -> None:
+    """Predict a pre-training run: FLOP, bytes, memory, step time by part, hours, what binds.
+
+    Args:
+        model: vit_tiny ... vit_huge, or the TOML file of a run.
+        variant: which of the two official models; a TOML file has its own.
+        ratio: masked share in [0, 1). At 0 the encoder sees every token, and the decoder and the
+            loss are those of a 90% mask.
+        device: bf16 on a GPU; `this`: fp32 on this machine's CPU, whose ceilings are measured now.
+        gpus: devices in all.
+        gpus_per_node: devices that share a node and its loader.
+        batch: clips a device and step; by default 64 (`this`: 2), or what fits.
+        strategy: how devices share the model. FSDP is not in the engine yet.
+        epochs: effective epochs: each takes one clip of every video.
+        dataset: k400, ssv2, or a number of videos.
+        data_rate: clips a second that the loader of one node gives; 0: taken to be enough.
+        price: of one device for an hour, in any currency.
+        results: folder of records, to stand beside the prediction.
+        output: draw hours against the masking ratio by model into this PNG.
+        json: print one JSON document and nothing else.
+    """
+    cfg = _model(model, variant)
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"--ratio must be in [0, 1), got {ratio}")
+    for name, value in (("gpus", gpus), ("gpus-per-node", gpus_per_node), ("epochs", epochs)):
+        if value <= 0:
+            raise ConfigError(f"--{name} must be above 0, got {value}")
+    if device == "this" and gpus > 1:
+        raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
+    where = this_device() if device == "this" else cost.DEVICES[device]
+    shards = gpus if strategy == "fsdp" else 1
+    greatest = cost.greatest_batch(cfg, ratio, where, shards)
+    if not greatest or batch > greatest:
+        raise ConfigError(
+            f"{batch or 1} clips of {model} do not fit on one {device}: at most {greatest} do"
+        )
+    batch = batch or min(2 if device == "this" else 64, greatest)
+    found = {
+        "model": model,
+        "variant": cfg.variant,
+        "ratio": ratio,
+        "device": device,
+        "gpus": gpus,
+        "gpus_per_node": gpus_per_node,
+        "strategy": strategy,
+        "batch_clips": batch,
+        "precision": "bf16" if where.product_bytes == 2 else "fp32",
+        **predict(cfg, ratio, where, gpus, gpus_per_node, batch, strategy, data_rate),
+    }
+    found["memory"]["greatest_batch"] = greatest
+    clips = epochs * _videos(dataset)
+    hours = clips / found["clips_per_second"] / 3600
+    found["run"] = {
+        "epochs": epochs,
+        "dataset": dataset,
+        "clips": clips,
+        "hours": hours,
+        "gpu_hours": hours * gpus,
+        "cost": hours * gpus * price if price else None,
+    }
+    found["ceilings"] = {k: v for k, v in where._asdict().items() if k != "name"}
+    found["measured"] = measured(results, found)
+    found["paper"] = PAPER if model == "vit_large" else None
+    if output:
+        draw(output, where, batch, epochs, dataset)
+    print(jsonlib.dumps(found, indent=2) if json else tell(found))
+
+
+def predict(
+    cfg: ModelConfig,
+    ratio: float,
+    device: cost.Device,
+    gpus: int,
+    gpus_per_node: int,
+    batch: int,
+    strategy: str,
+    data_rate: float,
+) -> dict[str, Any]:
+    """Counts and times of a step of `batch` clips on each device. FLOP and bytes are of one clip,
+    and of one step on one device."""
+    official = official_parts(cfg, 1, ratio)
+    done = step_parts(cfg, batch, ratio or cost.BASE_RATIO, encode_all=ratio == 0)
+    compute = cost.compute_seconds(cfg, batch, ratio, device)
+    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, strategy)
+    exposed = cost.exposed_seconds(sent, compute)
+    node = min(gpus, gpus_per_node)
+    loading = batch * node / data_rate if data_rate else 0.0
+    seconds = max(compute + exposed, loading)
+    bound = "loader" if loading > compute + exposed else "communication" if exposed else "compute"
+    shards = gpus if strategy == "fsdp" else 1
+    held = cost.memory(cfg, batch, ratio, device, shards)
+    need = node * batch / (compute + exposed)
+    return {
+        "parameters": cost.parameters(cfg),
+        "forward_gflops": forward_flop(cfg, ratio) / 1e9,
+        "flop_speedup": forward_flop(cfg, 0) / forward_flop(cfg, ratio),
+        "gflop_a_clip": {
+            part: {
+                "official_forward": official[part].forward / 1e9,
+                "official_backward": official[part].backward / 1e9,
+                "forward": done[part].forward / batch / 1e9,
+                "backward": done[part].backward / batch / 1e9,
+            }
+            for part in official
+        },
+        "bytes_a_step": cost.op_bytes(cfg, batch, ratio, device.product_bytes),
+        "memory": {f"{k}_mb": v / 2**20 for k, v in held._asdict().items()},
+        "step": {
+            "seconds": seconds,
+            "parts": {t.name: t.seconds for t in cost.terms(cfg, batch, ratio, device)},
+            "compute": compute,
+            "communication": sent,
+            "communication_not_hidden": exposed,
+            "loading": loading,
+            "bound_by": bound,
+        },
+        "clips_per_second": gpus * batch / seconds,
+        "loader": {
+            "clips_per_second_a_node": need,
+            "decode_cores_a_node": need * DECODE_SECONDS,
+            "decode_seconds_a_clip": DECODE_SECONDS,
+        },
+    }
+
+
+def this_device() -> cost.Device:
+    """This machine's CPU: the rate of the engine's own products and of copies, measured now."""
+    import torch
+
+    from mae_fast.bench import machine
+    from mae_fast.bench.timing import interleave
+
+    if torch.cuda.is_available():
+        raise ConfigError(
+            f"--device this is for a CPU, and here is a {torch.cuda.get_device_name()}: name it"
+        )
+    limits = machine.limits()
+    seconds = interleave({name: limit.run for name, limit in limits.items()}, rounds=5)
+    rate = {name: limits[name].amount / statistics.median(s) for name, s in seconds.items()}
+    return cpu_device(rate["engine_product"], rate["copy"])
+
+
+def cpu_device(products: float, copy: float) -> cost.Device:
+    """A CPU of these ceilings, in fp32. Its memory is what is free now; there is no network."""
+    return cost.Device(
+        "this", products, copy, None, _free_memory(), None, None, cost.CPU_SHARES, 4, 5
+    )
+
+
+def measured(folder: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What records say of the same model, ratio and precision on the same device, newest last."""
+    from mae_fast.environment import devices
+
+    here, rows = devices()["cpu"], []
+    for path in sorted(Path(folder).rglob("*.jsonl")):
+        for record in records.read(path):
+            where = records.where(record)
+            same = where == here if found["device"] == "this" else found["device"].upper() in where
+            if not same or record.get("precision", "bf16") != found["precision"]:
+                continue
+            for step in records.steps(record):
+                if (step.model, step.ratio) == (found["model"], found["ratio"]):
+                    rows.append(
+                        {
+                            "seconds": statistics.median(step.seconds),
+                            "batch_clips": step.clips,
+                            "device": where,
+                            "commit": record["environment"]["commit"],
+                        }
+                    )
+    return rows
+
+
+def tell(found: dict[str, Any]) -> str:
+    """The prediction in words and tables."""
+    step, memory, run, loader = (found[k] for k in ("step", "memory", "run", "loader"))
+    lines = [
+        f"{found['model']} ({found['variant']}), {found['ratio']:.0%} masked, {found['gpus']} x "
+        f"{found['device']}, {found['batch_clips']} clips each, {found['precision']}: predicted, "
+        "not measured",
+        "",
+        f"  parameters        {found['parameters'] / 1e6:.1f} M",
+        f"  forward           {found['forward_gflops']:.1f} GFLOP a clip, "
+        f"{found['flop_speedup']:.1f}x less than at 0% (official count)",
+        f"  memory            {memory['peak_mb'] / 1024:.1f} GiB of "
+        f"{found['ceilings']['memory'] / 2**30:.0f}; {memory['a_clip_mb']:.0f} MiB a clip, at "
+        f"most {memory['greatest_batch']} clips",
+        "",
+        "  GFLOP a clip         official fwd      bwd  |  done fwd      bwd",
+    ]
+    for part, flop in found["gflop_a_clip"].items():
+        a, b, c, d = (
+            flop[k] for k in ("official_forward", "official_backward", "forward", "backward")
+        )
+        lines.append(f"    {part:20} {a:10.1f} {b:8.1f}  | {c:9.1f} {d:8.1f}")
+    lines += ["", "  step, by part           ms   share"]
+    for part, seconds in step["parts"].items():
+        lines.append(f"    {part:20} {1e3 * seconds:8.1f} {seconds / step['compute']:6.0%}")
+    per_device = found["clips_per_second"] / found["gpus"]
+    lines += [
+        f"    {'compute':20} {1e3 * step['compute']:8.1f}",
+        f"    {'communication':20} {1e3 * step['communication']:8.1f}, not hidden "
+        f"{1e3 * step['communication_not_hidden']:.1f}",
+        f"    {'the step':20} {1e3 * step['seconds']:8.1f}, bound by the {step['bound_by']}"
+        if step["bound_by"] == "loader"
+        else f"    {'the step':20} {1e3 * step['seconds']:8.1f}, bound by {step['bound_by']}",
+        "",
+        f"  speed             {found['clips_per_second']:.1f} clips/s, {per_device:.1f} a device",
+        f"  run               {run['clips'] / 1e6:.1f} M clips ({run['epochs']:g} epochs of "
+        f"{run['dataset']}): {run['hours']:.1f} h, {run['gpu_hours']:.0f} device-hours"
+        + (f", cost {run['cost']:.0f}" if run["cost"] else ""),
+        f"  loader            {loader['clips_per_second_a_node']:.0f} clips/s a node, "
+        f"{loader['decode_cores_a_node']:.0f} cores that decode at "
+        f"{loader['decode_seconds_a_clip'] * 1e3:.0f} ms a clip",
+    ]
+    a_clip = step["seconds"] / found["batch_clips"]
+    for row in found["measured"][-3:]:
+        seen = row["seconds"] / row["batch_clips"]
+        lines.append(
+            f"  measured          {row['seconds']:.3g} s a step of {row['batch_clips']} clips "
+            f"(commit {row['commit']}); a clip is predicted {a_clip / seen - 1:+.0%}"
+        )
+    if not found["measured"]:
+        lines.append("  measured          nothing yet on this device")
+    if found["paper"]:
+        hours = found["paper"]["hours_compute"][0.9], found["paper"]["hours_with_loading"][0.9]
+        lines.append(
+            f"  the paper's       90%, 128 A100, official code: {hours[0]} h of compute, "
+            f"{hours[1]} h with loading; 5.8x and 4.1x less than at 0%"
+        )
+    return "\n".join(lines)
+
+
+def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str) -> None:
+    """Device-hours against the masking ratio, by model, with the paper's points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    clips, ratios = epochs * _videos(dataset), [r / 100 for r in range(0, 100, 5)]
+    for model in DRAWN:
+        cfg = make_preset(model)
+        hours = [clips * cost.compute_seconds(cfg, batch, r, device) / batch / 3600 for r in ratios]
+        axis.plot(ratios, hours, marker=".", label=f"{model}, {device.name}, predicted")
+    for key, mark in (("hours_compute", "x"), ("hours_with_loading", "+")):
+        hours = PAPER[key]
+        axis.plot(
+            list(hours),
+            [PAPER["gpus"] * h for h in hours.values()],
+            linestyle="none",
+            marker=mark,
+            color="black",
+            label=f"the paper, ViT-L, A100, {key.replace('hours_', '').replace('_', ' ')}",
+        )
+    axis.set(xlabel="masked share", ylabel="device-hours", yscale="log")
+    axis.set_title(f"{clips / 1e6:.0f} M clips; lines are predictions, loading not included")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _model(name: str, variant: Variant) -> ModelConfig:
+    return load_config(name).model if name.endswith(".toml") else make_preset(name, variant)
+
+
+def _videos(dataset: str) -> int:
+    if dataset in VIDEOS:
+        return VIDEOS[dataset]
+    if not re.fullmatch(r"[1-9]\d*", dataset):
+        known = ", ".join(VIDEOS)
+        raise ConfigError(f"--dataset must be {known} or a number of videos, got {dataset!r}")
+    return int(dataset)
+
+
+def _free_memory() -> float:
+    """Bytes that a process may still take; of this machine's all, where the system does not say."""
+    try:
+        return 1024.0 * int(
+            re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
+        )
+    except (OSError, TypeError):
+        import os
+
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
