@@ -109,15 +109,17 @@ class Fused:
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
-            return self._fused(args, kwargs)
+            try:
+                return self._fused(args, kwargs)
+            except Unfused:
+                return self._as_before(args, kwargs)
         modules = list(self.model.modules())
         hooked = _hooked(self.model, modules)
         if hooked and self.strict:
             raise AccelerateError(f"hooks that would not be called:\n{_table(hooked)}")
         if hooked:
             return self._own(f"{hooked[0].part} has hooks", args, kwargs)
-        if modules != self.checked:
-            self._check(args, kwargs)
+        if modules != self.checked and self._check(args, kwargs):
             self.checked = modules
         try:
             return self._fused(args, kwargs)
@@ -138,28 +140,29 @@ class Fused:
         return self._as_before(args, kwargs)
 
     def _as_before(self, args: tuple, kwargs: dict):
-        return self.__wrapped__(*_map(self._normalised, args), **_map(self._normalised, kwargs))
+        args, kwargs = (_map(self._normalised, given) for given in (args, kwargs))
+        return type(self.model).forward(self.model, *args, **kwargs)
 
     def _normalised(self, t: Tensor) -> Tensor:
         if self.pixels is None or not _is_uint8_clip(t):
             return t
         channel_dim = adapters.FAMILIES[self.family].CHANNEL_DIM
-        return self.pixels.normalise(t, channel_dim, torch.get_default_dtype())
+        return self.pixels.normalise(t, channel_dim, next(self.model.parameters()).dtype)
 
-    def _check(self, args: tuple, kwargs: dict) -> None:
-        """Compare the model's parts, and both forwards on one clip of this batch."""
+    def _check(self, args: tuple, kwargs: dict) -> bool:
+        """Compare the model's parts, and both forwards on one clip of this batch; False where this
+        call is left to the model's own."""
         _, findings = _examine(self.model, self.strict)
         refused = [f for f in findings if f.why_not]
         if refused:
             raise AccelerateError(f"the model has changed:\n{_table(refused)}")
-        if self.verify:
-            self._compare(args, kwargs)
+        return not self.verify or self._compare(args, kwargs)
 
     @torch.no_grad()
-    def _compare(self, args: tuple, kwargs: dict) -> None:
+    def _compare(self, args: tuple, kwargs: dict) -> bool:
         tensors = _tensors([args, kwargs])
         param = next(self.model.parameters())
-        batch = len(tensors[0]) if tensors else 0
+        batch = next((len(t) for t in tensors if t.dim()), 0)
 
         def one(t: Tensor) -> Tensor:
             t = t[:1] if t.dim() and len(t) == batch else t
@@ -172,7 +175,7 @@ class Fused:
                 with _same_conditions(param.device):
                     outputs.append(_tensors(forward(args, kwargs)))
         except Unfused:
-            return
+            return False
         ours, theirs = outputs
         worst = [_difference(a, b) for a, b in zip(ours, theirs, strict=False)]
         limit = TOLERANCE[param.dtype]
@@ -180,10 +183,11 @@ class Fused:
             raise AccelerateError(
                 f"{type(self.model).__name__} has the parts of {self.family} and computes something"
                 f" else: on one clip {len(theirs)} outputs and {len(ours)} of the fused forward"
-                f" differ by {', '.join(f'{w:.1e}' for w in worst)} (relative; at most {limit:.0e}"
-                f" in {param.dtype})"
+                f" differ by {', '.join(f'{w:.1e}' for w in worst)} (relative, nan: another shape"
+                f" or dtype; at most {limit:.0e} in {param.dtype})"
             )
         log.info("%s: on one clip both forwards agree to %.1e", self.family, max(worst, default=0))
+        return True
 
 
 @contextlib.contextmanager
@@ -191,8 +195,9 @@ def _same_conditions(device: torch.device) -> Iterator[None]:
     """The same random numbers inside and afterwards, no autocast, no TF32."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), torch.autocast(device.type, enabled=False):
+    devices = [] if device.type == "cpu" else [device]
+    random = torch.random.fork_rng(devices, device_type=device.type)
+    with random, torch.autocast(device.type, enabled=False):
         try:
             matmul.fp32_precision = conv.fp32_precision = "ieee"
             yield

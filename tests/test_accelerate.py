@@ -1,13 +1,12 @@
 """What accelerate leaves as it was, what it takes, and what it refuses, by name."""
 
 import copy
+import functools
 import inspect
 import io
 import json
 import logging
 import pickle
-import subprocess
-import sys
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch import nn
 
 import mae_fast
 from mae_fast import MaskedAutoencoder, ModelConfig
+from mae_fast.adapters import mae_st
+from mae_fast.adapters.parts import Unfused
 from mae_fast.errors import AccelerateError, ConfigError
 
 
@@ -140,6 +141,8 @@ def test_eval_and_train(model, video):
     trained = model.train()(video)
     with torch.no_grad():
         assert model.eval()(video)[0].isfinite() and not model.training
+    with torch.inference_mode():
+        assert model(video)[0].isfinite()
     assert trained[0].requires_grad
 
 
@@ -282,13 +285,16 @@ COLOURS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 @pytest.mark.parametrize("norm_pix", [True, False], ids=["norm_pix", "raw"])
 @pytest.mark.parametrize("given", [dict(mean=0.45, std=0.225), COLOURS], ids=["one", "a_channel"])
-def test_uint8_clips(tiny_cfg, given, norm_pix):
-    model = make(ModelConfig(**{**tiny_cfg.__dict__, "norm_pix_loss": norm_pix}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_uint8_clips(tiny_cfg, given, norm_pix, dtype):
+    model = make(ModelConfig(**{**tiny_cfg.__dict__, "norm_pix_loss": norm_pix}), dtype)
     video = torch.randint(0, 256, (2, 3, 8, 16, 16), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in given.values())
-    before = run(model, (video / 255 - mean) / std)
-    _close(run(mae_fast.accelerate(model, **given), video), before)
-    _close(run(model, (video / 255 - mean) / std), before)  # floats as before
+    mean, std = (torch.tensor(v, dtype=dtype).view(-1, 1, 1, 1) for v in given.values())
+    floats = (video.to(dtype) / 255 - mean) / std
+    before = run(model, floats)
+    limit = 2e-5 if dtype == torch.float32 else 1e-10
+    _close(run(mae_fast.accelerate(model, **given), video), before, limit)
+    _close(run(model, floats), before, limit)  # as before
     mae_fast.accelerate(model)
     with pytest.raises(AccelerateError, match="uint8 clips need"):
         model(video)
@@ -300,6 +306,59 @@ def test_backends_are_forced(model, video):
     mae_fast.accelerate(model, backends={"masked_mse": "no_such"})
     with pytest.raises(ConfigError, match="no_such"):
         model(video)
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """A family whose adapter leaves calls at a masking ratio of 0.5 to the model."""
+    fused = mae_st.forward
+
+    @functools.wraps(fused)
+    def forward(model, pixels, imgs, mask_ratio=0.75):
+        if mask_ratio == 0.5:
+            raise Unfused("a ratio of 0.5 is asked for")
+        return fused(model, pixels, imgs, mask_ratio)
+
+    monkeypatch.setattr(mae_st, "forward", forward)
+
+
+def test_a_call_that_is_left_to_the_model(model, unfused, caplog):
+    video = torch.randint(0, 256, (2, 3, 8, 16, 16), dtype=torch.uint8)
+    before = run(model, (video / 255 - 0.45) / 0.225, 0.5)
+    mae_fast.accelerate(model, mean=0.45, std=0.225)
+    with caplog.at_level(logging.WARNING, "mae_fast"):
+        for _ in range(2):
+            after = run(model, video, 0.5)
+            assert all(map(torch.equal, after[0], before[0]))
+    assert [r.message for r in caplog.records] == [
+        "MaskedAutoencoderViT: its own forward runs: a ratio of 0.5 is asked for"
+    ]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.manual_seed(3)
+    assert relative(compiled(video, 0.5)[0], before[0][0]) < 2e-5
+    model.blocks[1] = _Parallel(model.blocks[1])  # the first fused call is compared, still
+    with pytest.raises(AccelerateError, match="computes something else"):
+        model(video)
+
+
+def test_one_clip_is_compared_once(model, video, monkeypatch):
+    sizes, own = [], type(model).forward
+
+    def watched(self, imgs, mask_ratio=0.75):
+        sizes.append(len(imgs))
+        return own(self, imgs, mask_ratio)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    mae_fast.accelerate(model)
+    for _ in range(2):
+        run(model, video)
+    assert sizes == [1]
+    model.blocks[0].mlp.act = nn.GELU()
+    run(model, video)
+    assert sizes == [1, 1]
+    mae_fast.accelerate(model, verify=False)
+    run(model, video)
+    assert sizes == [1, 1]
 
 
 def test_a_clip_of_another_size_is_refused(model, video):
@@ -454,15 +513,35 @@ def test_explain_prints_every_part(model, capsys):
 
 
 @pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
-def test_the_benchmark_runs(tmp_path):
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))  # benchmarks is not installed
+    from benchmarks import bench_accelerate as bench
+
+    measure = bench.measure_memory  # in a process of its own: once is enough here
+    monkeypatch.setattr(
+        bench, "measure_memory", lambda f, e, a: e == bench.AFTER and measure(f, e, a)
+    )
     out = tmp_path / "accelerate.jsonl"
-    command = [sys.executable, "-m", "benchmarks.bench_accelerate", "--quick", "--out", str(out)]
-    root = Path(__file__).parents[1]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    assert run.returncode == 0, run.stderr
+    bench.main(bench.Args(quick=True, out=str(out)))
     (record,) = map(json.loads, out.read_text().splitlines())
     assert record["family"] == "transformers" and record["model"] == "quick"
     assert list(record["engines"]) == ["eager", "sdpa", "accelerated"]
     for engine in record["engines"].values():
         assert all(a < b for a, b in zip(engine["forward_backward"], engine["step"], strict=True))
-        assert len(engine["step"]) == 2 and engine["peak_memory_mb"] > 50
+        assert len(engine["step"]) == 2
+    assert record["engines"]["accelerated"]["peak_memory_mb"] > 50
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+def test_nothing_is_timed_of_other_losses(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks import bench_accelerate as bench
+
+    args = bench.Args(quick=True)
+    names = ("eager", bench.AFTER)
+    built = {name: bench.build("transformers", name, args) for name in names}
+    eager = built["eager"]
+    wrong = eager._replace(step=lambda clips: 1.01 * eager.step(clips))
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        clips = bench.make_clips("transformers", args)
+        bench.check_losses({**built, "eager": wrong}, clips, args.precision)

@@ -118,7 +118,8 @@ def forward(
         if len({*pixels.mean}) == len({*pixels.std}) == 1:
             spec = spec._replace(mean=pixels.mean[0], std=pixels.std[0])
         else:  # the targets are of normalised pixels, whose channels then differ in scale
-            imgs = pixels.normalise(imgs, CHANNEL_DIM, torch.float32)
+            dtype = torch.promote_types(embed.proj.weight.dtype, torch.float32)
+            imgs = pixels.normalise(imgs, CHANNEL_DIM, dtype)
     loss, pred = fused(_params(model), spec, imgs, ids_keep, ids_mask, full_pred=True)
     # What model.unpatchify(pred) reads.
     size, frames = embed.img_size[0], model.pred_t_dim
