@@ -16,11 +16,11 @@ from types import ModuleType
 
 from torch import nn
 
-from mae_fast.adapters import mae_st, transformers, videomae, videomae_v2
+from mae_fast.adapters import mae_st, slowfast, transformers, videomae, videomae_v2
 from mae_fast.adapters.parts import Finding
 
 FAMILIES: dict[str, ModuleType] = {
-    adapter.FAMILY: adapter for adapter in (mae_st, videomae, videomae_v2, transformers)
+    adapter.FAMILY: adapter for adapter in (mae_st, slowfast, videomae, videomae_v2, transformers)
 }
 
 

@@ -52,7 +52,8 @@ def check_parts(parts: Parts) -> list[Finding]:
     parts.shape("encoder.pos_embed", 1, embed.num_patches, dim)
     parts.shape("pos_embed", 1, embed.num_patches, dec)
     for name, width in (("encoder", dim), ("decoder", dec)):
-        check_blocks(parts, f"{name}.blocks", width)
+        count = len(parts.model.get_submodule(name).blocks)
+        check_blocks(parts, [f"{name}.blocks.{i}" for i in range(count)], width)
         parts.norm(f"{name}.norm", width)
     parts.linear("encoder_to_decoder", dim, dec, None)
     parts.shape("mask_token", 1, 1, dec)
@@ -63,36 +64,34 @@ def check_parts(parts: Parts) -> list[Finding]:
     return parts.findings
 
 
-def check_blocks(parts: Parts, name: str, dim: int) -> None:
-    """Blocks whose attention makes q, k and v by one product: attn.qkv, or attn.q, .k and .v."""
-    blocks = parts.model.get_submodule(name)
-    heads = getattr(blocks[0].attn, "num_heads", 0)
-    for i, block in enumerate(blocks):
-        part, attn = f"{name}.{i}", block.attn
+def check_blocks(parts: Parts, names: list[str], dim: int) -> None:
+    """Blocks whose attention makes q, k and v by one product, attn.qkv, or by attn.q, .k and .v."""
+    heads = getattr(parts.model.get_submodule(names[0]).attn, "num_heads", 1)
+    layers = ("attn.proj", "mlp.fc1", "mlp.act", "mlp.fc2", "norm1", "norm2")
+    for part in names:
         with parts.group(part):
-            head_dim = dim // max(heads, 1)
-            parts.value(f"{part}.attn.num_heads", getattr(attn, "num_heads", None), heads)
-            parts.value(f"{part}.attn.num_heads * head", heads * head_dim, dim)
-            scale = getattr(attn, "scale", None)
-            if torch.is_tensor(scale):
-                parts.need(f"{part}.attn.scale", False, "is learned: attention by cosines")
-            else:
-                parts.value(f"{part}.attn.scale", scale, head_dim**-0.5)
-            if hasattr(attn, "qkv"):
-                parts.linear(f"{part}.attn.qkv", dim, 3 * dim, None)
-            else:
-                for layer in ("q", "k", "v"):
-                    parts.linear(f"{part}.attn.{layer}", dim, dim, None)
+            if not parts.has(part, "attn.num_heads", "attn.scale", *layers):
+                continue
+            block = parts.model.get_submodule(part)
+            attn, hidden = block.attn, getattr(block.mlp.fc1, "out_features", None)
+            parts.value(f"{part}.attn.num_heads", attn.num_heads, heads)
+            parts.need(f"{part}.attn", dim % heads == 0, f"{dim} is no multiple of {heads} heads")
+            learned = torch.is_tensor(attn.scale)
+            scale = "learned (attention by cosines)" if learned else attn.scale
+            parts.value(f"{part}.attn.scale", scale, (dim // heads) ** -0.5)
+            for pooling in ("pool_first", "residual_pooling"):  # PySlowFast's
+                parts.value(f"{part}.attn.{pooling}", getattr(attn, pooling, False), False)
+            products = ["attn.qkv"] if hasattr(attn, "qkv") else ["attn.q", "attn.k", "attn.v"]
+            for layer in products if parts.has(part, *products) else []:
+                parts.linear(f"{part}.{layer}", dim, 3 * dim // len(products), bias=None)
             parts.linear(f"{part}.attn.proj", dim, dim)
-            hidden = block.mlp.fc1.out_features
             parts.linear(f"{part}.mlp.fc1", dim, hidden)
             parts.layer(f"{part}.mlp.act", nn.GELU, approximate="none")
             parts.linear(f"{part}.mlp.fc2", hidden, dim)
             parts.norm(f"{part}.norm1", dim)
             parts.norm(f"{part}.norm2", dim)
             parts.rest_is_off(part, "norm1", "attn", "norm2", "mlp")
-            products = ("q", "k", "v", "qkv", "proj", "q_bias", "v_bias")
-            parts.rest_is_off(f"{part}.attn", *products)
+            parts.rest_is_off(f"{part}.attn", "q", "k", "v", "qkv", "proj", "q_bias", "v_bias")
             parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2")
 
 

@@ -285,7 +285,7 @@ class MaskMViT(nn.Module):
         x = torch.cat([x[:, :s], tokens.gather(1, order)], dim=1)
         x = x + self._pos("decoder_pos_embed", "dec_pos_embed", self.sep_pos_embed_decoder)
         x = self.pred_head.transforms[0](x)[:, s:]
-        pred = self.pred_head.projections[0](x if return_all else x[mask])
+        pred = self.pred_head.projections[0](x if self.cfg.VIS_MASK.ENABLE else x[mask])
         self.counter += 1
         if self.pred_hog_wt:
             return [pred], self._get_hog_label_3d(clip, [mask])

@@ -212,7 +212,7 @@ def _learnable_positions(model):
 
 
 REFUSED = {
-    "is learned: attention by cosines": _learned_scale,
+    "scale: is learned (attention by cosines)": _learned_scale,
     "gamma_1: is no parameter of the fused forward": _layer_scale,
     "encoder.pos_embed: is [1, 65, 24], not [1, 64, 24]": _learnable_positions,
     "is a Dropout of 0.1": lambda m: setattr(m.encoder.blocks[0].mlp, "drop", nn.Dropout(0.1)),
