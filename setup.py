@@ -37,6 +37,7 @@ EXTRAS = {
     # pyarrow 17 installs a top-level `benchmarks`, which hides ours from the tests.
     "parquet": ["pyarrow>=18.1"],
     "dev": [
+        "accelerate>=1.1",  # transformers' Trainer needs it
         "build>=1.2",
         "hypothesis>=6.100",
         "ninja>=1.11",

@@ -26,6 +26,7 @@ TOP_LEVEL = {
     "constraints.txt",
     "csrc",
     "docs",
+    "examples",
     "kernels",
     "mae_fast",
     "pyproject.toml",

@@ -11,7 +11,7 @@ for batch in make_loader(rows, DataConfig(), num_frames=16, batch_size=2, seed=0
 
 from mae_fast.data.decode import BadVideo, VideoReader, decoders, probe
 from mae_fast.data.index import IndexSummary, VideoRow, build_index, read_index, write_index
-from mae_fast.data.loader import BadVideos, Batch, ClipDataset, Loader, make_loader
+from mae_fast.data.loader import BadVideos, Batch, ClipDataset, Loader, join, make_loader
 from mae_fast.data.sampling import clip_indices, crop_box, draw, shrink
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 
@@ -30,6 +30,7 @@ __all__ = [
     "crop_resize",
     "decoders",
     "draw",
+    "join",
     "make_loader",
     "probe",
     "read_index",
