@@ -95,10 +95,10 @@ def family_of(name: str) -> str:
     return max((f for f in FAMILIES if name.startswith(f)), key=len)
 
 
-def make(name: str, seed: int = 0) -> nn.Module:
-    """The model, with every parameter away from its starting value."""
+def make(kind, seed: int = 0) -> nn.Module:
+    """A model of MODELS, or one of a kind, with every parameter away from its starting value."""
     torch.manual_seed(seed)
-    model = MODELS[name]().eval()
+    model = MODELS.get(kind, kind)().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
@@ -236,8 +236,15 @@ def test_a_slowfast_file_is_loaded_by_our_slowfast_variant(tmp_path):
     assert close(latent, want) and close(pred, want_pred)
 
 
-def test_an_image_model_sees_a_still_clip_as_its_image():
-    image, model = torch.randn(BATCH, 3, 32, 32), make("timm-vit")
+def timm_model() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    kind, sizes = timm.models.VisionTransformer, dict(embed_dim=24, depth=2, num_heads=3)
+    return kind(img_size=32, patch_size=8, num_classes=0, **sizes)
+
+
+@pytest.mark.parametrize("kind", [ImageViT, timm_model], ids=["stand_in", "timm"])
+def test_an_image_model_sees_a_still_clip_as_its_image(kind):
+    image, model = torch.randn(BATCH, 3, 32, 32), make(kind)
     state, report = translate(model.state_dict(), "mae_st", size=Size(num_frames=2, img_size=32))
     assert report.lost == []
     clip = image[:, :, None].repeat(1, 1, 2, 1, 1)
@@ -246,7 +253,7 @@ def test_an_image_model_sees_a_still_clip_as_its_image():
         missing, extra = video.load_state_dict(state, strict=False)
         ids = torch.arange(16, dtype=torch.int32).expand(BATCH, -1)
         latent = encode(video.params(), video.spec, clip, ids)
-        assert close(latent, model(image))
+        assert close(latent, getattr(model, "forward_features", model)(image))
     assert extra == [] and all("decoder" in n or n == "mask_token" for n in missing)
 
 
