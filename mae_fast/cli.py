@@ -21,12 +21,23 @@ VERBS = {
     "pretrain": ("mae_fast.cli", "pretrain", "pre-train as a TOML file says; resumes a run"),
     "reconstruct": ("mae_fast.reconstruct", "reconstruct", "draw what a checkpoint reconstructs"),
     "convert": ("mae_fast.convert", "convert", "write weights under another family's names"),
+    "plan": (
+        "mae_fast.plan",
+        "plan",
+        "predict a run's memory, time and cost before it is paid for",
+    ),
     "info": ("mae_fast.info", "info", "print versions, devices, decoders and optional libraries"),
     "bench ratio": (
         "mae_fast.bench.ratio",
         "ratio",
         "what masking buys: speed-up by ratio and engine",
     ),
+    "bench compare": (
+        "mae_fast.bench.compare",
+        "compare",
+        "tell what changed between two records, with confidence intervals",
+    ),
+    "bench history": ("mae_fast.bench.compare", "history", "draw records commit by commit"),
     "bench step": ("mae_fast.bench.step", "step", "time whole training steps"),
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),
 }

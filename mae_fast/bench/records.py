@@ -12,7 +12,7 @@ Older records lie otherwise; FORMS tells how, and `seconds` reads them all.
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ STEP = {"model": str, "batch_clips": int, "ratio": (int, float), "precision": st
 # fits is a record's form; "timed" is the one to write today.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpu": ("stage", {"item": str, "status": str, "sources": str, "at": str}),
+    "profile": ("product_rate", {**STEP, "device": str, "engines": list}),
     "ladder": ("engines", {**STEP, "engines": dict}),
     "overhead": ("ops", {"ops": dict, "calls_a_sample": int}),
     "curves": ("greatest_relative_difference", {"model": str, "precision": str}),
@@ -45,12 +46,14 @@ def append(path: str | Path, record: Record) -> None:
 
 
 def read(path: str | Path) -> list[Record]:
-    """The records of a file, oldest first. ConfigError, with the line, for what is none."""
+    """The records of a file, oldest first: one a line, or one document (profile.json). ConfigError,
+    with the line, for what is none."""
     try:
-        lines = Path(path).read_text().splitlines()
+        text = Path(path).read_text()
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from e
     found = []
+    lines = [text] if Path(path).suffix == ".json" else text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -100,8 +103,10 @@ def problems(record: Any) -> list[str]:
 
 
 def seconds(record: Record) -> dict[str, list[float]]:
-    """{name: samples in seconds} of a record in any form, one of each for every round."""
+    """{name: samples in seconds} of a record in any form, in the order of the rounds."""
     match form(record):
+        case "profile":
+            return {engine["engine"]: engine["seconds"] for engine in record["engines"]}
         case "ladder":
             return {name: engine["step"] for name, engine in record["engines"].items()}
         case "overhead":
@@ -136,6 +141,9 @@ def steps(record: Record) -> list[Step]:
         if record["stage"] == "ratios" and "this" in times:
             return [Step(model, ratio, clips, [clips * s for s in times["this"]])]
         return []
+    if name == "timed" and "mae_fast" in record.get("cells", {}):
+        clips = record["cells"]["mae_fast"]["clips"]
+        return [Step(record["model"], record["ratio"], clips, times["mae_fast"])]
     if name not in ("ladder", "step"):
         return []
     model, ratio, clips = (record[k] for k in ("model", "ratio", "batch_clips"))
@@ -161,9 +169,9 @@ def where(record: Record) -> str:
     return found.get("cuda:0", found["cpu"])
 
 
-def newest(records: Iterable[Record]) -> Iterator[Record]:
-    """The last record of each subject, in the order in which subjects first appear."""
-    return iter({subject(r): r for r in records}.values())
+def newest(records: Iterable[Record]) -> dict[tuple, Record]:
+    """{subject: its last record}, in the order in which subjects first appear."""
+    return {subject(r): r for r in records}
 
 
 def _is_time(value: Any) -> bool:
