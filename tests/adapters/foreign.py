@@ -35,6 +35,18 @@ class MaskedAutoencoderViT(OfficialMAE):
         return super().forward(imgs, mask_ratio)
 
 
+class Parallel(nn.Module):
+    """The parts of a block, put together otherwise."""
+
+    def __init__(self, block):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x):
+        return x + self.attn(self.norm1(x)) + self.mlp(self.norm2(x))
+
+
 def make(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> MaskedAutoencoderViT:
     """The model with values that no part of it can hide."""
     torch.manual_seed(0)
@@ -81,6 +93,12 @@ def worst(ours, theirs) -> dict[str, float]:
         "pred": relative(ours[1], theirs[1]),
         "gradients": grads,
     }
+
+
+def assert_close(ours, theirs, limit: float = 2e-5) -> None:
+    """Two `run`s agree to `limit`, relatively."""
+    differences = worst(ours, theirs)
+    assert max(differences.values()) < limit, differences
 
 
 def process(rank: int, cfg: ModelConfig, store: str) -> None:
