@@ -152,12 +152,9 @@ def test_curves(make):
 
 
 def test_what_its_forward_leaves_behind():
-    model = mae_fast.accelerate(stand_in())
-    clip = batch(model)[0].float()
-    for _ in range(2):
-        model.counter = 0
-        (pred,), ((label, weight),) = model([clip], return_all=True)
-        assert (model.counter, weight) == (1, 1.0) and not label.requires_grad
+    model = mae_fast.accelerate(stand_in(), verify=False)
+    (pred,), ((label, weight),) = model([batch(model)[0].float()], return_all=True)
+    assert (model.counter, weight) == (1, 1.0) and not label.requires_grad
     assert model.patch_info == (3, 4, 32, 32, 8, 1, 4, 4, 4)
     assert pred.shape == label.shape == (3 * 45, 192)
 
