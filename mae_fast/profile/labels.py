@@ -18,7 +18,6 @@ import mae_fast.forward
 from mae_fast.bench.baselines.training import Built
 
 PREFIX = "mae_fast label:"
-PHASES = ("data", "mask", "patch embedding", "encoder", "decoder", "loss", "optimizer", "rest")
 # Functions that the engine calls, by name: (phase, op); an empty phase is that of the caller.
 FUNCTIONS = {
     "ids_from_noise": ("mask", "mask"),
@@ -65,9 +64,12 @@ def labelled(built: Built) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip))
         step = _ranged(built.optimizer.step, "optimizer", "adamw")
         stack.enter_context(mock.patch.object(built.optimizer, "step", step))
-        # A compiled graph has no modules, and hooks would break it.
-        if built.model._compiled_call_impl is None:
+        compiled = built.model._compiled_call_impl
+        if compiled is None:
             _label_modules(built.model, stack)
+        else:  # a graph has no modules, and hooks would break it
+            whole = _ranged(compiled, "compiled", "compiled")
+            stack.enter_context(mock.patch.object(built.model, "_compiled_call_impl", whole))
         yield
 
 

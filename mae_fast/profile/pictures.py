@@ -10,7 +10,19 @@ NAMED = 0.02  # of the step: parts below it have no name beside their mark
 
 
 def draw_roofline(told: dict[str, Any], folder: Path) -> Path | None:
-    """roofline.png: rate against intensity of each part that has both; None without matplotlib."""
+    """roofline.png; None without matplotlib."""
+    figure = roofline(told)
+    return figure and _save(figure, folder / "roofline.png")
+
+
+def draw_memory(told: dict[str, Any], folder: Path) -> Path | None:
+    """memory.png; None without matplotlib."""
+    figure = memory(told)
+    return figure and _save(figure, folder / "memory.png")
+
+
+def roofline(told: dict[str, Any]):
+    """A figure of rate against intensity of each part that has both; None without matplotlib."""
     figure = _figure((8, 5))
     if figure is None:
         return None
@@ -43,11 +55,11 @@ def draw_roofline(told: dict[str, Any], folder: Path) -> Path | None:
     )
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    return _save(figure, folder / "roofline.png")
+    return figure
 
 
-def draw_memory(told: dict[str, Any], folder: Path) -> Path | None:
-    """memory.png: what each holder has over the step, stacked, an engine a panel."""
+def memory(told: dict[str, Any]):
+    """A figure of what each holder has over the step, stacked, an engine a panel."""
     figure = _figure((10, 4 * len(told["engines"])))
     if figure is None:
         return None
@@ -68,7 +80,7 @@ def draw_memory(told: dict[str, Any], folder: Path) -> Path | None:
             ylabel="MB",
         )
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7)
-    return _save(figure, folder / "memory.png")
+    return figure
 
 
 def _figure(size: tuple[float, float]):

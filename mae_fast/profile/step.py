@@ -22,9 +22,9 @@ from mae_fast.profile.trace import Trace, Where, trace
 from mae_fast.profile.work import Work, least
 
 ROUNDS = 5  # of the step without a profiler, with the machine's limits among them
-TRACES = 3  # profiled steps; the one nearest to the median without a profiler is told of
-PHASES = ("data", "host to device", "mask", "patch embedding", "encoder", "decoder", "loss")
-PHASES += ("optimizer", "rest", "idle", "unaccounted")
+TRACES = 3  # profiled steps of each engine, in turn; told of is each part's median
+PHASES = ("mask", "patch embedding", "encoder", "decoder", "loss")
+PHASES += ("compiled", "optimizer", "rest", "idle", "unaccounted")
 
 
 def profile(
@@ -103,22 +103,25 @@ def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path)
         name: limit.amount / statistics.median(seconds[name]) for name, limit in limits.items()
     }
     product = max(rate for name, rate in rates.items() if limits[name].unit == "flop")
+    traces: dict[str, list[Trace]] = {cell.engine: [] for cell in cells}
+    for _ in range(TRACES):
+        for name, taken in traces.items():
+            taken.append(trace(built[name], steps[name], setting.device, warm=0))
     engines = []
     for cell in cells:
         engine, step = built[cell.engine], steps[cell.engine]
         median = statistics.median(seconds[cell.engine])
-        traces = [trace(engine, step, setting.device, warm=0) for _ in range(TRACES)]
-        found = min(traces, key=lambda t: abs(t.seconds - median))
-        found.profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
+        found = traces[cell.engine]
+        found[0].profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
         work = least(cell.engine, cell.cfg, clips, cell.masking, 2 if dtype != torch.float32 else 4)
         held = timeline(trace(engine, step, setting.device, warm=0, memory=True), setting.device)
         engines.append(
             {
                 "engine": cell.engine,
                 "seconds": seconds[cell.engine],
-                "profiled_seconds": found.seconds,
+                "profiled_seconds": statistics.median(t.seconds for t in found),
                 "parts": parts(found, median, work, product, rates["copy"]),
-                "launches": sum(row.launches for row in found.rows.values()),
+                "launches": sum(row.launches for row in found[0].rows.values()),
                 "state_mb": state_mb(engine),
                 "memory": held._asdict(),
             }
@@ -139,12 +142,13 @@ def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path)
 
 
 def parts(
-    found: Trace, step: float, work: dict[Where, Work], product: float, copy: float
+    traces: list[Trace], step: float, work: dict[Where, Work], product: float, copy: float
 ) -> list[dict[str, Any]]:
-    """Each row of a trace beside its work. The parts add up to `step`, seconds of the step without
-    a profiler: what is between is "unaccounted", the profiler's own time and the noise."""
+    """Each row of some traces, its median, beside its work. The parts add up to `step`, seconds of
+    the step without a profiler: the rest is "unaccounted", the profiler's own time and noise."""
     told = []
-    for where, row in found.rows.items():
+    for where, row in traces[0].rows.items():
+        seconds = statistics.median(t.rows[where].seconds for t in traces if where in t.rows)
         todo = work.get(where)
         limit = todo.seconds(product, copy) if todo else None
         told.append(
@@ -154,17 +158,17 @@ def parts(
                 "direction": "backward" if where.backward else "forward",
                 "calls": row.calls,
                 "launches": row.launches,
-                "seconds": row.seconds,
-                "share": row.seconds / step,
+                "seconds": seconds,
+                "share": seconds / step,
                 "flop": todo.flop if todo else None,
                 "bytes": todo.bytes if todo else None,
                 "limit_seconds": limit,
-                "share_of_limit": limit / row.seconds if limit and row.seconds else None,
+                "share_of_limit": limit / seconds if limit and seconds else None,
             }
         )
-    idle = found.phases()["idle"]
-    between = step - found.seconds
-    for name, seconds in (("idle", idle), ("unaccounted", between)):
+    idle = statistics.median(t.phases()["idle"] for t in traces)
+    rest = step - idle - sum(part["seconds"] for part in told)
+    for name, seconds in (("idle", idle), ("unaccounted", rest)):
         told.append(
             {"phase": name, "op": "", "direction": "", "seconds": seconds, "share": seconds / step}
         )

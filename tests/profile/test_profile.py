@@ -1,6 +1,7 @@
 """`mae-fast profile`: every moment of a step belongs to a part, and parts are held to formulas."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,12 +108,15 @@ def test_limits():
 
 def test_parts_add_up_to_the_step():
     cell, built, step = built_step("mae_fast")
-    found = trace(built, step)
+    found = [trace(built, step) for _ in range(3)]
     told = parts(found, 1.0, least("mae_fast", cell.cfg, 2, cell.masking), 1e11, 1e10)
     assert sum(part["seconds"] for part in told) == pytest.approx(1.0)
     assert told[-1]["phase"] == "unaccounted"
-    assert told[-1]["seconds"] == pytest.approx(1.0 - found.seconds)
     linear = next(p for p in told if (p["phase"], p["op"]) == ("decoder", "linear"))
+    where = Where("decoder", "linear", linear["direction"] == "backward")
+    assert linear["seconds"] == sorted(t.rows[where].seconds for t in found)[1]
+    alone = parts(found[:1], found[0].seconds, {}, 1e11, 1e10)
+    assert alone[-1]["seconds"] == pytest.approx(0, abs=1e-6)
     assert linear["share_of_limit"] == linear["limit_seconds"] / linear["seconds"]
 
 
@@ -178,3 +182,14 @@ def test_a_backend_that_is_wrong_is_not_timed(monkeypatch, capsys):
 def test_nvtx_needs_a_gpu():
     with pytest.raises(ConfigError, match="nvtx needs --device cuda"):
         profile("quick", nvtx=True)
+
+
+def test_a_compiled_graph_is_one_part():
+    """Hooks would break it, and it has no modules."""
+    compiled = engines.BASELINES["official_compile"]
+    cell = Cell("quick", "random", 0.9, "official_eager")
+    built = replace(compiled, compiler="aot_eager").build(cell.cfg)
+    step = stepper(cell, built, make_clips(cell.cfg, 2, SETTING), SETTING)
+    found = trace(built, step)
+    assert {w.phase for w in found.rows} == {"compiled", "optimizer", "rest"}
+    assert found.rows[Where("compiled", "compiled", True)].seconds > 0
