@@ -187,7 +187,6 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     "attention_fwd": {
         "d32": [
             {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
             {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
             {"BLOCK_Q": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
         ],

@@ -65,7 +65,7 @@ class Row:
     bulk: int
     wide_loads: float
     wide_stores: float
-    waits: int = 0  # for wgmma
+    waits: int = 0  # for all wgmma begun
     cases: list[str] = field(default_factory=list)
 
     @property
@@ -217,7 +217,7 @@ def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: An
         bulk=sum(i.startswith(("UTMALDG", "UTMASTG", "UBLKCP")) for i in instructions),
         wide_loads=_wide([i for i in instructions if i.startswith(("LDG.", "LDGSTS."))]),
         wide_stores=_wide([i for i in instructions if i.startswith("STG.")]),
-        waits=sum(i.startswith("WARPGROUP.DEPBAR") for i in instructions),
+        waits=len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)),
     )
 
 

@@ -1,5 +1,5 @@
-"""Triton's interpreter, made to round fp32 to bf16 as a GPU does (it cuts the digits off), and to
-multiply matrices of bf16 (it multiplies their bits).
+"""Triton's interpreter, made to round fp32 to bf16 as a GPU does (it cuts the digits off), to
+multiply matrices of bf16 (it multiplies their bits), and to round an fma once (before 3.9, twice).
 
 conftest.py imports it; it changes nothing where nothing is interpreted.
 """
@@ -32,3 +32,13 @@ if dispatch.interpreting():
         return dot(self, a, b, *args)
 
     InterpreterBuilder.create_dot = dot_of_values
+
+    fma = InterpreterBuilder.create_fma
+
+    def fma_rounded_once(self, x, y, z):
+        if z.dtype.scalar != tl.float32:
+            return fma(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), tl.float32)
+
+    InterpreterBuilder.create_fma = fma_rounded_once
