@@ -39,6 +39,7 @@ VERBS = {
     ),
     "bench history": ("mae_fast.bench.compare", "history", "draw records commit by commit"),
     "bench step": ("mae_fast.bench.step", "step", "time whole training steps"),
+    "report": ("mae_fast.report", "report", "write what was measured as one HTML page"),
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),
 }
 
