@@ -1,7 +1,7 @@
 """Training steps of other people's models, before and after mae_fast.accelerate(model).
 
     python -m benchmarks.bench_accelerate --batch 2 --mae-st PATH --videomae PATH \
-        --videomae-v2 PATH --out benchmarks/results/accelerate.jsonl
+        --videomae-v2 PATH --slowfast PATH --out benchmarks/results/accelerate.jsonl
 
 Each family at its B size and its own defaults, 90% masked, on float clips as its loader gives them;
 the paths are checkouts of the families' repositories, and a family without one is left out. Before
@@ -52,13 +52,14 @@ class Args:
     """Compare training steps before and after the one line.
 
     Args:
-        families: of mae_st, transformers, videomae, videomae_v2; by default all that can be run.
+        families: mae_st, slowfast, transformers, videomae, videomae_v2; by default all that run.
         batch: clips a step.
         rounds: timed steps of each engine.
         precision: fp32, or bf16 by autocast.
         mae_st: a checkout of facebookresearch/mae_st.
         videomae: a checkout of MCG-NJU/VideoMAE.
         videomae_v2: a checkout of OpenGVLab/VideoMAEv2.
+        slowfast: a checkout of facebookresearch/SlowFast, all that it imports being installed.
         out: append the records to this file.
         quick: tiny models and two rounds, to see that the harness works.
         memory: only run two steps of this engine of the one family, and print the peak memory.
@@ -71,6 +72,7 @@ class Args:
     mae_st: str = ""
     videomae: str = ""
     videomae_v2: str = ""
+    slowfast: str = ""
     out: str = ""
     quick: bool = False
     memory: str = ""
@@ -208,7 +210,7 @@ def measure_memory(family: str, engine: str, args: Args) -> float:
     """Peak resident memory in MB of a process of its own that does two steps of one engine."""
     command = [sys.executable, "-m", "benchmarks.bench_accelerate", "--families", family]
     command += ["--memory", engine, "--batch", str(args.batch), "--precision", args.precision]
-    for path in ("mae_st", "videomae", "videomae_v2"):
+    for path in ("mae_st", "videomae", "videomae_v2", "slowfast"):
         command += ["--" + path.replace("_", "-"), getattr(args, path)]
     command += ["--quick"] if args.quick else []
     root = Path(__file__).resolve().parent.parent
@@ -221,8 +223,9 @@ def _config(family: str, args: Args) -> ModelConfig:
     """The family's sizes; what else a configuration says is mae_st's."""
     if args.quick:
         cfg = preset("vit_tiny", img_size=32, depth=2, decoder_depth=2)
-        return cfg if family == "mae_st" else replace(cfg, pred_t_dim=16, cls_embed=False)
-    return preset("vit_base") if family == "mae_st" else VIDEOMAE_B
+        official = family in ("mae_st", "slowfast")
+        return cfg if official else replace(cfg, pred_t_dim=16, cls_embed=False)
+    return preset("vit_base") if family in ("mae_st", "slowfast") else VIDEOMAE_B
 
 
 def _masked(strategy: str, cfg: ModelConfig, clips: Tensor, share: float) -> Tensor:
@@ -241,6 +244,29 @@ def _mae_st(args: Args, engine: str) -> Case:
         return model(clips, mask_ratio=RATIO)[0]
 
     return Case(model, cfg, loss, loss, fused_adamw=False)
+
+
+def _slowfast(args: Args, engine: str) -> Case:
+    cfg = _config("slowfast", args)
+    with mock.patch.object(sys, "path", [args.slowfast, *sys.path]):
+        settings = importlib.import_module("slowfast.config.defaults").get_cfg()
+        code = importlib.import_module("slowfast.models.masked")
+    folder = Path(args.slowfast) / "configs" / "masked_ssl"
+    settings.merge_from_file(str(folder / "k400_VIT_B_16x4_MAE_PT.yaml"))
+    changes = ["NUM_GPUS", 0]
+    if args.quick:
+        changes += ["DATA.TRAIN_CROP_SIZE", cfg.img_size, "DATA.TEST_CROP_SIZE", cfg.img_size]
+        changes += ["MVIT.EMBED_DIM", cfg.embed_dim, "MVIT.NUM_HEADS", cfg.num_heads]
+        changes += ["MVIT.DEPTH", cfg.depth, "MASK.PRETRAIN_DEPTH", [cfg.depth - 1]]
+        changes += ["MASK.DECODER_DEPTH", cfg.decoder_depth]
+    settings.merge_from_list(changes)
+
+    def loss(model: nn.Module, clips: Tensor) -> Tensor:
+        preds, labels = model([clips])
+        pairs = zip(preds, labels, strict=True)
+        return sum(weight * F.mse_loss(p, label) for p, (label, weight) in pairs)
+
+    return Case(code.MaskMViT(settings), cfg, loss, loss, fused_adamw=False)
 
 
 def _transformers(args: Args, attention: str) -> Case:
@@ -343,6 +369,7 @@ def _module(path: str, name: str) -> ModuleType:
 # How a family is built, and what it offers before: accelerated starts from the last one.
 FAMILIES = {
     "mae_st": (["eager"], _mae_st),
+    "slowfast": (["eager"], _slowfast),
     "transformers": (["eager", "sdpa"], _transformers),
     "videomae": (["eager"], _videomae),
     "videomae_v2": (["eager"], _videomae_v2),
