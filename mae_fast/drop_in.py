@@ -119,7 +119,8 @@ class Fused:
             raise AccelerateError(f"hooks that would not be called:\n{_table(hooked)}")
         if hooked:
             return self._own(f"{hooked[0].part} has hooks", args, kwargs)
-        if modules != self.checked and self._check(args, kwargs):
+        # A forward that breaks the graph comes here too: the comparison is not for a compiler.
+        if modules != self.checked and torch.compiler.disable(self._check)(args, kwargs):
             self.checked = modules
         try:
             return self._fused(args, kwargs)
