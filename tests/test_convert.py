@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib import import_module
 
 import pytest
 import stand_ins
@@ -120,12 +121,16 @@ def outputs(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     seen = []
     entry = getattr(model, "encoder_to_decoder", None) or model.decoder_embed
     hook = entry.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    if family_of(name) == "slowfast":
-        # It draws its mask itself, in an order that its tokens keep.
+    if family_of(name) in ("slowfast", "mae_st"):
+        # These draw their masks themselves, and the noise is the order of their tokens.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *size: noise)
-            model.cfg.AUG.MASK_RATIO = 1 - (KEPT + 0.5) / 64
-            pred = model([clip])[0][0].unflatten(0, (BATCH, -1))
+            patch.setattr(torch, "rand", lambda *size, **_: noise)
+            ratio = 1 - (KEPT + 0.5) / 64
+            if family_of(name) == "slowfast":
+                model.cfg.AUG.MASK_RATIO = ratio
+                pred = model([clip])[0][0].unflatten(0, (BATCH, -1))
+            else:
+                pred = model(clip, ratio)[1].gather(1, hidden.long()[..., None].expand(-1, -1, 384))
         order = noise.argsort(dim=1)[:, :KEPT].argsort(dim=1)
         latent = seen[0][:, -KEPT:]
         latent = latent.gather(1, order[..., None].expand_as(latent))
@@ -234,6 +239,47 @@ def test_a_slowfast_file_is_loaded_by_our_slowfast_variant(tmp_path):
     with torch.no_grad():
         (latent, pred), (want, want_pred) = outputs(loaded, "ours"), outputs(model, "slowfast")
     assert close(latent, want) and close(pred, want_pred)
+
+
+def official_mae_st() -> nn.Module:
+    from mae_fast.bench.baselines.official_repository import OfficialRepository
+
+    path = os.environ["MAE_ST_REPOSITORY"]
+    return OfficialRepository(path).build(ours().cfg).model
+
+
+def official_videomae() -> nn.Module:
+    model = import_module("test_videomae").official("videomae")
+    # Made for 16 frames, always; the positions of the first 8 are those of 8.
+    for part in (model, model.encoder):
+        part.pos_embed = part.pos_embed[:, :64]
+    return model
+
+
+# The stand-in (or another family's model) whose weights each repository's own model takes.
+REPOSITORIES = {
+    "MAE_ST_REPOSITORY": ("mae_st", official_mae_st),
+    "VIDEOMAE_REPOSITORY": ("transformers", official_videomae),
+    "SLOWFAST_REPOSITORY": (
+        "slowfast-sep_decoder",
+        lambda: import_module("test_slowfast").official(decoder_sep_pos_embed=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("variable", REPOSITORIES)
+def test_the_repositorys_own_model_computes_the_same(variable):
+    if variable not in os.environ:
+        pytest.skip(f"{variable} names no checkout")
+    name, official = REPOSITORIES[variable]
+    model, own = make(name), make(official, seed=1)
+    family = identify(own.state_dict())
+    there, _ = translate(model.state_dict(), "mae_st", size=SIZE)
+    state, _ = translate(there, family, size=SIZE)
+    own.load_state_dict(state)
+    with torch.no_grad():
+        for a, b in zip(outputs(own, family), outputs(model, name), strict=True):
+            assert close(a, b)
 
 
 def timm_model() -> nn.Module:
