@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from compare import check, check_curves, scattered
+from compare import check, check_curves, differences, results, scattered
 
 import mae_fast
 from mae_fast.errors import AccelerateError
@@ -174,6 +174,17 @@ def test_gradient_checkpointing(make):
     assert kept[2] < kept[1] / 2
     model.gradient_checkpointing_enable(dict(use_reentrant=False))
     check(model, run_with(clips, mask))
+
+
+def test_under_torch_compile(make):
+    model = make()
+    run = run_with(*batch(model))
+    want = results(copy.deepcopy(model), run)
+    torch._dynamo.reset()
+    compiled = torch.compile(mae_fast.accelerate(copy.deepcopy(model)), backend="eager")
+    got = results(compiled, run)
+    got = {name.removeprefix("_orig_mod."): t for name, t in got.items()}
+    assert max(differences(got, want).values()) < 1e-5
 
 
 def test_tuple_and_class_of_the_output(make, videomae):
