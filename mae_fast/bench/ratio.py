@@ -35,7 +35,7 @@ from mae_fast.bench.cell import (
 )
 from mae_fast.bench.engines import OURS, name_of, same_model, why_not
 from mae_fast.bench.ratio_table import assemble, print_tables, summary
-from mae_fast.bench.records import append
+from mae_fast.bench.records import append, read
 from mae_fast.bench.timing import clock, interleave
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
@@ -103,15 +103,26 @@ def ratio(
     for name in dict.fromkeys(cell.model for cell in cells):
         for group in run.groups([c for c in cells if c.model == name and run.fits(c)]):
             run.time_group(group)
-    found = assemble(run.log, cells)
+    found, path = assemble(run.log, cells), run.folder / "ratio.jsonl"
     if run.measured:
         for record in found:
-            append(run.folder / "ratio.jsonl", record)
+            append(path, record)
     told = summary(found) | {"skipped": run.log["skipped"]}
     if json:
         print(jsonlib.dumps(told, indent=1))
     else:
-        print_tables(told, run.folder / "ratio.jsonl")
+        print_tables(told)
+        if found:
+            print(f"records: {path}; as a page: {write_page(path)}")
+
+
+def write_page(path: Path) -> Path:
+    """report.html beside a file of records."""
+    from mae_fast.report import build as build_page
+
+    page = path.with_name("report.html")
+    page.write_text(build_page(read(path), [str(path)]).html())
+    return page
 
 
 class Progress:

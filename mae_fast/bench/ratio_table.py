@@ -214,7 +214,7 @@ def _data(record: dict, dense: dict | None, name: str) -> dict | None:
     return told
 
 
-def print_tables(told: dict[str, Any], path: object) -> None:
+def print_tables(told: dict[str, Any]) -> None:
     """The cells, what is lost, the paper's table, and what was left out."""
     groups: dict[tuple, list[dict]] = {}
     for cell in told["cells"]:
@@ -237,7 +237,6 @@ def print_tables(told: dict[str, Any], path: object) -> None:
         print(paper_table(cells))
     for cell, reason in told["skipped"].items():
         print(f"left out: {cell}: {reason}")
-    print(f"records: {path}")
 
 
 CELL_HEAD = [

@@ -1,5 +1,6 @@
 """`mae-fast profile`: one warmed training step by phase and op, against the machine's limits."""
 
+import contextlib
 import json as jsonlib
 import statistics
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from mae_fast.bench import machine
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.cell import Cell, Setting, build, make_clips, stepper
 from mae_fast.bench.engines import name_of, why_not
+from mae_fast.bench.ratio import write_page
 from mae_fast.bench.ratio_table import text_table
 from mae_fast.bench.timing import clock, interleave, spread
 from mae_fast.environment import environment
@@ -21,8 +23,8 @@ from mae_fast.profile.memory import timeline
 from mae_fast.profile.trace import Trace, Where, trace
 from mae_fast.profile.work import Work, least
 
-ROUNDS = 5  # of the step without a profiler, with the machine's limits among them
-TRACES = 3  # profiled steps of each engine, in turn; told of is each part's median
+# Of the step without a profiler, the machine's limits, and a profiled step; told of are medians.
+ROUNDS = 5
 PHASES = ("mask", "patch embedding", "encoder", "decoder", "loss")
 PHASES += ("compiled", "optimizer", "rest", "idle", "unaccounted")
 
@@ -84,6 +86,7 @@ def profile(
         print(jsonlib.dumps(told, indent=1))
     else:
         print_tables(told)
+        print(f"as a page: {write_page(folder / 'profile.json')}")
 
 
 def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path) -> dict[str, Any]:
@@ -98,15 +101,17 @@ def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path)
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     limits = machine.limits(cells[0].model == "quick", setting.device, dtype)
     runs = {name: limit.run for name, limit in limits.items()} | steps
-    seconds = interleave(runs, ROUNDS, timer=clock(setting.device))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    traces: dict[str, list[Trace]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, samples in interleave(runs, 1, timer=clock(setting.device)).items():
+            seconds[name] += samples
+        for name, step in steps.items():
+            traces[name].append(trace(built[name], step, setting.device, warm=0))
     rates = {
         name: limit.amount / statistics.median(seconds[name]) for name, limit in limits.items()
     }
     product = max(rate for name, rate in rates.items() if limits[name].unit == "flop")
-    traces: dict[str, list[Trace]] = {cell.engine: [] for cell in cells}
-    for _ in range(TRACES):
-        for name, taken in traces.items():
-            taken.append(trace(built[name], steps[name], setting.device, warm=0))
     engines = []
     for cell in cells:
         engine, step = built[cell.engine], steps[cell.engine]
@@ -114,7 +119,9 @@ def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path)
         found = traces[cell.engine]
         found[0].profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
         work = least(cell.engine, cell.cfg, clips, cell.masking, 2 if dtype != torch.float32 else 4)
-        held = timeline(trace(engine, step, setting.device, warm=0, memory=True), setting.device)
+        with snapshot(folder / f"{cell.engine}.memory.pickle", setting.device):
+            allocated = trace(engine, step, setting.device, warm=0, memory=True)
+        held = timeline(allocated, setting.device)
         engines.append(
             {
                 "engine": cell.engine,
@@ -182,6 +189,19 @@ def state_mb(built: Built) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
+@contextlib.contextmanager
+def snapshot(path: Path, device: str) -> Iterator[None]:
+    """A snapshot of CUDA's allocator over a step, for pytorch.org/memory_viz. Not run yet: there
+    was no GPU."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history()
+    yield
+    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
 def run_with_nvtx(cell: Cell, setting: Setting, clips: int) -> None:
     """Steps for an outer profiler, which finds the labels as NVTX ranges."""
     from mae_fast.profile.labels import labelled
@@ -209,6 +229,7 @@ def write(told: dict[str, Any], folder: Path, device: str) -> list[str]:
     files += [folder / f"{engine['engine']}.trace.json" for engine in told["engines"]]
     files += [draw(told, folder) for draw in (draw_roofline, draw_memory)]
     if device == "cuda":
+        files += [folder / f"{engine['engine']}.memory.pickle" for engine in told["engines"]]
         files.append(folder / "deeper.sh")
         files[-1].write_text(DEEPER.format(**told, name=told["engines"][0]["engine"]))
     return [str(f) for f in files if f]
@@ -242,6 +263,7 @@ def print_tables(told: dict[str, Any]) -> None:
             f"\n{engine['engine']}: {step:.3f} s a step without profiler (spread "
             f"{spread(engine['seconds']):.0%}), {engine['profiled_seconds']:.3f} s with it; "
             f"unaccounted {left / step:+.1%}"
+            + (f"; {engine['launches']} launches" if told["device"] == "cuda" else "")
         )
         print(text_table(HEAD, list(_rows(engine, told))))
         held = engine["memory"]

@@ -148,6 +148,7 @@ def test_what_is_there_is_not_measured_again(tiny, tmp_path, monkeypatch, capsys
         m.setattr(ratio, "interleave", refused)
         run_ratio(tmp_path)
     assert capsys.readouterr().out == first
+    assert "speed-up" in (tmp_path / "report.html").read_text().lower()
     assert (tmp_path / "samples.jsonl").read_text() == lines
     run_ratio(tmp_path, rounds=3)  # one more round, and nothing else
     added = (tmp_path / "samples.jsonl").read_text()[len(lines) :].splitlines()
