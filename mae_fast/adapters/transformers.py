@@ -149,8 +149,10 @@ def forward(
     others = [name for name, value in kwargs.items() if name not in _IGNORED and value is not None]
     if head_mask is not None or others:
         raise Unfused(f"{', '.join(others) or 'head_mask'} is given")
-    if bool_masked_pos is None or not (config.norm_pix_loss or config.num_channels == 3):
-        raise Unfused("it raises an error")
+    if bool_masked_pos is None:
+        raise Unfused("there is no mask")
+    if config.num_channels != 3 and not config.norm_pix_loss:
+        raise Unfused("only RGB clips are un-normalised")
     u, size = config.tubelet_size, model.videomae.embeddings.patch_embeddings.image_size
     clip = (config.num_frames, config.num_channels, *size)
     if pixel_values.shape[1:] != clip:
@@ -158,13 +160,13 @@ def forward(
         raise Unfused(f"the clip is {shape}, not [B, {', '.join(map(str, clip))}]")
     ids = ids_of(bool_masked_pos, pixel_values.device)
     targets, params = pixel_values, _params(model, pixel_values.device)
-    if pixel_values.dtype != torch.uint8 and config.num_channels == 3:
-        targets = unnormalised(pixel_values, CHANNEL_DIM)
-    elif pixel_values.dtype == torch.uint8 and config.num_channels == 3 and pixels == IMAGENET:
+    if pixel_values.dtype == torch.uint8:
+        if pixels != IMAGENET or config.num_channels != 3:
+            raise Unfused("the targets of uint8 clips are by ImageNet's constants")
         weights = pixels.fold(params.patch_embed, config.num_channels)
         params = params._replace(patch_embed=weights)
-    elif pixel_values.dtype == torch.uint8:
-        raise Unfused("the targets are of ImageNet's constants, and the clip's are others")
+    elif config.num_channels == 3:
+        targets = unnormalised(pixel_values, CHANNEL_DIM)
     spec = Spec(
         t_patch=u,
         patch=config.patch_size,
@@ -180,7 +182,7 @@ def forward(
     )
     video, targets = pixel_values.transpose(1, 2), targets.transpose(1, 2)
     loss, logits = fused(params, spec, video, *ids, pixels=targets)
-    wide = torch.float32 if targets.dtype == torch.uint8 else targets.dtype
+    wide = model.mask_token.dtype if targets.dtype == torch.uint8 else targets.dtype
     loss = loss.to(torch.promote_types(logits.dtype, wide))  # the mean's own dtype
     output = _output_class(model)(loss=loss, logits=logits)
     return_dict = kwargs.get("return_dict")

@@ -195,7 +195,8 @@ def fixed(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     key = (table._version, dtype, device)
     known, copy = _COPIES.get(table, (None, None))
     if known != key:
-        copy = table.detach()[0].to(device, dtype)
+        with torch.inference_mode(False):  # training may follow
+            copy = table.detach()[0].to(device, dtype)
         _COPIES[table] = key, copy
     return copy
 

@@ -192,7 +192,9 @@ def test_masks_of_unequal_counts_are_the_own_forwards(family):
 
 def test_fixed_positions_are_copied_once():
     table = torch.randn(1, 5, 3)
-    copied = videomae.fixed(table, torch.float64, torch.device("cpu"))
+    with torch.inference_mode():
+        copied = videomae.fixed(table, torch.float64, torch.device("cpu"))
+    assert not copied.is_inference()
     assert videomae.fixed(table, torch.float64, torch.device("cpu")) is copied
     table.mul_(2)
     assert torch.equal(videomae.fixed(table, torch.float64, torch.device("cpu")), table[0].double())
