@@ -14,6 +14,7 @@ from mae_fast.bench.records import problems
 from mae_fast.config import ModelConfig, preset
 from mae_fast.errors import ConfigError
 from mae_fast.masking import STRATEGIES, draw_ids
+from mae_fast.profile.trace import trace
 
 SETTING = Setting("cpu", "fp32", 0)
 OFFICIAL = "official_eager"
@@ -85,25 +86,35 @@ def test_a_peer_at_0_encodes_every_token(tiny):
 
 
 def test_an_engine_of_ones_own(tiny, tmp_path, monkeypatch):
+    """An accelerated one: its loss is that of the same model as it was, and its parts are found."""
+    pytest.importorskip("transformers")
     (tmp_path / "my_models.py").write_text(
-        "from mae_fast import MaskedAutoencoder\n"
-        "from mae_fast.masking import ids_from_noise\n"
+        "import mae_fast\n"
+        "from mae_fast.bench import engines\n"
         "def made(cfg):\n"
-        "    model = MaskedAutoencoder(cfg)\n"
+        "    built = engines.build('transformers_sdpa', cfg)\n"
+        "    model = mae_fast.accelerate(built.model)\n"
         "    def loss_of(clips, noise, ratio):\n"
         "        keep = int(cfg.num_patches * (1 - ratio))\n"
-        "        keep, mask = ids_from_noise(noise, keep)\n"
-        "        return model(clips, ids_keep=keep, ids_mask=mask)[0]\n"
+        "        masked = noise.argsort(dim=1).argsort(dim=1) >= keep\n"
+        "        x = (clips.float() / 255 - MEAN) / STD\n"
+        "        return model(x.transpose(1, 2), bool_masked_pos=masked).loss\n"
         "    return model, loss_of\n"
+        "import torch\n"
+        "from mae_fast.bench.baselines.transformers_videomae import _MEAN, _STD\n"
+        "MEAN, STD = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (_MEAN, _STD))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     losses = []
-    for engine in (OURS, "my_models:made"):
+    for engine in ("transformers_sdpa", "my_models:made"):
         cell = Cell("any", "random", 0.75, engines.name_of(engine))
         built = build(cell, SETTING)
         engines.same_weights(built)
-        losses.append(float(stepper(cell, built, make_clips(TINY, 2, SETTING), SETTING)()))
+        step = stepper(cell, built, make_clips(TINY, 2, SETTING), SETTING)
+        losses.append(float(step()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    phases = trace(built, step).phases()
+    assert min(phases[name] for name in ("patch embedding", "encoder", "decoder", "loss")) > 0
     assert engines.why_not("my_models:made", TINY, Masking.of(TINY, 0.0))
     with pytest.raises(ConfigError, match="my_models"):
         engines.build("my_models:other", TINY)
