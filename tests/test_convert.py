@@ -239,6 +239,9 @@ def test_a_slowfast_file_is_loaded_by_our_slowfast_variant(tmp_path):
     with torch.no_grad():
         (latent, pred), (want, want_pred) = outputs(loaded, "ours"), outputs(model, "slowfast")
     assert close(latent, want) and close(pred, want_pred)
+    again, report = translate(loaded.state_dict(), "slowfast")
+    assert report.lost == report.made == []
+    assert all(torch.equal(again[n], t) for n, t in model.state_dict().items())
 
 
 def official_mae_st() -> nn.Module:
@@ -325,6 +328,8 @@ def test_what_videomae_cannot_hold_is_named():
     state, report = translate(ours(pred_t_dim=4).state_dict(), "transformers")
     assert "decoder.head.weight" not in state
     assert "decoder_pred: it predicts 192 values of a patch of 384" in report.lost[-1]
+    _, report = translate(state, "mae_st", size=SIZE)
+    assert report.lost == ["decoder_pred: not in the source: the target's own stays"]
 
 
 def test_a_bias_of_k_is_dropped_without_a_trace_in_the_output():
