@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mae_fast.bench.flops import step_flop
+from mae_fast.bench.ratio_table import summary
 from mae_fast.bench.timing import ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.ops import OPS
@@ -41,6 +42,8 @@ def tables(results: Path) -> str:
     parts = [
         targets_table(ladder, timed),
         ladder_tables(ladder),
+        accelerate_table(read(results / "accelerate.jsonl")),
+        ratio_table(read(results / "ratio.jsonl")),
         ops_table(timed, overhead[-1] if overhead else None),
         curves_line(read(results / "curves.jsonl")),
         step_table(read(results / "steps.jsonl")),
@@ -206,6 +209,65 @@ def _ladder_rows(record: dict) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def accelerate_table(records: list[dict]) -> str:
+    """The newest record of each family: its own model against the same one, accelerated."""
+    rows, found = [], newest(records, "family", "batch_clips", "precision")
+    for r in found:
+        after = r["engines"]["accelerated"]
+        for name, before in r["engines"].items():
+            if before is after:
+                continue
+            memory = [f"{e['peak_memory_mb']:.0f}" for e in (before, after)]
+            rows.append(
+                [
+                    f"{r['family']}, {name}",
+                    str(r["batch_clips"]),
+                    " -> ".join(
+                        f"{statistics.median(e['step']):.2f} ({spread(e['step']):.0%})"
+                        for e in (before, after)
+                    ),
+                    *(f"{ratio(before[k], after[k]):.2f}x" for k in ("step", "forward_backward")),
+                    f"{' -> '.join(memory)} MB",
+                ]
+            )
+    if not rows:
+        return ""
+    return (
+        "**accelerate** - other people's models of B size, 90% masked, before and after the one "
+        f"line, float clips, fp32, interleaved. {where(found)}.\n\n"
+        + table("model|clips|seconds a step (spread)|step|forward + backward|peak memory", rows)
+    )
+
+
+def ratio_table(records: list[dict]) -> str:
+    """What masking buys, by model: the newest record of each ratio, every engine in a row."""
+    found = newest(records, "model", "strategy", "precision", "device", "ratio")
+    parts = []
+    for model, strategy in dict.fromkeys((r["model"], r["strategy"]) for r in found):
+        group = [r for r in found if (r["model"], r["strategy"]) == (model, strategy)]
+        cells = summary(sorted(group, key=lambda r: r["ratio"]))["cells"]
+        engines = list(dict.fromkeys(c["engine"] for c in cells))
+        rows = []
+        for masked in dict.fromkeys(c["ratio"] for c in cells):
+            at = {c["engine"]: c for c in cells if c["ratio"] == masked}
+            shown = [_ratio_cell(at.get(name)) for name in engines]
+            rows.append([f"{masked:.0%}", f"{next(iter(at.values()))['flop_limit']:.1f}x", *shown])
+        parts.append(
+            f"**What masking buys**, {model}, {strategy}, {cells[0]['precision']}: seconds a clip, "
+            f"and how many times less than the same engine at 0% (`mae-fast bench ratio`; ! spread "
+            f"over 10%). {where(group)}.\n\n" + table(f"masked|limit|{'|'.join(engines)}", rows)
+        )
+    return "\n".join(parts)
+
+
+def _ratio_cell(cell: dict | None) -> str:
+    if cell is None:
+        return "unmeasured"
+    less = cell["against_itself_at_0"]
+    times = f", {less['times']:.2f}x" if less and cell["ratio"] else ""
+    return f"{cell['seconds_a_clip']:.2f}{'!' if cell['noisy'] else ''}{times}"
 
 
 def ops_table(records: list[dict], overhead: dict | None) -> str:
