@@ -216,8 +216,8 @@ def memory(cfg: ModelConfig, clips: int, ratio: float, device: Device, shards: i
     p, r, count = device.product_bytes, rows(cfg, ratio), parameters(cfg)
     state = 12 * count / shards + (p * count if p < 4 else 0)
     encoder, decoder = _saved(cfg, r, p)
-    # A block's backward begins with g made again, dg and dh.
-    begins = 3 * p * int(cfg.mlp_ratio * cfg.decoder_embed_dim) * r.masked
+    # The last block's backward begins with g made again and dg, when the head's are gone.
+    begins = p * int(cfg.mlp_ratio * cfg.decoder_embed_dim) * r.masked
     a_clip = encoder + decoder + begins
     gradients = 4 * count / shards
     after_decoder = clips * encoder + 4 * decoder_parameters(cfg) / shards

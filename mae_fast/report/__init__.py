@@ -17,7 +17,7 @@ from mae_fast.profile.pictures import roofline as roofline_figure
 from mae_fast.report import pictures
 from mae_fast.report.page import Page
 
-OURS, OFFICIAL = "mae_fast", "official_eager"
+OURS, OFFICIAL, ENCODE_ALL = "mae_fast", "official_eager", "mae_fast_encode_all"
 
 
 def report(
@@ -52,9 +52,14 @@ def report(
 
 
 def build(found: list[Record], sources: list[str]) -> Page:
-    """The page of these records; of each subject and machine the newest counts."""
+    """The page of these records; of each subject and machine the newest counts, and the newest that
+    encodes every token."""
     by_form: dict[str, list[Record]] = {}
-    for record in {(records.subject(r), records.where(r)): r for r in found}.values():
+
+    def key(r: Record) -> tuple:
+        return records.subject(r), records.where(r), ENCODE_ALL in records.seconds(r)
+
+    for record in {key(r): r for r in found}.values():
         by_form.setdefault(records.form(record), []).append(record)
     ratios = [r for r in by_form.get("timed", []) if "cells" in r]
     page = Page("mae_fast: what was measured", _lead(ratios, by_form.get("ladder", [])))

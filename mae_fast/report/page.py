@@ -11,7 +11,8 @@ CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem; }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 nav a { margin-right: .8rem } p.note { opacity: .75; font-size: .9rem }
-figure { margin: 1rem 0 } figure svg { display: block; width: 100%; height: auto; max-width: 56rem }
+figure { margin: 1rem 0 } figure { overflow-x: auto }
+figure svg { display: block; width: 100%; height: auto; min-width: 34rem; max-width: 56rem }
 svg text { fill: currentColor }
 figcaption { font-size: .9rem; opacity: .8 }
 .wide { overflow: auto; max-height: 36rem; border: 1px solid var(--line) }
@@ -75,6 +76,9 @@ if (typeof document !== "undefined") {
 """
 
 
+MANY_POINTS = 1000  # of a filled area: it is then an image in the SVG
+
+
 class Page:
     """Sections in order, each with a heading that the contents name."""
 
@@ -134,8 +138,11 @@ def svg(figure: Any, name: str) -> str:
     import matplotlib
 
     text = io.StringIO()
+    for axes in figure.axes:
+        for stack in axes.collections:  # of thousands of points
+            stack.set_rasterized(sum(len(p.vertices) for p in stack.get_paths()) > MANY_POINTS)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", dpi=130, metadata={"Date": None})
     found = text.getvalue()
     found = found[found.index("<svg") :]
     found = re.sub(r"<metadata>.*?</metadata>", "", found, flags=re.S)

@@ -1,0 +1,215 @@
+"""The cost model against torch's counts, measured memory and recorded times; `mae-fast plan`."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mae_fast import backends, cli, cost, plan
+from mae_fast.bench import records
+from mae_fast.bench.flops import forward_flop, official_parts, step_parts
+from mae_fast.config import ModelConfig, preset
+from mae_fast.errors import ConfigError
+from mae_fast.masking import ids_from_noise, num_keep
+from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops import OPS
+
+LADDER = Path(__file__).parents[1] / "benchmarks/results/ladder.jsonl"
+RUNTIME_MB = 425  # of Python, torch and its libraries in the recorded processes
+TINY = ModelConfig(
+    img_size=32,
+    patch_size=8,
+    num_frames=4,
+    pred_t_dim=2,
+    embed_dim=48,
+    depth=2,
+    num_heads=3,
+    decoder_embed_dim=32,
+    decoder_depth=2,
+    decoder_num_heads=2,
+)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny", "vit_base", "vit_large", "vit_huge"])
+@pytest.mark.parametrize("variant", ["mae_st", "slowfast"])
+def test_parameters_are_the_models(model, variant):
+    cfg = preset(model, variant, depth=2)
+    assert cost.parameters(cfg) == sum(p.numel() for p in MaskedAutoencoder(cfg).parameters())
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+def test_forward_flop_is_what_torch_counts(ratio):
+    model, video = MaskedAutoencoder(TINY), torch.zeros(3, 3, 4, 32, 32, dtype=torch.uint8)
+    ids = ids_from_noise(torch.rand(3, TINY.num_patches), num_keep("random", TINY.grid, ratio))
+    with backends(**dict.fromkeys(OPS, "reference")), FlopCounterMode(display=False) as counter:
+        model(video, ids_keep=ids[0], ids_mask=ids[1])
+    got = sum(part.forward for part in step_parts(TINY, 3, ratio).values())
+    assert got == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_flop_is_the_papers():
+    """ViT-L at 90%: 163 GFLOP forward and 7.7 times less than at 0% (the paper's count)."""
+    cfg = preset("vit_large")
+    assert forward_flop(cfg, 0.9) / 1e9 == pytest.approx(163.2, rel=0.001)
+    for ratio, times in ((0.5, 2.1), (0.75, 3.9), (0.9, 7.7), (0.95, 11.0)):
+        assert forward_flop(cfg, 0) / forward_flop(cfg, ratio) == pytest.approx(times, abs=0.05)
+    parts = official_parts(cfg, 1, 0.9)
+    assert parts["decoder attention"].forward / 1e9 == pytest.approx(20.2, abs=0.05)
+
+
+def recorded():
+    """(record, the CPU of its own rounds) of ViT-B where limits were timed."""
+    for record in records.read(LADDER):
+        limits = record.get("limits")
+        if limits and record["model"] == "vit_base" and record["precision"] == "fp32":
+            copy, products = limits["copy"], limits["engine_product"]
+            rates = (
+                products["flop"] / statistics.median(products["seconds"]),
+                copy["bytes"] / statistics.median(copy["seconds"]),
+            )
+            yield record, plan.cpu_device(*rates)
+
+
+def test_recorded_steps_are_predicted_within_20_percent():
+    """At the median over the records of each ratio: one record is as noisy as its machine was."""
+    errors: dict[float, list[float]] = {}
+    for record, device in recorded():
+        for step in records.steps(record):
+            want = statistics.median(step.seconds)
+            got = cost.compute_seconds(preset("vit_base"), step.clips, step.ratio, device)
+            errors.setdefault(step.ratio, []).append(got / want - 1)
+    assert {0.0, 0.9} <= errors.keys()
+    for ratio, found in errors.items():
+        assert abs(statistics.median(found)) < 0.2, (ratio, found)
+
+
+def test_recorded_memory_is_predicted_within_10_percent():
+    """Of the newest record at each number of clips: older ones let malloc keep what was freed."""
+    newest = {}
+    for record, device in recorded():
+        for step in records.steps(record):
+            name = "mae_fast" if step.ratio else "mae_fast_encode_all"
+            newest[step.clips, step.ratio] = record["engines"][name]["peak_memory_mb"], device
+    assert len(newest) >= 3
+    for (clips, ratio), (want, device) in newest.items():
+        peak = cost.memory(preset("vit_base"), clips, ratio, device).peak / 2**20
+        assert RUNTIME_MB + peak == pytest.approx(want, rel=0.1), (clips, ratio)
+
+
+MEASURE = """
+import torch
+from pathlib import Path
+from mae_fast.bench.ours import Ours
+from mae_fast.config import preset
+from mae_fast.metrics import memory_mb
+cfg, clips = preset("vit_tiny", decoder_embed_dim=384, depth=2), 6
+video = torch.randint(0, 256, (clips, 3, 16, 224, 224), dtype=torch.uint8)
+built = Ours().build(preset("vit_tiny", img_size=32))
+built.step(video[:, :, :, :32, :32].contiguous(), torch.rand(clips, 32))  # libraries are loaded
+now = int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+built = Ours().build(cfg)
+for _ in range(2):
+    built.step(video, torch.rand(clips, cfg.num_patches))
+print(now, memory_mb(torch.device("cpu")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_of_activations_is_what_a_process_takes():
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    before, peak = map(float, run.stdout.split())
+    cfg, device = preset("vit_tiny", decoder_embed_dim=384, depth=2), plan.cpu_device(1.0, 1.0)
+    held = cost.memory(cfg, 6, 0.9, device)
+    assert 6 * held.a_clip > 5 * held.state  # activations are what is tested
+    assert before + held.peak / 2**20 == pytest.approx(peak, rel=0.1)
+
+
+def test_communication():
+    cfg, h100 = preset("vit_large"), cost.DEVICES["h100"]
+    assert cost.communication_seconds(cfg, 1, 8, h100, "ddp") == 0
+    ddp = cost.communication_seconds(cfg, 8, 8, h100, "ddp")
+    assert ddp == pytest.approx(7 / 8 * 8 * cost.parameters(cfg) / 450e9)
+    assert cost.communication_seconds(cfg, 16, 8, h100, "ddp") > 8 * ddp
+    assert cost.exposed_seconds(3.0, 3.0) == 1.0 and cost.exposed_seconds(1.0, 3.0) == 0.0
+
+
+def test_greatest_batch_fits_and_the_next_does_not():
+    cfg, h100 = preset("vit_huge"), cost.DEVICES["h100"]
+    most = cost.greatest_batch(cfg, 0, h100)
+    room = cost.USABLE * h100.memory
+    assert cost.memory(cfg, most, 0, h100).peak <= room < cost.memory(cfg, most + 1, 0, h100).peak
+
+
+def told(capsys, *argv: str) -> dict:
+    assert cli.main(["plan", "--json", *argv]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_is_one_document(capsys):
+    found = told(capsys, "--gpus", "128", "--price", "2")
+    assert found["forward_gflops"] == pytest.approx(163.2, rel=0.001)
+    assert found["flop_speedup"] == pytest.approx(7.7, abs=0.01)
+    assert found["run"]["clips"] == 192e6
+    assert found["run"]["cost"] == pytest.approx(2 * found["run"]["gpu_hours"])
+    assert found["step"]["seconds"] == pytest.approx(sum(found["step"]["parts"].values()))
+    assert found["step"]["bound_by"] == "compute"
+    assert told(capsys, "--ratio", "0", "--device", "a100")["flop_speedup"] == 1
+
+
+def test_what_binds(capsys):
+    slow = told(capsys, "--gpus", "8", "--data-rate", "100")
+    assert slow["step"]["bound_by"] == "loader"
+    assert slow["clips_per_second"] == pytest.approx(100)
+    wide = told(capsys, "--gpus", "64", "--batch", "1", "--model", "vit_huge")
+    assert wide["step"]["bound_by"] == "communication"
+
+
+def test_a_record_stands_beside_the_prediction(capsys, tmp_path):
+    record = {
+        "stage": "steps",
+        "item": "vit_large 64 clips mae_fast",
+        "status": "measured",
+        "sources": "x",
+        "at": "2026-01-01T00:00:00",
+        "model": "vit_large",
+        "ratio": 0.9,
+        "batch": 64,
+        "step_seconds": {"mae_fast": [0.1, 0.1]},
+        "environment": dict.fromkeys(records.ENVIRONMENT, "x") | {"cuda:0": "NVIDIA H100 80GB"},
+    }
+    (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")
+    assert told(capsys, "--results", str(tmp_path))["measured"][0]["seconds"] == 0.1
+    assert told(capsys, "--results", str(tmp_path), "--device", "a100")["measured"] == []
+    assert cli.main(["plan", "--results", str(tmp_path)]) == 0
+    words = capsys.readouterr().out
+    assert "predicted, not measured" in words.splitlines()[0]
+    assert "measured          0.1 s a step of 64 clips" in words
+
+
+def test_the_picture(tmp_path, capsys):
+    assert cli.main(["plan", "-o", str(tmp_path / "plan.png")]) == 0
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--ratio", "1.0"], "must be in [0, 1), got 1.0"),
+        (["--batch", "100000"], "do not fit on one h100: at most"),
+        (["--dataset", "k4000"], "k400, ssv2 or a number of videos, got 'k4000'"),
+        (["--device", "this", "--gpus", "2"], "one machine, got --gpus 2"),
+        (["--model", "vit_giant"], "vit_giant"),
+        (["--epochs", "0"], "--epochs must be above 0, got 0"),
+    ],
+)
+def test_plan_refuses(argv, said, capsys):
+    assert cli.main(["plan", *argv]) == ConfigError.exit_code
+    assert said in capsys.readouterr().err

@@ -1,0 +1,201 @@
+"""`mae-fast report`: a page that is well formed, asks no network, and whose script works.
+
+The script runs in node on a few lines that stand for a table: the look of the page, and clicks in
+a real browser, are not tested here.
+"""
+
+import copy
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mae_fast import cli
+from mae_fast.bench import records
+from mae_fast.report.page import SCRIPT
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Checked(html.parser.HTMLParser):
+    """Raises where tags do not nest; collects ids, references, and the text of tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.ids, self.asked, self.tables, self.svgs = [], [], [], 0, 0
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.tables += tag == "table"
+        self.svgs += tag == "svg"
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:")):
+                self.asked.append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+
+def ratio_record(masked: float, model: str = "vit_base", seconds: float = 1.0) -> dict:
+    names = ("mae_fast", "official_eager")
+    cell = {"rounds": [0, 1], "clips": 2, "peak_memory_mb": 1000.0, "flop_a_clip": 1e9}
+    cell |= {"parts": {"encoder": 1 - masked, "decoder": 0.5, "optimizer": 0.1}, "data": None}
+    return {
+        "what": "training step by masking ratio, synthetic clips, interleaved",
+        "model": model,
+        "strategy": "random",
+        "ratio": masked,
+        "precision": "fp32",
+        "device": "cpu",
+        "asked_clips": 2,
+        "batch_clips": 2,
+        "baseline": "official_eager",
+        "seconds": {n: [seconds * (2.5 - masked), 2.0 * (i + 1)] for i, n in enumerate(names)},
+        "cells": {name: copy.deepcopy(cell) for name in names},
+        "rounds": [0, 1],
+        "limits": {"engine_product": {"flop": 1e9, "seconds": [0.1, 0.1]}},
+        "flop_limit": 1 / (1.1 - masked),
+        "forward_gflop": 1.0,
+        "environment": dict.fromkeys(records.ENVIRONMENT, "<x> & y"),
+    }
+
+
+def profile_record() -> dict:
+    part = {"phase": "decoder", "op": "attention", "direction": "forward", "seconds": 0.5}
+    part |= {"share": 0.5, "flop": 1e9, "bytes": 1e6, "share_of_limit": 0.4}
+    left = {"phase": "unaccounted", "op": "", "direction": "", "seconds": 0.5, "share": 0.5}
+    held = {"seconds": [0.0, 1.0], "holders": {"weights": [1.0, 2.0]}, "peak_mb": 2.0}
+    engine = {"engine": "mae_fast", "seconds": [1.0, 1.1], "parts": [part, left], "memory": held}
+    return {
+        "what": "one training step by phase and op",
+        "model": "vit_base",
+        "batch_clips": 2,
+        "ratio": 0.9,
+        "precision": "fp32",
+        "device": "cpu",
+        "product_rate": 1e11,
+        "copy_rate": 1e10,
+        "engines": [engine | {"state_mb": 1.0}],
+        "environment": dict.fromkeys(records.ENVIRONMENT, "x"),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for masked in (0.0, 0.5, 0.9):
+        records.append(tmp_path / "in/ratio.jsonl", ratio_record(masked))
+    (tmp_path / "in/profile.json").write_text(json.dumps(profile_record(), indent=1))
+    (tmp_path / "in/samples.jsonl").write_text("not records\n")
+    return tmp_path
+
+
+def page(folder: Path, *argv: str) -> str:
+    out = folder / "report.html"
+    assert cli.main(["report", *argv, "-o", str(out)]) == 0
+    return out.read_text()
+
+
+def test_the_page_is_whole_and_asks_nobody(folder):
+    text = page(folder, str(folder / "in"), str(RESULTS))
+    checked = Checked(text)
+    assert checked.asked == []
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttp", text)
+    assert len(checked.ids) == len(set(checked.ids))
+    assert checked.tables >= 8 and checked.svgs >= 6
+    for heading in (
+        "Speed-up against masking ratio",
+        "What is lost",
+        "Engines",
+        "Ops against the machine&#x27;s limits",
+        "Profile: vit_base, 90% masked, 2 clips, fp32",
+        "Memory",
+        "Environment",
+        "How to repeat it",
+    ):
+        assert f">{heading}</h2>" in text
+    assert "limit: FLOP of the official code" in text
+    assert "mae-fast bench ratio --model vit_base --batch 2" in text
+    assert "&lt;x&gt; &amp; y" in text and "<x>" not in text
+
+
+def test_ink_follows_the_page(folder):
+    text = page(folder, str(folder / "in"))
+    assert "color-scheme: light dark" in text
+    pictures = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    assert pictures and not any("#000000" in p or "#ffffff" in p for p in pictures)
+    assert "currentColor" in pictures[0]
+
+
+def test_the_lead_says_what_was_bought(folder):
+    text = page(folder, str(folder / "in"))
+    assert "a step is 1.8x as fast as the official code&#x27;s at 0%" in text
+
+
+def test_two_hundred_records(folder):
+    for number in range(200):
+        record = ratio_record(number / 250, f"model_{number % 4}", 1 + number / 100)
+        records.append(folder / "many.jsonl", record)
+    text = page(folder, str(folder / "many.jsonl"))
+    assert Checked(text).svgs == 8
+    assert len(text) < 3_000_000
+    every = text[text.index('<h2 id="every-record">') :]
+    assert every[: every.index("<h2 id", 1)].count("<tr>") == 401  # two engines, and the head
+
+
+def test_png(folder):
+    page(folder, str(folder / "in"), "--png", str(folder / "png"))
+    files = {p.name for p in (folder / "png").iterdir()}
+    assert {"speed-up-0.png", "parts-0.png"} <= files
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (folder / "png").iterdir())
+
+
+def test_nothing_to_report_is_refused(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
+    assert "no records" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "none.jsonl")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+CHECKS = """
+const assert = require("assert");
+const cell = text => ({ textContent: text });
+const rows = ["10%", "9%", "-", "1.5x"].map(t => ({ cells: [cell(t)] }));
+const body = { rows: rows.slice(), appendChild(r) { this.rows.splice(this.rows.indexOf(r), 1);
+  this.rows.push(r); } };
+const header = { a: {}, getAttribute(k) { return this.a[k]; },
+  setAttribute(k, v) { this.a[k] = v; },
+  removeAttribute(k) {} };
+const table = { tBodies: [body], querySelectorAll: () => [header], rows };
+const order = () => body.rows.map(r => r.cells[0].textContent).join(" ");
+sortTable(table, 0, header);
+assert.equal(order(), "1.5x 9% 10% -");
+sortTable(table, 0, header);
+assert.equal(order(), "- 10% 9% 1.5x");
+assert.equal(compareCells("b", "a") > 0, true);
+const twice = '"'.repeat(2);
+assert.equal(toCsv([['say "x"']]).trim(), '"say ' + twice + "x" + twice + '"');
+assert.equal(toCsv([["a", "1,5"]]).trim(), 'a,"1,5"');
+assert.deepEqual(tableRows(table)[0], ["10%"]);
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="there is no node")
+def test_the_script_sorts_and_makes_csv():
+    run = subprocess.run(["node", "-e", SCRIPT + CHECKS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
