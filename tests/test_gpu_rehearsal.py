@@ -377,4 +377,5 @@ def test_predictions_are_those_of_the_model():
     """docs/gpu.md: python -m benchmarks.gpu.predict writes it again."""
     assert predict.tables() in predict.DOC.read_text()
     for model in predict.TARGETS:
-        assert all(t.amount > 0 for t in predict.terms(predict.model_of(model), 64))
+        terms = predict.terms(predict.model_of(model), predict.CLIPS, 0.9, predict.H100)
+        assert all(t.amount > 0 for t in terms)
