@@ -201,7 +201,7 @@ def measured(folder: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     from mae_fast.environment import devices
 
     here, rows = devices()["cpu"], []
-    for path in sorted(Path(folder).rglob("*.jsonl")):
+    for path in records.files([folder] if Path(folder).is_dir() else []):
         for record in records.read(path):
             where = records.where(record)
             same = where == here if found["device"] == "this" else found["device"].upper() in where

@@ -186,6 +186,7 @@ def test_a_record_stands_beside_the_prediction(capsys, tmp_path):
         "environment": dict.fromkeys(records.ENVIRONMENT, "x") | {"cuda:0": "NVIDIA H100 80GB"},
     }
     (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")
+    (tmp_path / "samples.jsonl").write_text("not records\n")  # of a run of bench ratio
     assert told(capsys, "--results", str(tmp_path))["measured"][0]["seconds"] == 0.1
     assert told(capsys, "--results", str(tmp_path), "--device", "a100")["measured"] == []
     assert cli.main(["plan", "--results", str(tmp_path)]) == 0

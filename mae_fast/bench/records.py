@@ -45,6 +45,19 @@ def append(path: str | Path, record: Record) -> None:
         f.write(json.dumps(record) + "\n")
 
 
+def files(paths: Iterable[str | Path]) -> list[Path]:
+    """The files that are named, and the .jsonl and profile.json below folders."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = [*path.rglob("*.jsonl"), *path.rglob("profile.json")]
+            # Of a run of `bench ratio`, samples.jsonl is what its records are made of.
+            found += sorted(f for f in below if f.name != "samples.jsonl")
+        else:
+            found.append(path)
+    return found
+
+
 def read(path: str | Path) -> list[Record]:
     """The records of a file, oldest first: one a line, or one document (profile.json). ConfigError,
     with the line, for what is none."""

@@ -34,7 +34,7 @@ def report(
         output: the page.
         png: write the figures into this folder too.
     """
-    found = [r for path in _files(results) for r in records.read(path)]
+    found = [r for path in records.files(results) for r in records.read(path)]
     found = [r for r in found if r.get("model") != "quick"] or found
     if not found:
         raise ConfigError(f"{', '.join(results)}: no records")
@@ -330,19 +330,6 @@ def _commands(found: list[Record]) -> list[str]:
         elif form == "gpu":
             lines["make gpu"] = None
     return list(lines)
-
-
-def _files(results: list[str]) -> list[Path]:
-    """The files that are named, and the .jsonl and profile.json below folders."""
-    found = []
-    for path in map(Path, results):
-        if path.is_dir():
-            files = [*path.rglob("*.jsonl"), *path.rglob("profile.json")]
-            # Of a run of `bench ratio`, samples.jsonl is what its records are made of.
-            found += sorted(f for f in files if f.name != "samples.jsonl")
-        else:
-            found.append(path)
-    return found
 
 
 def _title(record: Record) -> str:
