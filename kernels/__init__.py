@@ -1,7 +1,7 @@
 """Triton kernels and their launchers. They know nothing of autograd; `mae_fast.ops` calls them.
 
 kernels/<op>.py gives operators of mae_fast/ops/<op>.py under their names and schemas. The folder
-is importable as `mae_fast.kernels` only: the bare name belongs to another package.
+is `mae_fast.kernels`: the bare name belongs to another package, and gives nothing.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 
 if __name__ != "mae_fast.kernels":
-    raise ImportError(f"import mae_fast.kernels, not {__name__}", name=__name__)
+    # From the root of the checkout transformers imports that other package, to see its version.
+    __path__ = []  # there is no module here under that name
 
 
 def launchers(operators: Iterable[str]) -> dict[str, Callable]:

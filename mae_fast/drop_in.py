@@ -50,10 +50,10 @@ def accelerate(
 
     `backends` forces backends by op, as mae_fast.backends does, for the forward. `strict=False`
     runs the model's own forward, and says so, for calls while an inner module has hooks. `verify`
-    sends one clip of the first batch, and of the first after modules were exchanged, through both
-    forwards, in the parameters' dtype; not under torch.compile. With `mean` and `std`, a number or
-    one a channel, uint8 clips are taken too: (x / 255 - mean) / std. Raises AccelerateError with
-    the parts that do not fit (`explain` prints them all).
+    sends one clip of noise through both forwards at the first call, and at the first after modules
+    were exchanged, in the parameters' dtype; not under torch.compile. With `mean` and `std`, a
+    number or one a channel, uint8 clips are taken too: (x / 255 - mean) / std. Raises
+    AccelerateError with the parts that do not fit (`explain` prints them all).
     """
     family, findings = _examine(model, strict)
     refused = [f for f in findings if f.why_not]
@@ -151,8 +151,8 @@ class Fused:
         return self.pixels.normalise(t, channel_dim, next(self.model.parameters()).dtype)
 
     def _check(self, args: tuple, kwargs: dict) -> bool:
-        """Compare the model's parts, and both forwards on one clip of this batch; False where this
-        call is left to the model's own."""
+        """Compare the model's parts, and both forwards on a clip like this batch's; False where
+        this call is left to the model's own."""
         _, findings = _examine(self.model, self.strict)
         refused = [f for f in findings if f.why_not]
         if refused:
@@ -167,6 +167,7 @@ class Fused:
 
         def one(t: Tensor) -> Tensor:
             t = t[:1] if t.dim() and len(t) == batch else t
+            t = _noise_like(t) if t.dim() == 5 else t
             return t.to(param.dtype) if t.is_floating_point() else t
 
         args, kwargs = _map(one, args), _map(one, kwargs)
@@ -204,6 +205,13 @@ def _same_conditions(device: torch.device) -> Iterator[None]:
             yield
         finally:
             matmul.fp32_precision, conv.fp32_precision = before
+
+
+def _noise_like(clip: Tensor) -> Tensor:
+    """A clip without a flat patch, whose values over their own deviation would be all rounding."""
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    noise = (noise * 64 + 128).clamp(0, 255) if clip.dtype == torch.uint8 else noise
+    return noise.to(clip.device, clip.dtype)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

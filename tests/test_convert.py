@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from importlib import import_module
 
 import pytest
@@ -24,12 +23,6 @@ from mae_fast.masking import ids_from_noise
 BATCH, KEPT = 2, 9
 GRID = (4, 4, 4)  # 8 frames of 32 pixels, patches of 2 x 8 x 8
 SIZE = Size(img_size=32, num_frames=8, source_num_frames=8)
-
-
-@pytest.fixture(autouse=True)
-def no_package_kernels(monkeypatch):
-    """transformers asks whether there is one, and finds our folder, which refuses the name."""
-    monkeypatch.setitem(sys.modules, "kernels", None)
 
 
 def ours(**changes) -> MaskedAutoencoder:

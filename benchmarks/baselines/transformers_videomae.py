@@ -6,7 +6,6 @@ the decoder, no norm after the encoder, pixels normalised channel by channel.
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -99,18 +98,10 @@ def _all_seen(model: nn.Module, masked: Tensor) -> Iterator[None]:
 
 def _import_videomae() -> tuple[type, type]:
     """transformers' VideoMAEConfig and VideoMAEForPreTraining."""
-    # transformers looks for a package called `kernels`; with the root of this repository on the
-    # path it would find our folder, which refuses the name. None means: not installed.
-    hidden = "kernels" not in sys.modules
-    if hidden:
-        sys.modules["kernels"] = None
     try:
         from transformers import VideoMAEConfig, VideoMAEForPreTraining
     except ImportError as e:
         raise ImportError(f"this baseline needs `pip install transformers` ({e})") from e
-    finally:
-        if hidden:
-            del sys.modules["kernels"]
     return VideoMAEConfig, VideoMAEForPreTraining
 
 
