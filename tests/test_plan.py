@@ -20,8 +20,8 @@ from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS
 
-LADDER = Path(__file__).parents[1] / "benchmarks/results/ladder.jsonl"
-RUNTIME_MB = 425  # of Python, torch and its libraries in the recorded processes
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+RUNTIME_MB = 435  # of Python, torch and its libraries in the recorded processes
 TINY = ModelConfig(
     img_size=32,
     patch_size=8,
@@ -65,7 +65,7 @@ def test_flop_is_the_papers():
 
 def recorded():
     """(record, the CPU of its own rounds) of ViT-B where limits were timed."""
-    for record in records.read(LADDER):
+    for record in (r for f in ("ladder", "ratio") for r in records.read(RESULTS / f"{f}.jsonl")):
         limits = record.get("limits")
         if limits and record["model"] == "vit_base" and record["precision"] == "fp32":
             copy, products = limits["copy"], limits["engine_product"]
@@ -84,7 +84,7 @@ def test_recorded_steps_are_predicted_within_20_percent():
             want = statistics.median(step.seconds)
             got = cost.compute_seconds(preset("vit_base"), step.clips, step.ratio, device)
             errors.setdefault(step.ratio, []).append(got / want - 1)
-    assert {0.0, 0.9} <= errors.keys()
+    assert {0.0, 0.5, 0.75, 0.9, 0.95} <= errors.keys()
     for ratio, found in errors.items():
         assert abs(statistics.median(found)) < 0.2, (ratio, found)
 
@@ -94,9 +94,11 @@ def test_recorded_memory_is_predicted_within_10_percent():
     newest = {}
     for record, device in recorded():
         for step in records.steps(record):
-            name = "mae_fast" if step.ratio else "mae_fast_encode_all"
-            newest[step.clips, step.ratio] = record["engines"][name]["peak_memory_mb"], device
-    assert len(newest) >= 3
+            engines = record.get("cells") or record["engines"]
+            dense = step.ratio == 0 and "cells" not in record
+            engine = engines["mae_fast_encode_all" if dense else "mae_fast"]
+            newest[step.clips, step.ratio] = engine["peak_memory_mb"], device
+    assert len(newest) >= 6
     for (clips, ratio), (want, device) in newest.items():
         peak = cost.memory(preset("vit_base"), clips, ratio, device).peak / 2**20
         assert RUNTIME_MB + peak == pytest.approx(want, rel=0.1), (clips, ratio)
