@@ -2,7 +2,7 @@
 # make test   run the tests; ARGS="-k mask" some of them
 # make lint   check style;  make setup  only the set-up;  make clean  remove what make made
 # make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, minutes
-# make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  README from benchmarks/results
+# make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  README and docs/report.html
 # make gpu    test and time all of it on a GPU, 8 minutes; make gpu-rehearsal  the same on a CPU
 # Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
 #   PYTHON=python3.12  the interpreter, 3.10 or newer      TORCH=2.13.0  TRITON=3.9.0  versions
@@ -88,6 +88,7 @@ gpu-rehearsal: setup
 
 tables: setup
 	@$(BIN)/python -m benchmarks.tables
+	@$(BIN)/mae-fast report benchmarks/results -o docs/report.html
 
 clean:
 	rm -rf .venv build mae_fast/*.so *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -12,13 +12,10 @@ memory is that of a process of its own.
 """
 
 import importlib
-import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,23 +25,22 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import tyro
-from mae_fast.bench.baselines.official_repository import OfficialRepository
-from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
-from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, TransformersVideoMAE
 from torch import Tensor, nn
 
 import mae_fast
+from benchmarks.steps import measure_memory, peak_memory, time_rounds
 from mae_fast.adapters import videomae, videomae_v2
-from mae_fast.bench.timing import append, interleave, ratio
+from mae_fast.bench.baselines.official_repository import OfficialRepository
+from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
+from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, TransformersVideoMAE, nearest
+from mae_fast.bench.records import append
+from mae_fast.bench.timing import ratio
 from mae_fast.config import ModelConfig, preset
 from mae_fast.environment import environment
 from mae_fast.masking import draw_ids, mask_from_keep
-from mae_fast.metrics import memory_mb
 
 AFTER = "accelerated"
 RATIO, DECODER_RATIO = 0.9, 0.5  # the second is VideoMAE V2's
-# Blocks of 128 KiB and more go back when freed; setting it stops glibc from raising the number.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ class Case(NamedTuple):
 def main(args: Args) -> None:
     for family in args.families or [f for f in FAMILIES if _can_run(f, args)]:
         if args.memory:
-            print(peak_memory(family, args.memory, args))
+            print(peak_memory(build(family, args.memory, args), make_clips(family, args)))
         else:
             compare(family, args)
 
@@ -106,13 +102,13 @@ def compare(family: str, args: Args) -> None:
     built = {name: build(family, name, args) for name in names}
     clips = make_clips(family, args)
     check_losses(built, clips, args.precision)
-    step, forward_backward = time_rounds(built, clips, 2 if args.quick else args.rounds)
+    step, forward_backward = time_rounds(built, lambda: (clips,), 2 if args.quick else args.rounds)
     built.clear()  # what follows needs the memory
     engines = {
         name: {
             "step": step[name],
             "forward_backward": forward_backward[name],
-            "peak_memory_mb": measure_memory(family, name, args),
+            "peak_memory_mb": measure(family, name, args),
         }
         for name in names
     }
@@ -176,47 +172,14 @@ def check_losses(built: dict[str, Built], clips: Tensor, precision: str) -> None
             raise SystemExit(f"{name} gives loss {loss}, {AFTER} {losses[AFTER]}: nothing is timed")
 
 
-def time_rounds(
-    built: dict[str, Built], clips: Tensor, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each round: ({engine: of a step}, {engine: until its optimizer began})."""
-    until_update: dict[str, list[float]] = {name: [] for name in built}
-    began_update = [0.0]
-
-    def timed(name: str, engine: Built) -> Callable[[], None]:
-        def step() -> None:
-            begin = time.perf_counter()
-            engine.step(clips)
-            until_update[name].append(began_update[0] - begin)
-
-        return step
-
-    for engine in built.values():
-        engine.optimizer.register_step_pre_hook(
-            lambda *_: began_update.__setitem__(0, time.perf_counter())
-        )
-    return interleave({n: timed(n, e) for n, e in built.items()}, rounds), until_update
-
-
-def peak_memory(family: str, engine: str, args: Args) -> float:
-    """Peak resident memory in MB of this process after two steps."""
-    built, clips = build(family, engine, args), make_clips(family, args)
-    for _ in range(2):
-        built.step(clips)
-    return memory_mb(clips.device)
-
-
-def measure_memory(family: str, engine: str, args: Args) -> float:
+def measure(family: str, engine: str, args: Args) -> float:
     """Peak resident memory in MB of a process of its own that does two steps of one engine."""
-    command = [sys.executable, "-m", "benchmarks.bench_accelerate", "--families", family]
-    command += ["--memory", engine, "--batch", str(args.batch), "--precision", args.precision]
+    found = ["--families", family, "--memory", engine]
+    found += ["--batch", str(args.batch), "--precision", args.precision]
     for path in ("mae_st", "videomae", "videomae_v2", "slowfast"):
-        command += ["--" + path.replace("_", "-"), getattr(args, path)]
-    command += ["--quick"] if args.quick else []
-    root = Path(__file__).resolve().parent.parent
-    env = os.environ | MALLOC
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=env)
-    return float(run.stdout.splitlines()[-1])
+        found += ["--" + path.replace("_", "-"), getattr(args, path)]
+    found += ["--quick"] if args.quick else []
+    return measure_memory("benchmarks.bench_accelerate", found)
 
 
 def _config(family: str, args: Args) -> ModelConfig:
@@ -224,7 +187,7 @@ def _config(family: str, args: Args) -> ModelConfig:
     if args.quick:
         cfg = preset("vit_tiny", img_size=32, depth=2, decoder_depth=2)
         official = family in ("mae_st", "slowfast")
-        return cfg if official else replace(cfg, pred_t_dim=16, cls_embed=False)
+        return cfg if official else nearest(cfg)
     return preset("vit_base") if family in ("mae_st", "slowfast") else VIDEOMAE_B
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from mae_fast.bench.baselines.training import CLIP_GRAD
 
 import mae_fast
-from mae_fast.bench.timing import append
+from mae_fast.bench.baselines.training import CLIP_GRAD
+from mae_fast.bench.records import append
 from mae_fast.config import ModelConfig, TrainConfig, preset
 from mae_fast.environment import environment
 from mae_fast.masking import draw_ids

@@ -5,46 +5,38 @@
 
 Steps are taken in turn (mae_fast/bench/timing.py), the machine's limits among them. Before anything
 is timed, engines that compute the same model must give the same loss from the same weights and
-mask. Peak memory is that of a process of its own, whose malloc gives back what is freed: glibc's
-own way leaves the heap in pieces, and the peak is then up to half as much again, by chance.
+mask. Peak memory is that of a process of its own (benchmarks/steps.py).
 `--quick` keeps the harness working and says nothing.
 
 `mae_fast_encode_all` is masking at 0%: the encoder sees every token. The decoder and the loss stay
 those of the 90% mask, since 0% leaves nothing to predict; the paper's dense encoder is the same.
 """
 
-import os
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
+from torch import Tensor
+
+from benchmarks.steps import measure_memory, peak_memory, time_rounds
+from mae_fast.bench import machine
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, OfficialMAE, normalise
 from mae_fast.bench.baselines.official_repository import OfficialRepository
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B
-from torch import Tensor
-
-from mae_fast.bench import machine
 from mae_fast.bench.flops import official_step_flop, step_flop
 from mae_fast.bench.ours import Ours
-from mae_fast.bench.timing import append, interleave, ratio
+from mae_fast.bench.records import append
+from mae_fast.bench.timing import ratio
 from mae_fast.config import ModelConfig, preset
 from mae_fast.environment import environment
-from mae_fast.metrics import memory_mb
 
 OURS = "mae_fast"
 WITHOUT = OURS + "_without_"  # one exact saving switched off
 ENCODE_ALL = OURS + "_encode_all"
 REPOSITORY = "official_repository"
 ENGINES = (OURS, "official_eager", "official_sdpa", "official_sdpa_fused_adamw")
-# Blocks of 128 KiB and more go back when freed; setting it stops glibc from raising the number.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 QUICK = preset("vit_tiny", img_size=32, depth=2, decoder_depth=2)
 
 
@@ -88,7 +80,8 @@ class Args:
 def main(args: Args) -> None:
     for batch in args.batch:
         if args.memory:
-            print(peak_memory(args.memory, args, batch))
+            clips, noise = make_clips(args.cfg, batch), torch.rand(batch, args.cfg.num_patches)
+            print(peak_memory(build(args.memory, args), clips, noise))
         else:
             compare(args, batch)
 
@@ -101,14 +94,21 @@ def compare(args: Args, batch: int) -> None:
     built = {name: build(name, args) for name in names}
     check_losses(built, clips, args)
     limits = machine.limits(args.quick)
-    seconds, update_after = time_rounds(built, limits, clips, 2 if args.quick else args.rounds)
+    seconds, update_after = time_rounds(
+        built,
+        lambda: (clips, torch.rand(batch, cfg.num_patches)),
+        2 if args.quick else args.rounds,
+        {name: limit.run for name, limit in limits.items()},
+    )
     built.clear()  # what follows needs the memory
     engines = {
         name: {
             "step": seconds[name],
             "forward_backward": update_after[name],
             "flop": flop(name, cfg, batch, args.ratio),
-            "peak_memory_mb": measure_memory(name, args, batch),
+            "peak_memory_mb": measure_memory(
+                "benchmarks.ladder", memory_arguments(name, args, batch)
+            ),
         }
         for name in names
     }
@@ -182,32 +182,6 @@ def official_encode_all(
     return float(model(normalise(clips), args.ratio, noise, encode_all=True)[0])
 
 
-def time_rounds(
-    built: dict[str, Built], limits: dict[str, machine.Limit], clips: Tensor, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """({engine or limit: seconds of each round}, {engine: seconds until its optimizer began})."""
-    update_after = {name: [] for name in built}
-    num_patches = built[OURS].model.cfg.num_patches
-    began_update = [0.0]
-
-    def timed(name: str, engine: Built) -> Callable[[], None]:
-        def step() -> None:
-            noise = torch.rand(len(clips), num_patches)
-            begin = time.perf_counter()
-            engine.step(clips, noise)
-            update_after[name].append(began_update[0] - begin)
-
-        return step
-
-    functions = {name: limit.run for name, limit in limits.items()}
-    for name, engine in built.items():
-        engine.optimizer.register_step_pre_hook(
-            lambda *_: began_update.__setitem__(0, time.perf_counter())
-        )
-        functions[name] = timed(name, engine)
-    return interleave(functions, rounds), update_after
-
-
 def flop(name: str, cfg: ModelConfig, clips: int, mask_ratio: float) -> int | None:
     """FLOP of one step (mae_fast/bench/flops.py); None for a model that is not counted."""
     if name == REPOSITORY or name in OFFICIAL:
@@ -218,23 +192,11 @@ def flop(name: str, cfg: ModelConfig, clips: int, mask_ratio: float) -> int | No
     return step_flop(cfg, clips, mask_ratio, without, encode_all=name == ENCODE_ALL)
 
 
-def peak_memory(name: str, args: Args, batch: int) -> float:
-    """Peak resident memory in MB of this process after two steps."""
-    built, clips = build(name, args), make_clips(args.cfg, batch)
-    for _ in range(2):
-        built.step(clips, torch.rand(batch, args.cfg.num_patches))
-    return memory_mb(clips.device)
-
-
-def measure_memory(name: str, args: Args, batch: int) -> float:
-    """Peak resident memory in MB of a process of its own that does two steps of one engine."""
-    command = [sys.executable, "-m", "benchmarks.ladder", "--memory", name, "--model", args.model]
-    command += ["--batch", str(batch), "--ratio", str(args.ratio), "--precision", args.precision]
-    command += ["--official", args.official, *(["--quick"] if args.quick else [])]
-    root = Path(__file__).resolve().parent.parent
-    env = os.environ | MALLOC
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=env)
-    return float(run.stdout)
+def memory_arguments(name: str, args: Args, batch: int) -> list[str]:
+    """Of this module, for the process whose peak memory is measured."""
+    found = ["--memory", name, "--model", args.model, "--batch", str(batch)]
+    found += ["--ratio", str(args.ratio), "--precision", args.precision]
+    return [*found, "--official", args.official, *(["--quick"] if args.quick else [])]
 
 
 if __name__ == "__main__":

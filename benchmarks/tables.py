@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mae_fast.bench.flops import step_flop
-from mae_fast.bench.ratio_table import summary
+from mae_fast.bench.ratio_table import NOISY, summary
 from mae_fast.bench.timing import ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.ops import OPS
@@ -252,14 +252,30 @@ def ratio_table(records: list[dict]) -> str:
         rows = []
         for masked in dict.fromkeys(c["ratio"] for c in cells):
             at = {c["engine"]: c for c in cells if c["ratio"] == masked}
-            shown = [_ratio_cell(at.get(name)) for name in engines]
-            rows.append([f"{masked:.0%}", f"{next(iter(at.values()))['flop_limit']:.1f}x", *shown])
+            limit = f"{next(iter(at.values()))['flop_limit']:.1f}x"
+            shown = [at.get(name) for name in engines]
+            rows.append([f"{masked:.0%}", limit, *map(_ratio_cell, shown)])
+            if any(cell and cell["data"] for cell in shown):
+                rows.append([f"{masked:.0%}, with loading", limit, *map(_loading_cell, shown)])
         parts.append(
             f"**What masking buys**, {model}, {strategy}, {cells[0]['precision']}: seconds a clip, "
             f"and how many times less than the same engine at 0% (`mae-fast bench ratio`; ! spread "
-            f"over 10%). {where(group)}.\n\n" + table(f"masked|limit|{'|'.join(engines)}", rows)
+            f"over 10%).{_against_official(cells)} {where(group)}.\n\n"
+            + table(f"masked|limit|{'|'.join(engines)}", rows)
         )
     return "\n".join(parts)
+
+
+def _against_official(cells: list[dict]) -> str:
+    """What masking and the engine buy together, at 90%."""
+    for c in cells:
+        if (c["engine"], c["ratio"]) == (OURS, 0.9) and c["against_official_at_0"]:
+            at_0, here = c["against_official_at_0"]["times"], c["against_official"]["times"]
+            return (
+                f" `{OURS}` at 90% is {at_0:.1f}x as fast as official eager at 0%, and {here:.2f}x "
+                "as fast as official eager at 90%."
+            )
+    return ""
 
 
 def _ratio_cell(cell: dict | None) -> str:
@@ -268,6 +284,15 @@ def _ratio_cell(cell: dict | None) -> str:
     less = cell["against_itself_at_0"]
     times = f", {less['times']:.2f}x" if less and cell["ratio"] else ""
     return f"{cell['seconds_a_clip']:.2f}{'!' if cell['noisy'] else ''}{times}"
+
+
+def _loading_cell(cell: dict | None) -> str:
+    if cell is None or not cell["data"]:
+        return "unmeasured"
+    data, times = cell["data"], ""
+    if cell["ratio"] and "against_itself_at_0" in data:
+        times = f", {data['against_itself_at_0']:.2f}x"
+    return f"{data['seconds_a_clip']:.2f}{'!' if data['spread'] > NOISY else ''}{times}"
 
 
 def ops_table(records: list[dict], overhead: dict | None) -> str:

@@ -9,10 +9,10 @@ import math
 from functools import partial
 
 import torch
-from mae_fast.bench.baselines.official_repository import import_models
 from torch import nn
 
 import mae_fast
+from mae_fast.bench.baselines.official_repository import import_models
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("repository", help="checkout of facebookresearch/mae_st")

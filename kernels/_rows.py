@@ -4,6 +4,7 @@ there are, and the sum of their partial results in a fixed order."""
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 
 # A program has so many rows at least: a program's partial sums, two values a column in fp32, are

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 
 CHUNK = 8192

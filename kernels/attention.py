@@ -22,8 +22,9 @@ tensor cores: it is for checks, and for heads of up to 80. Nothing here has run 
 import torch
 import triton
 import triton.language as tl
-from mae_fast.kernels import configs
 from torch import Tensor
+
+from mae_fast.kernels import configs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

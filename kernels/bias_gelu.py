@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 from mae_fast.kernels._rows import LEAST_ROWS, row_programs, sum_parts
 

@@ -9,6 +9,7 @@ nothing.
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 from mae_fast.kernels.patchify_gather import locate
 

@@ -8,6 +8,7 @@ Visible tokens, cls and gradients are read in place where their rows are contigu
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 from mae_fast.kernels._rows import sum_parts
 

@@ -8,6 +8,7 @@ that is not contiguous is copied.
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 from mae_fast.kernels._rows import LEAST_ROWS, as_rows, row_offsets, row_programs, sum_parts
 

@@ -12,6 +12,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 from mae_fast.kernels.patchify_gather import locate, normalise, offsets
 

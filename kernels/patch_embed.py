@@ -11,6 +11,7 @@ no share in the gradients.
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 from mae_fast.kernels.patchify_gather import locate, offsets
 

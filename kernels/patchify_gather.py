@@ -9,6 +9,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from mae_fast.kernels import configs
 
 

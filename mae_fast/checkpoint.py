@@ -39,15 +39,9 @@ def save(
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optim.{key}.{name}"] = value.detach()
     path = folder / _NAME.format(step)
-    tmp = path.with_suffix(".tmp")
     try:
-        metadata = {"mae_fast": json.dumps({**state, "step": step})}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata)
-        sync(tmp)
-        os.replace(tmp, path)
-        sync(folder)
+        write_tensors(path, tensors, {"mae_fast": json.dumps({**state, "step": step})})
     except (OSError, SafetensorError) as e:
-        tmp.unlink(missing_ok=True)
         left = [p.name for p in checkpoints(folder)]
         raise CheckpointError(
             f"cannot write {path}: {e}; nothing was lost, the last good checkpoint is "
@@ -61,6 +55,19 @@ def save(
 def checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first."""
     return sorted(Path(folder).glob("checkpoint-*.safetensors"))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all. OSError or SafetensorError where it cannot."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata)
+        sync(tmp)
+        os.replace(tmp, path)
+        sync(path.parent)
+    except (OSError, SafetensorError):
+        tmp.unlink(missing_ok=True)
+        raise
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ import tyro
 from mae_fast import cost
 from mae_fast.bench import records
 from mae_fast.bench.flops import forward_flop, official_parts, step_parts
+from mae_fast.bench.paper import PAPER
 from mae_fast.config import ModelConfig, Variant, load_config
 from mae_fast.config import preset as make_preset
 from mae_fast.errors import ConfigError
@@ -21,13 +22,6 @@ from mae_fast.errors import ConfigError
 VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
 # One core's time for 16 frames, every fourth of a 30 fps video, without resizing: 57-88 ms seen.
 DECODE_SECONDS = 0.07
-# arXiv 2205.09113, table 1: ViT-L, Kinetics-400, 800 epochs of 128 A100, the official code.
-PAPER = {
-    "gpus": 128,
-    "device": "A100",
-    "hours_compute": {0.0: 24.5 * 5.8, 0.9: 24.5},
-    "hours_with_loading": {0.0: 35.8 * 4.1, 0.9: 35.8},
-}
 DRAWN = ("vit_base", "vit_large", "vit_huge")
 
 
@@ -109,7 +103,7 @@ def plan(
     }
     found["ceilings"] = {k: v for k, v in where._asdict().items() if k != "name"}
     found["measured"] = measured(results, found)
-    found["paper"] = PAPER if model == "vit_large" else None
+    found["paper"] = PAPER if model == PAPER["model"] else None
     if output:
         draw(output, where, batch, epochs, dataset)
     print(jsonlib.dumps(found, indent=2) if json else tell(found))
@@ -272,10 +266,11 @@ def tell(found: dict[str, Any]) -> str:
     if not found["measured"]:
         lines.append("  measured          nothing yet on this device")
     if found["paper"]:
-        hours = found["paper"]["hours_compute"][0.9], found["paper"]["hours_with_loading"][0.9]
+        p = found["paper"]
         lines.append(
-            f"  the paper's       90%, 128 A100, official code: {hours[0]} h of compute, "
-            f"{hours[1]} h with loading; 5.8x and 4.1x less than at 0%"
+            f"  the paper's       {p['ratio']:.0%}, {p['gpus']} {p['device']}, official code: "
+            f"{p['compute_hours']} h of compute, {p['with_data_hours']} h with loading; "
+            f"{p['compute']}x and {p['with_data']}x less than at 0%"
         )
     return "\n".join(lines)
 
@@ -291,15 +286,15 @@ def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str
         cfg = make_preset(model)
         hours = [clips * cost.compute_seconds(cfg, batch, r, device) / batch / 3600 for r in ratios]
         axis.plot(ratios, hours, marker=".", label=f"{model}, {device.name}, predicted")
-    for key, mark in (("hours_compute", "x"), ("hours_with_loading", "+")):
-        hours = PAPER[key]
+    for what, mark in (("compute", "x"), ("with_data", "+")):
+        hours = PAPER[f"{what}_hours"]
         axis.plot(
-            list(hours),
-            [PAPER["gpus"] * h for h in hours.values()],
+            [PAPER["ratio"], 0.0],
+            [PAPER["gpus"] * hours, PAPER["gpus"] * hours * PAPER[what]],
             linestyle="none",
             marker=mark,
             color="black",
-            label=f"the paper, ViT-L, A100, {key.replace('hours_', '').replace('_', ' ')}",
+            label=f"the paper, ViT-L, {PAPER['device']}, {what.replace('_', ' ')}",
         )
     axis.set(xlabel="masked share", ylabel="device-hours", yscale="log")
     axis.set_title(f"{clips / 1e6:.0f} M clips; lines are predictions, loading not included")

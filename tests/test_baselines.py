@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
+from mae_fast import MaskedAutoencoder
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS, OfficialMAE, normalise
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B
-
-from mae_fast import MaskedAutoencoder
 from mae_fast.config import ModelConfig, TrainConfig, preset
 from mae_fast.optim import clipped_step, make_optimizer
 

@@ -12,10 +12,8 @@ def test_the_benchmark_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))  # benchmarks is not installed
     from benchmarks import bench_accelerate as bench
 
-    measure = bench.measure_memory  # in a process of its own: once is enough here
-    monkeypatch.setattr(
-        bench, "measure_memory", lambda f, e, a: e == bench.AFTER and measure(f, e, a)
-    )
+    measure = bench.measure  # in a process of its own: once is enough here
+    monkeypatch.setattr(bench, "measure", lambda f, e, a: e == bench.AFTER and measure(f, e, a))
     out = tmp_path / "accelerate.jsonl"
     bench.main(bench.Args(quick=True, out=str(out)))
     (record,) = map(json.loads, out.read_text().splitlines())

@@ -1,10 +1,8 @@
-"""`mae-fast report`: a page that is well formed, asks no network, and whose script works.
-
-The script runs in node on a few lines that stand for a table: the look of the page, and clicks in
-a real browser, are not tested here.
-"""
+"""`mae-fast report`: a page that is well formed, asks no network, and whose script works: in node,
+on a few lines that stand for a table, and in a browser where there is one."""
 
 import copy
+import html
 import html.parser
 import json
 import re
@@ -18,7 +16,9 @@ from mae_fast import cli
 from mae_fast.bench import records
 from mae_fast.report.page import SCRIPT
 
-RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -158,6 +158,13 @@ def test_two_hundred_records(folder):
     assert every[: every.index("<h2 id", 1)].count("<tr>") == 401  # two engines, and the head
 
 
+def test_the_committed_page_has_every_record():
+    text = (ROOT / "docs/report.html").read_text()
+    for path in records.files([RESULTS]):
+        for record in records.read(path):
+            assert str(record["environment"]["commit"]) in text, "run `make tables`, and commit"
+
+
 def test_png(folder):
     page(folder, str(folder / "in"), "--png", str(folder / "png"))
     files = {p.name for p in (folder / "png").iterdir()}
@@ -199,3 +206,46 @@ assert.deepEqual(tableRows(table)[0], ["10%"]);
 def test_the_script_sorts_and_makes_csv():
     run = subprocess.run(["node", "-e", SCRIPT + CHECKS], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+# Runs before the page's own script, and after it.
+WATCH = "<script>var errors = []; window.onerror = m => { errors.push(m); };</script>"
+CLICKS = """
+<script>
+const heads = Array.from(document.querySelectorAll("thead button"));
+heads.forEach(b => { b.click(); b.click(); });
+document.querySelectorAll("button.copy").forEach(b => b.click());
+document.body.dataset.seen = JSON.stringify({
+  errors, heads: heads.length,
+  sorted: document.querySelectorAll("th[aria-sort=descending]").length,
+  tables: document.querySelectorAll("table").length,
+  fits: document.documentElement.scrollWidth <= window.innerWidth,
+  drawn: Array.from(document.querySelectorAll("svg")).every(s => s.getBBox().width > 100),
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium or chrome")
+@pytest.mark.parametrize("width", [500, 1400])
+def test_in_a_browser(folder, width):
+    text = page(folder, str(folder / "in"), str(RESULTS))
+    text = text.replace("<head>", "<head>" + WATCH).replace("</body>", CLICKS + "</body>")
+    (folder / "watched.html").write_text(text)
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder}/c",
+    ]
+    command += [f"--window-size={width},1200", "--enable-logging=stderr", "--dump-dom"]
+    command.append((folder / "watched.html").as_uri())
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "CONSOLE" not in run.stderr
+    found = html.unescape(re.search(r'data-seen="([^"]*)"', run.stdout)[1])
+    seen = json.loads(found)
+    assert seen["errors"] == []
+    assert seen["heads"] > 30 and seen["sorted"] == seen["tables"] >= 8
+    assert seen["fits"] and seen["drawn"]

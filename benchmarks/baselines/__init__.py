@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from mae_fast.bench.baselines.official import OfficialMAE, normalise
 from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.bench.baselines.transformers_videomae import PEERS
-from torch import Tensor
-
 from mae_fast.config import ModelConfig
 from mae_fast.model import init_weights
 

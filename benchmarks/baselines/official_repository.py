@@ -18,10 +18,10 @@ from types import ModuleType
 from unittest import mock
 
 import torch
-from mae_fast.bench.baselines.official import EPS, normalise
-from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from torch import Tensor, nn
 
+from mae_fast.bench.baselines.official import EPS, normalise
+from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.config import ModelConfig
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from torch import Tensor, nn
 
+from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.config import ModelConfig, preset
 
 # transformers' VideoMAEConfig(): a decoder of 384, 4 blocks, 6 heads.

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from mae_fast.bench.baselines import Official
-from mae_fast.bench.baselines.training import Built
 from torch import Tensor
 
 from benchmarks.gpu.records import free
 from benchmarks.gpu.setting import Setting
+from mae_fast.bench.baselines import Official
+from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.ours import Ours
 from mae_fast.config import ModelConfig
 from mae_fast.graph import GraphedStep

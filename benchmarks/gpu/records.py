@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import ROOT
-from mae_fast.bench.timing import append
 from mae_fast.environment import commit, environment
 
 RESULTS = ROOT / "benchmarks/results/gpu"
@@ -67,9 +66,12 @@ class Records:
 
     def add(self, stage: str, item: str, status: str, **data: Any) -> None:
         name = {"stage": stage, "item": item, "status": status, "sources": self.sources}
-        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
-            self.path.open("a").write("\n")  # after a line that a crash cut short
-        append(str(self.path), {**name, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), **data})
+        record = {**name, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), **data}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        # Not validated: what was measured on a borrowed machine is kept, whatever it is.
+        with self.path.open("a") as f:
+            f.write("\n" * cut + json.dumps(record) + "\n")
 
 
 def open_records(device: str, rehearsal: bool, path: Path | None = None) -> Records:

@@ -17,7 +17,8 @@ import tyro
 from benchmarks.ops.bench_overhead import WAYS, call
 from benchmarks.ops.case import CLIPS, MODEL, Case
 from mae_fast.bench import machine
-from mae_fast.bench.timing import append, interleave, ratio, share, spread
+from mae_fast.bench.records import append
+from mae_fast.bench.timing import interleave, ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.environment import environment
 from mae_fast.ops import OPS

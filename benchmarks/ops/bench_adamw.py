@@ -1,10 +1,10 @@
 """adamw: clipping and the step, on the decoder's blocks, against the official multi-tensor one."""
 
 import torch
-from mae_fast.bench.baselines import training
 from torch import nn
 
 from benchmarks.ops.case import Case, entry
+from mae_fast.bench.baselines import training
 from mae_fast.config import TrainConfig
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS

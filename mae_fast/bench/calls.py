@@ -156,7 +156,7 @@ def calls(
 
         return record
 
-    called = (op for op in OPS if hasattr(forward, op) and op != "linear")
+    called = [op for op in OPS if hasattr(forward, op)]
     frames = cfg.target_frames
     with (
         mock.patch.object(ModelConfig, "target_frames", frames),  # fake tensors hold no numbers
@@ -218,6 +218,9 @@ def cost(call: Call) -> dict[str, dict[str, int]]:
     if call.op == "attention":
         q, k = tensors[:2]
         flop = 4 * q.numel() * k.shape[1]
+        return {"flop": {"forward": flop, "forward_backward": 3 * flop}}
+    if call.op == "linear":
+        flop = 2 * tensors[0].numel() * len(tensors[1])
         return {"flop": {"forward": flop, "forward_backward": 3 * flop}}
     if call.op == "patch_embed":
         flop = 2 * tensors[1].numel() * tensors[2].numel()

@@ -1,8 +1,8 @@
 """One cell of `mae-fast bench ratio`: a training step of one engine at one masking ratio.
 
 What is measured in a process of its own stands here: peak memory and the batch that fits, the first
-loss, the step's parts, and steps that load their clips. `in_own_process` starts that process, which
-is `python -m mae_fast.bench.cell`.
+loss, and steps that load their clips. `in_own_process` starts that process, which is `python -m
+mae_fast.bench.cell`.
 """
 
 import dataclasses
@@ -25,15 +25,20 @@ from torch import Tensor
 from mae_fast.bench import engines
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.engines import Masking
+from mae_fast.bench.timing import clock
 from mae_fast.config import DataConfig, ModelConfig, load_config, preset
+from mae_fast.data import Batch, build_index, make_loader, read_index
 from mae_fast.errors import ConfigError, MaeFastError
 from mae_fast.metrics import memory_mb
 
 QUICK = "quick"
-# Blocks of 128 KiB and more go back when freed; setting it stops glibc from raising the number.
+# For peak memory: blocks of 128 KiB and more go back when freed; setting it stops glibc from
+# raising the number. It makes steps a third slower.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
 USABLE = 0.9  # of the memory that is free
 WARM, TIMED = 2, 5  # steps with data
+# Steps of a loader: near its end its workers would be done, and others have their cores.
+ENDLESS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,67 @@ def make_clips(cfg: ModelConfig, clips: int, setting: Setting) -> Tensor:
     return found.to(setting.device)
 
 
-def stepper(cell: Cell, built: Built, clips: Tensor, setting: Setting) -> Callable[[], Any]:
-    """step() of `built` in this cell, on these clips; a mask of its own every time."""
+class LoadedClips:
+    """Clips [B, C, T, H, W] of videos, as training gets them: each call waits for a batch that
+    `workers` processes decode, copies it to the device and augments it there. A context."""
+
+    def __init__(self, cell: Cell, setting: Setting, clips: int, folder: str, workers: int) -> None:
+        self.cfg, self.device = cell.cfg, torch.device(setting.device)
+        self.clips, self.folder, self.workers, self.seed = clips, folder, workers, setting.seed
+        self.repeat = next(n for n in (4, 2, 1) if clips % n == 0)  # of one video, as in training
+        self.ahead = 2 * workers  # batches that torch's loader has ready at most
+        self.waited = 0.0  # seconds of the last call
+
+    def __enter__(self) -> "LoadedClips":
+        with tempfile.TemporaryDirectory() as scratch:
+            index = Path(scratch) / "index.jsonl"
+            build_index([self.folder], index, progress=False)
+            rows = [row for row in read_index(index) if not row.error]
+        data = DataConfig(index=str(index), repeat_aug=self.repeat, workers=self.workers)
+        loader = make_loader(
+            rows,
+            data,
+            num_frames=self.cfg.num_frames,
+            batch_size=self.clips // self.repeat,
+            seed=self.seed,
+            steps=ENDLESS,
+        )
+        self.batches = iter(loader)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.batches.close()
+
+    def next_batch(self) -> Batch:
+        return next(self.batches)
+
+    def to_device(self, batch: Batch) -> Batch:
+        return batch.to(self.device, non_blocking=True)
+
+    def augment(self, batch: Batch) -> Tensor:
+        return batch.video(self.cfg.img_size)
+
+    def __call__(self) -> Tensor:
+        begin = time.perf_counter()
+        batch = self.next_batch()
+        self.waited = time.perf_counter() - begin
+        return self.augment(self.to_device(batch))
+
+
+def stepper(
+    cell: Cell, built: Built, clips: Tensor | Callable[[], Tensor], setting: Setting
+) -> Callable[[], Any]:
+    """step() of `built` in this cell, on these clips, or on what `clips()` gives each time; a mask
+    of its own every time."""
     cfg, masking, taken = cell.cfg, cell.masking, 0
     ratio = masking.step_ratio(cfg)
 
     def step() -> Any:
         nonlocal taken
-        noise = masking.noise(cfg, len(clips), setting.seed, taken, setting.device)
+        video = clips() if callable(clips) else clips
+        noise = masking.noise(cfg, len(video), setting.seed, taken, setting.device)
         taken += 1
-        return built.step(clips, noise, ratio, masking.encode_all)
+        return built.step(video, noise, ratio, masking.encode_all)
 
     return step
 
@@ -104,23 +160,18 @@ def build(cell: Cell, setting: Setting) -> Built:
 
 
 def probe(cell: Cell, setting: Setting, clips: int) -> dict[str, Any]:
-    """Peak memory of two steps, the first one's loss, and the parts of the third."""
-    from mae_fast.profile.trace import trace
-
+    """Peak memory of two steps, the first one's loss, and the second one's seconds."""
     built = build(cell, setting)
     engines.same_weights(built)
     step = stepper(cell, built, make_clips(cell.cfg, clips, setting), setting)
     loss = float(step())
-    step()
-    memory = memory_mb(torch.device(setting.device))
-    found = trace(built, step, setting.device, warm=1)
+    seconds = clock(setting.device)(step)
     return {
         "clips": clips,
         "loss": loss,
-        "peak_memory_mb": memory,
+        "peak_memory_mb": memory_mb(torch.device(setting.device)),
         "state_mb": 16 * sum(p.numel() for p in built.model.parameters()) / 2**20,
-        "step_seconds": found.unprofiled,
-        "parts": found.phases(),
+        "step_seconds": seconds,
     }
 
 
@@ -128,43 +179,19 @@ def with_data(
     cell: Cell, setting: Setting, clips: int, folder: str, workers: int
 ) -> dict[str, Any]:
     """Seconds of steps whose clips are decoded, augmented and copied, and of these the wait."""
-    from mae_fast.data import build_index, make_loader, read_index
-
-    cfg, masking = cell.cfg, cell.masking
-    built = build(cell, setting)
-    ratio, device = masking.step_ratio(cfg), torch.device(setting.device)
-    repeat = next(n for n in (4, 2, 1) if clips % n == 0)
+    built, timer = build(cell, setting), clock(setting.device)
     seconds, waits = [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        index = Path(scratch) / "index.jsonl"
-        build_index([folder], index, progress=False)
-        rows = [row for row in read_index(index) if not row.error]
-        data = DataConfig(index=str(index), repeat_aug=repeat, workers=workers)
-        # Near its end the loader's workers are done, and steps would have their cores.
-        steps = WARM + TIMED + 2 * (1 + workers)
-        loader = make_loader(
-            rows,
-            data,
-            num_frames=cfg.num_frames,
-            batch_size=clips // repeat,
-            seed=setting.seed,
-            start=0,
-            steps=steps,
-        )
-        batches = iter(loader)
-        for taken in range(WARM + TIMED):
-            begin = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - begin
-            video = batch.to(device, non_blocking=True).video(cfg.img_size)
-            noise = masking.noise(cfg, clips, setting.seed, taken, setting.device)
-            built.step(video, noise, ratio, masking.encode_all)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-            waits.append(waited)
-        batches.close()
-    return {"clips": clips, "seconds": seconds[WARM:], "waits": waits[WARM:], "repeat": repeat}
+    with LoadedClips(cell, setting, clips, folder, workers) as source:
+        step = stepper(cell, built, source, setting)
+        for _ in range(WARM + TIMED):
+            seconds.append(timer(step))
+            waits.append(source.waited)
+    return {
+        "clips": clips,
+        "seconds": seconds[WARM:],
+        "waits": waits[WARM:],
+        "repeat": source.repeat,
+    }
 
 
 def in_own_process(what: str, cell: Cell, setting: Setting, **arguments: Any) -> dict[str, Any]:
@@ -177,7 +204,8 @@ def in_own_process(what: str, cell: Cell, setting: Setting, **arguments: Any) ->
         "arguments": arguments,
     }
     command = [sys.executable, "-m", "mae_fast.bench.cell", json.dumps(order)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC)
+    env = os.environ | (MALLOC if what == "probe" else {})
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = run.stdout.splitlines()
     if run.returncode == 0 and lines:
         return json.loads(lines[-1])

@@ -1,8 +1,9 @@
 """`mae-fast bench ratio`: what masking buys, for these models and engines on this machine.
 
 Every cell (model, strategy, ratio, engine) is first tried in a process of its own, which gives the
-batch that fits, peak memory, the loss and the parts of a step. Then steps of all cells are taken in
-turn, round by round, with the machine's limits among them; ratios are taken round by round.
+batch that fits, peak memory and the loss. Then all are warmed up, which gives the parts of a step,
+and steps are taken in turn, round by round, with the machine's limits among them; ratios are taken
+round by round.
 At 0% nothing is left to predict: the encoder sees every token, and the decoder and the loss stay
 those of 90%, as in the paper's dense encoder.
 """
@@ -39,6 +40,7 @@ from mae_fast.bench.records import append, read
 from mae_fast.bench.timing import clock, interleave
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
+from mae_fast.profile.trace import trace
 
 RATIOS = (0.0, 0.5, 0.75, 0.8, 0.9, 0.95, 0.98)
 ENGINES = ("ours", "official_eager", "official_sdpa", "official_compile", "transformers")
@@ -104,7 +106,7 @@ def ratio(
         for group in run.groups([c for c in cells if c.model == name and run.fits(c)]):
             run.time_group(group)
     found, path = assemble(run.log, cells), run.folder / "ratio.jsonl"
-    if run.measured:
+    if run.measured or not path.exists():
         for record in found:
             append(path, record)
     told = summary(found) | {"skipped": run.log["skipped"]}
@@ -162,7 +164,13 @@ class Run:
     def __init__(self, setting: Setting, clips: int, rounds: int, folder: Path) -> None:
         self.setting, self.clips, self.rounds, self.folder = setting, clips, rounds, folder
         self.path, self.measured = folder / "samples.jsonl", False
-        self.log: dict[str, Any] = {"probe": {}, "data": {}, "rounds": [], "skipped": {}}
+        self.log: dict[str, Any] = {
+            "probe": {},
+            "data": {},
+            "parts": {},
+            "rounds": [],
+            "skipped": {},
+        }
         here = {"setting": asdict(setting), "clips": clips, "environment": environment()}
         self.commit = here["environment"]["commit"]
         if self.path.exists():
@@ -191,7 +199,7 @@ class Run:
                 )
 
     def _take(self, line: dict) -> None:
-        for kind in ("probe", "data"):
+        for kind in ("probe", "data", "parts"):
             if kind in line:
                 self.log[kind][line["cell"]] = line[kind]
         if "seconds" in line:
@@ -223,7 +231,7 @@ class Run:
                 yield cell
 
     def probe_all(self, cells: list[Cell]) -> None:
-        """Peak memory, loss and parts of every cell, at the largest batch that fits."""
+        """Peak memory and loss of every cell, at the largest batch that fits."""
         todo = [c for c in cells if c.key not in self.log["probe"]]
         with Progress("one process a cell", len(todo)) as progress:
             for cell in todo:
@@ -294,7 +302,8 @@ class Run:
     def time_group(self, cells: list[Cell]) -> None:
         """Rounds of these cells, each in an order drawn anew, until each has all its samples."""
         taken = Counter(key for line in self.log["rounds"] for key in line["seconds"])
-        cells = [c for c in cells if taken[c.key] < self.rounds]
+        parts = self.log["parts"]
+        cells = [c for c in cells if taken[c.key] < self.rounds or c.key not in parts]
         if not cells:
             return
         estimate = {c.key: self.log["probe"][c.key]["step_seconds"] for c in cells}
@@ -309,10 +318,13 @@ class Run:
                 step = stepper(cell, built[cell.engine], clips, self.setting)
                 steps[cell.key] = step
                 warm_up(step, timer)
+                if cell.key not in parts:
+                    seen = trace(built[cell.engine], step, self.setting.device, warm=0)
+                    self._add({"cell": cell.key, "parts": seen.phases()})
                 progress.done(2 * estimate[cell.key])
             dtype = torch.bfloat16 if self.setting.precision == "bf16" else torch.float32
             limits = machine.limits(cells[0].model == QUICK, self.setting.device, dtype)
-            while cells:
+            while cells := [c for c in cells if taken[c.key] < self.rounds]:
                 number = min(taken[c.key] for c in cells)
                 progress.tell(f"round {number + 1} of {self.rounds}")
                 random.seed(f"{self.setting.seed} {number}")
@@ -323,7 +335,6 @@ class Run:
                 self._add(line | {"seconds": {c.key: samples[c.key][0] for c in cells}})
                 progress.done(sum(estimate[c.key] for c in cells))
                 taken.update(c.key for c in cells)
-                cells = [c for c in cells if taken[c.key] < self.rounds]
 
 
 def warm_up(step: Callable[[], object], timer: Callable[..., float]) -> None:

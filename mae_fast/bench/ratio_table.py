@@ -10,6 +10,7 @@ from typing import Any
 from mae_fast.bench.cell import Cell, config_of
 from mae_fast.bench.engines import flop_limit, parts
 from mae_fast.bench.flops import forward_flop
+from mae_fast.bench.paper import PAPER
 from mae_fast.bench.timing import spread
 
 OFFICIAL = "official_eager"
@@ -17,15 +18,6 @@ NOISY = 0.10  # a spread above it is marked
 # Of the step, what masking does not shrink as it shrinks the encoder.
 LOST = ("decoder", "patch embedding", "optimizer", "overhead", "data")
 OVERHEAD = ("rest", "mask", "loss", "idle")
-# MAE-ST, table 1: ViT-L, 800 epochs of Kinetics-400 on 128 A100.
-PAPER = {
-    "whose": "the paper's own, ViT-L at 90%, 800 epochs of Kinetics-400 on 128 A100",
-    "flop": 7.7,
-    "compute": 5.8,
-    "with_data": 4.1,
-    "compute_hours": 24.5,
-    "with_data_hours": 35.8,
-}
 
 
 def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
@@ -45,7 +37,7 @@ def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
             "clips": probe["clips"],
             "peak_memory_mb": probe["peak_memory_mb"],
             "flop_a_clip": done and sum(map(sum, done.values())),
-            "parts": probe["parts"],
+            "parts": log["parts"][cell.key],
             "data": log["data"].get(cell.key),
         }
     for record in found.values():
@@ -221,7 +213,7 @@ def print_tables(told: dict[str, Any]) -> None:
         groups.setdefault((cell["model"], cell["strategy"]), []).append(cell)
     for (model, strategy), cells in groups.items():
         print(f"\n{model}, {strategy} masking, {cells[0]['precision']}, {cells[0]['device']}")
-        print(text_table(CELL_HEAD, [_cell_row(c) for c in cells]))
+        print(text_table(CELL_HEAD, [cell_row(c) for c in cells]))
         if any(c["noisy"] for c in cells):
             print(f"! spread over {NOISY:.0%}: the machine was not quiet")
         for cell in cells:
@@ -243,7 +235,8 @@ CELL_HEAD = [
     "masked",
     "engine",
     "clips",
-    "s a step (spread)",
+    "s a step",
+    "spread",
     "clips/s",
     "peak MB",
     "GFLOP a clip",
@@ -259,13 +252,15 @@ def _times(found: dict | None) -> str:
     return "-" if found is None else f"{found['times']:.2f}x{'*' if found['apart'] else ''}"
 
 
-def _cell_row(c: dict) -> list[str]:
+def cell_row(c: dict[str, Any]) -> list[str]:
+    """A cell of `summary` under CELL_HEAD, here and in the report."""
     gflop, share = c["gflop_a_clip"], c["share_of_product_rate"]
     return [
         f"{c['ratio']:.0%}",
         c["engine"],
         str(c["clips"]),
-        f"{c['seconds_a_step']:.3g} ({c['spread']:.0%}{'!' if c['noisy'] else ''})",
+        f"{c['seconds_a_step']:.3f}",
+        f"{c['spread']:.0%}{'!' if c['noisy'] else ''}",
         f"{c['clips_a_second']:.3g}",
         f"{c['peak_memory_mb']:.0f}",
         "-" if gflop is None else f"{gflop:.0f}",

@@ -176,6 +176,14 @@ def describe(record: Record) -> str:
     return ", ".join(str(value) for field, value in subject(record) if field != "what")
 
 
+def title(record: Record) -> str:
+    """Of a record of steps: what was run."""
+    said = f"{record['model']}, {record['ratio']:.0%} masked, {record['batch_clips']} clips"
+    workers = record.get("workers")  # with loading
+    loaded = "" if workers is None else f" loaded by {workers} processes"
+    return f"{said}{loaded}, {record['precision']}"
+
+
 def where(record: Record) -> str:
     """The machine: the GPU if it was timed on one, otherwise the CPU."""
     found = record["environment"]

@@ -1,6 +1,5 @@
 """`mae-fast bench step`: whole training steps, timed one by one, with their conditions."""
 
-import json
 import statistics
 import tempfile
 import time
@@ -11,6 +10,7 @@ from typing import Literal
 import torch
 
 from mae_fast import metrics
+from mae_fast.bench.records import append
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig, Variant
 from mae_fast.config import preset as make_preset
 from mae_fast.environment import environment
@@ -81,9 +81,7 @@ def step(
         + (f", {record['data_wait_share']:.1%} of the time waiting for data" if waits else "")
     )
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        append(out, record)
 
 
 def time_synthetic(

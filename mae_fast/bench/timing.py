@@ -1,12 +1,10 @@
 """Times taken in turn: every round runs each function once, in an order drawn anew, so that a
 machine whose speed drifts is the same for all of them; ratios are then taken round by round."""
 
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -86,10 +84,3 @@ def share(
     unit, name = ("flop", product) if work["flop"] else ("bytes", "copy")
     limit = record["limits"][name]
     return work[unit] / limit[unit] * ratio(limit["seconds"], seconds)
-
-
-def append(path: str, record: dict) -> None:
-    """Add one line of JSON to a file of records."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        f.write(json.dumps(record) + "\n")

@@ -5,7 +5,6 @@ Names and what can be carried: `families.py`; how, and what is lost: `translate.
 
 import argparse
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +12,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mae_fast import checkpoint
@@ -169,13 +167,9 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig | None, dict[str, Tensor]
 def _save(path: Path, state: dict[str, Tensor], report: Report) -> None:
     """Write a file that transformers takes too ("format"), whole or not at all."""
     metadata = {"format": "pt", "mae_fast.convert": json.dumps(vars(report))}
-    tmp = path.with_name(path.name + ".tmp")
+    # Copies: a pickle's tensors may share memory, which the format cannot say.
+    tensors = {k: v.clone() for k, v in state.items()}
     try:
-        # Copies: a pickle's tensors may share memory, which the format cannot say.
-        save_file({k: v.clone().contiguous() for k, v in state.items()}, tmp, metadata)
-        checkpoint.sync(tmp)
-        os.replace(tmp, path)
-        checkpoint.sync(path.parent)
+        checkpoint.write_tensors(path, tensors, metadata)
     except (OSError, SafetensorError) as e:
-        tmp.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {e}") from e

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 import mae_fast.bench.ours
 import mae_fast.forward
 from mae_fast.bench.baselines.training import Built
+from mae_fast.bench.cell import LoadedClips
 
 PREFIX = "mae_fast label:"
 # Functions that the engine calls, by name: (phase, op); an empty phase is that of the caller.
@@ -33,6 +34,11 @@ FUNCTIONS = {
     "attention": ("", "attention"),
     "bias_gelu": ("", "bias_gelu"),
     "clipped_step": ("optimizer", "adamw"),
+}
+LOADING = {
+    "next_batch": ("data", "wait"),
+    "to_device": ("host to device", "copy"),
+    "augment": ("data", "crop_resize"),
 }
 # Methods and modules of the baselines, in the terms of our ops; the first name that a module's
 # path starts with gives its phase.
@@ -60,6 +66,9 @@ def labelled(built: Built) -> Iterator[None]:
             for name in FUNCTIONS.keys() & vars(module).keys():
                 called = _ranged(getattr(module, name), *FUNCTIONS[name])
                 stack.enter_context(mock.patch.object(module, name, called))
+        for name, where in LOADING.items():
+            loading = _ranged(getattr(LoadedClips, name), *where)
+            stack.enter_context(mock.patch.object(LoadedClips, name, loading))
         clip = _ranged(torch.nn.utils.clip_grad_norm_, "optimizer", "adamw")
         stack.enter_context(mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip))
         step = _ranged(built.optimizer.step, "optimizer", "adamw")

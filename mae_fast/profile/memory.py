@@ -12,6 +12,7 @@ from torch.profiler import profile as torch_profile
 from mae_fast.profile.trace import Trace, Where
 
 MB = 2**20
+MOMENTS = 500  # in a timeline at most
 
 
 class Timeline(NamedTuple):
@@ -55,14 +56,22 @@ def timeline(found: Trace, device: str) -> Timeline:
         if total > peak:
             peak, at_peak = total, dict(held)
     names = dict.fromkeys(name for state in [at_peak, *states[-1:]] for name in state)
-    holders = {name: [state.get(name, 0) / MB for state in states] for name in names}
+    kept = _thinned([sum(state.values()) for state in states])
+    holders = {name: [round(states[i].get(name, 0) / MB, 3) for i in kept] for name in names}
     largest = sorted(at_peak.items(), key=lambda item: -item[1])
     return Timeline(
-        seconds,
+        [round(seconds[i], 6) for i in kept],
         holders,
         peak / MB,
         {name: size / MB for name, size in largest if size},
     )
+
+
+def _thinned(totals: list[int]) -> list[int]:
+    """Of many moments, in order: the fullest of each MOMENTS-th part, so that peaks stay."""
+    width = -(-len(totals) // MOMENTS) or 1
+    parts = (range(i, min(i + width, len(totals))) for i in range(0, len(totals), width))
+    return [max(part, key=totals.__getitem__) for part in parts]
 
 
 def _changes(found: torch_profile, device: str) -> list[tuple[int, int, int]]:

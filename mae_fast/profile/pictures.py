@@ -4,9 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mae_fast.bench.records import title
+
 log = logging.getLogger("mae_fast")
 HOLDERS = 8  # shown apart; the rest is one
 NAMED = 0.02  # of the step: parts below it have no name beside their mark
+NAME_SIZE = 6  # points
 
 
 def draw_roofline(told: dict[str, Any], folder: Path) -> Path | None:
@@ -28,34 +31,71 @@ def roofline(told: dict[str, Any]):
         return None
     axes = figure.subplots()
     product, copy = told["product_rate"], told["copy_rate"]
-    lines = [1e-2, product / copy, 1e4]
+    lines = [1e-3, product / copy, 1e5]
     roof = [min(product, x * copy) / 1e9 for x in lines]
     axes.plot(lines, roof, color="gray", label="this machine, measured in this process")
+    marks, named = [(product / copy, product / 1e9)], []
     for number, engine in enumerate(told["engines"]):
         axes.scatter([], [], 60, color=f"C{number}", label=engine["engine"])
         for part in engine["parts"]:
             if not (part.get("flop") and part.get("bytes") and part["seconds"] > 0):
                 continue
             x, y = part["flop"] / part["bytes"], part["flop"] / part["seconds"] / 1e9
+            marks.append((x, y))
             marker = {"forward": "o", "backward": "s"}[part["direction"]]
             axes.scatter(x, y, 30 + 800 * part["share"], f"C{number}", marker=marker, alpha=0.5)
             if part["share"] >= NAMED:
-                name = f"{part['phase']} {part['op']}"
-                axes.annotate(name, (x, y), fontsize=6, xytext=(5, 4), textcoords="offset points")
+                named.append((x, y, f"{part['phase']} {part['op']}", f"C{number}"))
     axes.scatter(
         [], [], 60, "none", marker="o", edgecolors="gray", label="forward (area: share of step)"
     )
     axes.scatter([], [], 60, "none", marker="s", edgecolors="gray", label="backward")
+    across, up = zip(*marks, strict=True)
     axes.set(
         xscale="log",
         yscale="log",
+        xlim=(min(across) / 3, 5 * max(across)),
+        ylim=(min(up) / 3, 2 * max(up)),
         xlabel="FLOP a byte, by formula",
         ylabel="GFLOP/s",
-        title=f"{told['model']}, {told['batch_clips']} clips, {told['ratio']:.0%} masked",
+        title=title(told),
     )
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left")
     axes.grid(alpha=0.3)
+    _name_marks(figure, axes, marks, named)
     return figure
+
+
+def _name_marks(
+    figure,
+    axes,
+    marks: list[tuple[float, float]],
+    named: list[tuple[float, float, str, str]],
+) -> None:
+    """Write each name beside its mark, above or below it, where no name or mark stands."""
+    figure.draw_without_rendering()  # lays out, so that marks have their places
+
+    def place_of(x: float, y: float) -> tuple[float, float]:
+        """In points."""
+        return axes.transData.transform((x, y)) * 72 / figure.dpi
+
+    taken = [(x - 5, y - NAME_SIZE / 2, 10.0) for x, y in (place_of(*m) for m in marks)]
+    for x, y, name, color in named:
+        left, bottom = place_of(x, y)
+        width = 0.6 * NAME_SIZE * len(name)
+        places = [(dx, NAME_SIZE * n) for n in (0, 1, -1, 2, -2, 3, -3) for dx in (9, -9 - width)]
+
+        def free(place: tuple[float, float], at=(left, bottom), width=width) -> bool:
+            a, b = at[0] + place[0], at[1] + place[1]
+            return all(
+                a > right_of + w or a + width < right_of or abs(b - above) >= NAME_SIZE
+                for right_of, above, w in taken  # left, bottom, width
+            )
+
+        place = next(filter(free, places), places[0])
+        taken.append((left + place[0], bottom + place[1], width))
+        font = {"fontsize": NAME_SIZE, "color": color}
+        axes.annotate(name, (x, y), place, textcoords="offset points", **font)
 
 
 def memory(told: dict[str, Any]):

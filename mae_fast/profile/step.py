@@ -3,29 +3,30 @@
 import contextlib
 import json as jsonlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mae_fast.bench import machine
 from mae_fast.bench.baselines.training import Built
-from mae_fast.bench.cell import Cell, Setting, build, make_clips, stepper
+from mae_fast.bench.cell import Cell, LoadedClips, Setting, build, make_clips, stepper
 from mae_fast.bench.engines import name_of, why_not
 from mae_fast.bench.ratio import write_page
 from mae_fast.bench.ratio_table import text_table
+from mae_fast.bench.records import title
 from mae_fast.bench.timing import clock, interleave, spread
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
-from mae_fast.profile.memory import timeline
+from mae_fast.profile.memory import Timeline, timeline
 from mae_fast.profile.trace import Trace, Where, trace
 from mae_fast.profile.work import Work, least
 
 # Of the step without a profiler, the machine's limits, and a profiled step; told of are medians.
 ROUNDS = 5
-PHASES = ("mask", "patch embedding", "encoder", "decoder", "loss")
+PHASES = ("data", "host to device", "mask", "patch embedding", "encoder", "decoder", "loss")
 PHASES += ("compiled", "optimizer", "rest", "idle", "unaccounted")
 
 
@@ -40,13 +41,15 @@ def profile(
     device: Literal["cpu", "cuda"] = "cpu",
     op: str = "",
     shape: str = "",
+    with_data: str = "",
+    workers: int = 2,
     out: str = "runs/profile",
     nvtx: bool = False,
     json: bool = False,
 ) -> None:
-    """Show where one training step on random clips spends its time and memory, by phase and op,
-    forward and backward apart, and how far each is from this machine's limits. Writes profile.json,
-    Chrome traces, roofline.png and memory.png.
+    """Show where one training step, on random clips or with loading, spends its time and memory, by
+    phase and op, forward and backward apart, and how far each is from this machine's limits. Writes
+    profile.json, Chrome traces, roofline.png and memory.png.
 
     Args:
         model: vit_tiny ... vit_huge, or a run's CONFIG.toml, whose [model] is taken.
@@ -59,6 +62,8 @@ def profile(
         device: where the model runs.
         op: only this op, on the arguments that it gets in a step of `shape`: every backend.
         shape: the model whose shapes `op` gets; by default that of `model`.
+        with_data: a folder of videos; the step loads its clips from them, as in training.
+        workers: processes that decode, with with_data.
         out: the folder of what is written.
         nvtx: only run five steps, their parts named for Nsight Systems and Compute (CUDA).
         json: print one JSON document, and nothing else on stdout.
@@ -80,7 +85,7 @@ def profile(
         return
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    told = profile_steps(cells, setting, batch, folder)
+    told = profile_steps(cells, setting, batch, folder, with_data, workers)
     told["files"] = write(told, folder, device)
     if json:
         print(jsonlib.dumps(told, indent=1))
@@ -89,17 +94,83 @@ def profile(
         print(f"as a page: {write_page(folder / 'profile.json')}")
 
 
-def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path) -> dict[str, Any]:
-    """The document: steps timed in turn with the machine's limits, then each one's trace."""
+class Seen(NamedTuple):
+    """Of an engine's steps: seconds without a profiler, traces with it, and memory."""
+
+    seconds: list[float]
+    traces: list[Trace]
+    memory: Timeline
+
+
+def profile_steps(
+    cells: list[Cell],
+    setting: Setting,
+    clips: int,
+    folder: Path,
+    videos: str = "",
+    workers: int = 0,
+) -> dict[str, Any]:
+    """The document: steps without a profiler, and with it, beside the machine's limits."""
     built = {cell.engine: build(cell, setting) for cell in cells}
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    limits = machine.limits(cells[0].model == "quick", setting.device, dtype)
+    if videos:
+        sources = [LoadedClips(cell, setting, clips, videos, workers) for cell in cells]
+        seconds, seen = see_loading(cells, built, sources, limits, setting, folder)
+    else:
+        seconds, seen = see_in_turn(cells, built, clips, limits, setting, folder)
+    rates = {
+        name: limit.amount / statistics.median(seconds[name]) for name, limit in limits.items()
+    }
+    product = max(rate for name, rate in rates.items() if limits[name].unit == "flop")
+    engines = []
+    for cell in cells:
+        found = seen[cell.engine]
+        median, first = statistics.median(found.seconds), found.traces[0]
+        first.profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
+        work = least(cell.engine, cell.cfg, clips, cell.masking, 2 if dtype != torch.float32 else 4)
+        engines.append(
+            {
+                "engine": cell.engine,
+                "seconds": found.seconds,
+                "profiled_seconds": statistics.median(t.seconds for t in found.traces),
+                "parts": parts(found.traces, median, work, product, rates["copy"]),
+                "launches": sum(row.launches for row in first.rows.values()),
+                "state_mb": state_mb(built[cell.engine]),
+                "memory": found.memory._asdict(),
+            }
+        )
+    return {
+        "what": "one training step by phase and op" + (", with loading" if videos else ""),
+        "model": cells[0].model,
+        "batch_clips": clips,
+        "ratio": cells[0].ratio,
+        "strategy": cells[0].strategy,
+        **asdict(setting),
+        "workers": workers if videos else None,
+        "limits": machine.as_record(limits, seconds),
+        "product_rate": product,
+        "copy_rate": rates["copy"],
+        "engines": engines,
+        "environment": environment(),
+    }
+
+
+def see_in_turn(
+    cells: list[Cell],
+    built: dict[str, Built],
+    clips: int,
+    limits: dict[str, machine.Limit],
+    setting: Setting,
+    folder: Path,
+) -> tuple[dict[str, list[float]], dict[str, Seen]]:
+    """Steps on random clips, engines and limits in turn: (seconds of the limits, by engine)."""
     steps = {}
     for cell in cells:
         video = make_clips(cell.cfg, clips, setting)
         steps[cell.engine] = stepper(cell, built[cell.engine], video, setting)
         for _ in range(2):
             steps[cell.engine]()
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    limits = machine.limits(cells[0].model == "quick", setting.device, dtype)
     runs = {name: limit.run for name, limit in limits.items()} | steps
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     traces: dict[str, list[Trace]] = {name: [] for name in steps}
@@ -108,44 +179,43 @@ def profile_steps(cells: list[Cell], setting: Setting, clips: int, folder: Path)
             seconds[name] += samples
         for name, step in steps.items():
             traces[name].append(trace(built[name], step, setting.device, warm=0))
-    rates = {
-        name: limit.amount / statistics.median(seconds[name]) for name, limit in limits.items()
+    seen = {
+        name: Seen(seconds[name], traces[name], memory_of(name, built, step, setting, folder))
+        for name, step in steps.items()
     }
-    product = max(rate for name, rate in rates.items() if limits[name].unit == "flop")
-    engines = []
-    for cell in cells:
-        engine, step = built[cell.engine], steps[cell.engine]
-        median = statistics.median(seconds[cell.engine])
-        found = traces[cell.engine]
-        found[0].profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
-        work = least(cell.engine, cell.cfg, clips, cell.masking, 2 if dtype != torch.float32 else 4)
-        with snapshot(folder / f"{cell.engine}.memory.pickle", setting.device):
-            allocated = trace(engine, step, setting.device, warm=0, memory=True)
-        held = timeline(allocated, setting.device)
-        engines.append(
-            {
-                "engine": cell.engine,
-                "seconds": seconds[cell.engine],
-                "profiled_seconds": statistics.median(t.seconds for t in found),
-                "parts": parts(found, median, work, product, rates["copy"]),
-                "launches": sum(row.launches for row in found[0].rows.values()),
-                "state_mb": state_mb(engine),
-                "memory": held._asdict(),
-            }
-        )
-    return {
-        "what": "one training step by phase and op",
-        "model": cells[0].model,
-        "batch_clips": clips,
-        "ratio": cells[0].ratio,
-        "strategy": cells[0].strategy,
-        **asdict(setting),
-        "limits": machine.as_record(limits, seconds),
-        "product_rate": product,
-        "copy_rate": rates["copy"],
-        "engines": engines,
-        "environment": environment(),
-    }
+    return seconds, seen
+
+
+def see_loading(
+    cells: list[Cell],
+    built: dict[str, Built],
+    sources: list[LoadedClips],
+    limits: dict[str, machine.Limit],
+    setting: Setting,
+    folder: Path,
+) -> tuple[dict[str, list[float]], dict[str, Seen]]:
+    """As `see_in_turn`, with loading: one engine after the other, since two loaders would share the
+    cores, and so many steps before each trace that no batch is left of those made in a pause."""
+    runs = {name: limit.run for name, limit in limits.items()}
+    seconds, seen = interleave(runs, ROUNDS, timer=clock(setting.device)), {}
+    for cell, source in zip(cells, sources, strict=True):
+        name = cell.engine
+        with source:
+            step = stepper(cell, built[name], source, setting)
+            warm = source.ahead + 1
+            traces = [trace(built[name], step, setting.device, warm) for _ in range(ROUNDS)]
+            held = memory_of(name, built, step, setting, folder)
+            seen[name] = Seen([t.unprofiled for t in traces], traces, held)
+    return seconds, seen
+
+
+def memory_of(
+    name: str, built: dict[str, Built], step: Callable, setting: Setting, folder: Path
+) -> Timeline:
+    """Of one more step, with its allocations."""
+    with snapshot(folder / f"{name}.memory.pickle", setting.device):
+        allocated = trace(built[name], step, setting.device, warm=0, memory=True)
+    return timeline(allocated, setting.device)
 
 
 def parts(
@@ -252,9 +322,8 @@ def print_tables(told: dict[str, Any]) -> None:
     """The phases and ops of each engine; two engines side by side; memory."""
     first, *others = told["engines"]
     print(
-        f"{told['model']}, {told['batch_clips']} clips, {told['ratio']:.0%} masked, "
-        f"{told['precision']}, {told['device']}; limits here: {told['product_rate'] / 1e9:.0f} "
-        f"GFLOP/s, {told['copy_rate'] / 1e9:.1f} GB/s"
+        f"{title(told)}, {told['device']}; limits here: {told['product_rate'] / 1e9:.0f} GFLOP/s, "
+        f"{told['copy_rate'] / 1e9:.1f} GB/s"
     )
     for engine in told["engines"]:
         step = statistics.median(engine["seconds"])

@@ -2,12 +2,12 @@
 
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from mae_fast.bench import records
-from mae_fast.bench.ratio_table import LOST, NOISY, paper_table, summary
+from mae_fast.bench.ratio_table import CELL_HEAD, LOST, NOISY, cell_row, paper_table, summary
 from mae_fast.bench.records import Record
 from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import share, spread
@@ -91,7 +91,7 @@ def _lead(ratios: list[Record], ladders: list[Record]) -> list[str]:
             names = records.seconds(r)
             if OURS in names and OFFICIAL in names:
                 faster = times(names[OFFICIAL], names[OURS])
-                said.append(f"{_title(r)}: {faster:.2f}x as fast as {OFFICIAL}.")
+                said.append(f"{records.title(r)}: {faster:.2f}x as fast as {OFFICIAL}.")
     return said or ["No record here holds both mae_fast and the official code."]
 
 
@@ -117,9 +117,7 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
     for number, (key, cells) in enumerate(groups.items()):
         title = _group_title(key)
         page.figure(f"speed-up-{number}", pictures.speed_up(cells, title), f"Speed-up: {title}")
-        head = ["masked", "engine", "clips", "seconds a step", "spread", "clips/s"]
-        head += ["GFLOP a clip", "of product rate", "over itself at 0%", "over official at 0%"]
-        page.table([*head, "over official here", "FLOP limit"], map(_cell_row, cells))
+        page.table(CELL_HEAD, map(cell_row, cells))
         page.code(paper_table(cells).strip())
     page.section(
         "What is lost",
@@ -146,34 +144,14 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         page.table(["masked", "engine", "part", "share of step", "speed-up without it"], rows)
 
 
-def _cell_row(c: dict[str, Any]) -> list[str]:
-    def faster(key: str) -> str:
-        found = c[key]
-        return "-" if found is None else f"{found['times']:.2f}x{'*' if found['apart'] else ''}"
-
-    gflop, rate = c["gflop_a_clip"], c["share_of_product_rate"]
-    return [
-        f"{c['ratio']:.0%}",
-        c["engine"],
-        str(c["clips"]),
-        f"{c['seconds_a_step']:.3f}",
-        f"{c['spread']:.0%}{'!' if c['noisy'] else ''}",
-        f"{c['clips_a_second']:.3g}",
-        "-" if gflop is None else f"{gflop:.1f}",
-        "-" if rate is None else f"{rate:.0%}",
-        *map(faster, ("against_itself_at_0", "against_official_at_0", "against_official")),
-        f"{c['flop_limit']:.2f}x",
-    ]
-
-
 def _ladder_section(page: Page, ladders: list[Record]) -> None:
     if not ladders:
         return
     page.section("Engines", "Training steps taken in turn; ratios round by round.")
     for number, record in enumerate(ladders):
         named = records.seconds(record)
-        figure = pictures.ladder(list(named.items()), _title(record))
-        page.figure(f"engines-{number}", figure, f"Engines: {_title(record)}")
+        figure = pictures.ladder(list(named.items()), records.title(record))
+        page.figure(f"engines-{number}", figure, f"Engines: {records.title(record)}")
         rows = []
         for name, samples in named.items():
             faster = f"{times(samples, named[OURS]):.2f}x" if OURS in named else "-"
@@ -227,13 +205,14 @@ def _ops_section(page: Page, ops: list[Record]) -> None:
 
 
 def _profile_section(page: Page, record: Record) -> None:
-    title = _title(record)
+    title = records.title(record)
     page.section(
         f"Profile: {title}",
         f"Limits here: {record['product_rate'] / 1e9:.0f} GFLOP/s, {record['copy_rate'] / 1e9:.1f} "
         "GB/s. Shares are of the step without a profiler; unaccounted is what is left of it.",
     )
-    name = "-".join(f"{record[k]}" for k in ("model", "batch_clips", "ratio")).replace(".", "_")
+    keys = ("model", "batch_clips", "ratio", "workers")
+    name = "-".join(f"{record[k]}" for k in keys if record.get(k) is not None).replace(".", "_")
     for kind, figure in (("roofline", roofline_figure), ("memory", memory_figure)):
         page.figure(f"{kind}-{name}", figure(record), f"{kind.capitalize()}: {title}")
     rows = []
@@ -317,6 +296,7 @@ def _commands(found: list[Record]) -> list[str]:
             lines[f"python -m benchmarks.ladder {step} --batch {r['batch_clips']}"] = None
         elif form == "profile":
             clips = f"--batch {r['batch_clips']} --ratio {r['ratio']}"
+            clips += " --with-data FOLDER" if r.get("workers") is not None else ""
             others = [e["engine"] for e in r["engines"][1:]]
             lines[
                 f"mae-fast profile {step} {clips}" + "".join(f" --against {o}" for o in others)
@@ -330,13 +310,6 @@ def _commands(found: list[Record]) -> list[str]:
         elif form == "gpu":
             lines["make gpu"] = None
     return list(lines)
-
-
-def _title(record: Record) -> str:
-    return (
-        f"{record['model']}, {record['ratio']:.0%} masked, {record['batch_clips']} clips, "
-        f"{record['precision']}"
-    )
 
 
 def _group_title(key: tuple) -> str:

@@ -19,7 +19,7 @@ figcaption { font-size: .9rem; opacity: .8 }
 table { border-collapse: collapse; font-size: .85rem; width: 100% }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap }
 table { font-variant-numeric: tabular-nums }
-th:first-child, td:first-child, td.text { text-align: left }
+th:first-child, td:first-child, .text { text-align: left }
 thead th { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid var(--line) }
 tbody tr:nth-child(even) { background: var(--mark) }
 button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer }
@@ -97,8 +97,13 @@ class Page:
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table to sort by its headings and to copy as CSV."""
         self.tables += 1
-        name = f"table-{self.tables}"
-        heads = "".join(f"<th><button>{html.escape(h)}</button></th>" for h in head)
+        name, rows = f"table-{self.tables}", list(rows)
+        # A heading stands to the left over a column that has a text.
+        kinds = [max(map(_kind, column), default="") for column in zip(*rows, strict=True)]
+        heads = "".join(
+            f"<th{kind}><button>{html.escape(h)}</button></th>"
+            for h, kind in zip(head, kinds or [""] * len(head), strict=True)
+        )
         body = "".join(
             "<tr>" + "".join(f"<td{_kind(c)}>{html.escape(c)}</td>" for c in row) + "</tr>\n"
             for row in rows

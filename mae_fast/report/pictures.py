@@ -72,17 +72,6 @@ def ops(rows: list[tuple[str, float, str]], title: str):
     return _finish(figure, axis)
 
 
-def peaks(rows: list[tuple[str, float]], title: str):
-    """Peak memory in MB by engine."""
-    figure, axis = _figure(8, 0.4 * len(rows) + 1.4)
-    for name, megabytes in reversed(rows):
-        color = COLORS[0] if name.startswith("mae_fast") else GRAY
-        axis.barh(name, megabytes, color=color, height=0.6)
-    axis.set(xlabel="MB at the peak", title=title)
-    axis.grid(alpha=0.3, axis="x")
-    return figure
-
-
 def _figure(width: float, height: float):
     from matplotlib.figure import Figure
 

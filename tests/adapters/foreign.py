@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from mae_fast.bench.baselines import OfficialMAE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import mae_fast
+from mae_fast.bench.baselines import OfficialMAE
 from mae_fast.config import ModelConfig
 from mae_fast.errors import AccelerateError
 

@@ -11,10 +11,10 @@ from functools import partial
 import pytest
 import torch
 from foreign import MaskedAutoencoderViT, clips, make, relative, run, worst
-from mae_fast.bench.baselines.official_repository import import_models
 from torch import nn
 
 import mae_fast
+from mae_fast.bench.baselines.official_repository import import_models
 from mae_fast.config import ModelConfig
 
 FP64 = 1e-10

@@ -161,9 +161,20 @@ def test_what_is_there_is_not_measured_again(tiny, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out == first
     assert "speed-up" in (tmp_path / "report.html").read_text().lower()
     assert (tmp_path / "samples.jsonl").read_text() == lines
+    found = (tmp_path / "ratio.jsonl").read_text()
+    (tmp_path / "ratio.jsonl").unlink()
+    run_ratio(tmp_path)  # the records are made again of the samples
+    assert (tmp_path / "ratio.jsonl").read_text() == found
     run_ratio(tmp_path, rounds=3)  # one more round, and nothing else
     added = (tmp_path / "samples.jsonl").read_text()[len(lines) :].splitlines()
     assert len(added) == 1 and len(json.loads(added[0])["seconds"]) == 4
+    kept = (tmp_path / "samples.jsonl").read_text().splitlines()
+    without = [line for line in kept if '"parts"' not in line]
+    assert len(kept) - len(without) == 4
+    (tmp_path / "samples.jsonl").write_text("\n".join(without) + "\n")
+    run_ratio(tmp_path, rounds=3)  # what is missing is measured, and nothing else
+    added = (tmp_path / "samples.jsonl").read_text().splitlines()[len(without) :]
+    assert len(added) == 4 and all("parts" in json.loads(line) for line in added)
     with pytest.raises(ConfigError, match="another run"):
         run_ratio(tmp_path, seed=1)
 

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import triton
 from cases import DTYPES, ON_TRITON, calls, launcher
-from mae_fast.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from mae_fast.kernels import configs
 
 
 class Limits(NamedTuple):

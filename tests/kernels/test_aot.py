@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from cases import CASES, DTYPES, ON_TRITON
-from mae_fast.kernels import configs
 from triton.runtime.jit import JITFunction
 
+from mae_fast.kernels import configs
 from mae_fast.ops import dispatch
 
 if dispatch.interpreting():

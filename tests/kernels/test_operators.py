@@ -4,9 +4,9 @@ overrun, every output stored once, and the same bits in whatever order programs 
 import pytest
 import torch
 from cases import CASES, DTYPES, ON_TRITON, calls
-from mae_fast.kernels import launchers
 from traffic import run, watched
 
+from mae_fast.kernels import launchers
 from mae_fast.ops import dispatch
 
 if not dispatch.interpreting():

@@ -1,20 +1,21 @@
 """`mae-fast profile`: every moment of a step belongs to a part, and parts are held to formulas."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from mae_fast.bench.baselines.training import Built
 
 import mae_fast.forward
-from mae_fast.bench import engines
+from mae_fast.bench import engines, records
+from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.calls import Call
-from mae_fast.bench.cell import Cell, Setting, build, make_clips, stepper
+from mae_fast.bench.cell import Cell, LoadedClips, Setting, build, make_clips, stepper
 from mae_fast.bench.flops import official_step_flop, step_flop
 from mae_fast.errors import ConfigError
-from mae_fast.profile import labels
+from mae_fast.profile import labels, memory
 from mae_fast.profile.memory import timeline
 from mae_fast.profile.step import parts, profile
 from mae_fast.profile.trace import Where, trace
@@ -137,6 +138,14 @@ def test_memory_tells_who_holds_it():
     assert max(map(sum, zip(*found.holders.values(), strict=True))) == pytest.approx(found.peak_mb)
 
 
+def test_a_long_timeline_keeps_its_peaks():
+    totals = [n % 7 for n in range(10 * memory.MOMENTS + 3)]
+    totals[1234] = 99
+    kept = memory._thinned(totals)
+    assert 1234 in kept and kept == sorted(kept) and len(kept) <= memory.MOMENTS
+    assert memory._thinned([5, 3]) == [0, 1] and memory._thinned([]) == []
+
+
 def test_profile_writes_what_it_says(tmp_path, capsys):
     profile("quick", against="official_eager", out=str(tmp_path), json=True)
     told = json.loads(capsys.readouterr().out)
@@ -152,6 +161,26 @@ def test_profile_writes_what_it_says(tmp_path, capsys):
     assert "decoder          attention" in printed and "unaccounted" in printed
 
 
+def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch):
+    right = LoadedClips.next_batch
+
+    def slow(clips):
+        time.sleep(0.05)
+        return right(clips)
+
+    monkeypatch.setattr(LoadedClips, "next_batch", slow)
+    profile("quick", with_data=str(folder), workers=1, out=str(tmp_path))
+    (found,) = records.read(tmp_path / "profile.json")
+    assert "loaded by 1 processes" in records.title(found)
+    (engine,) = found["engines"]
+    parts = {(p["phase"], p["op"]): p["seconds"] for p in engine["parts"] if p["op"]}
+    for part in (("data", "wait"), ("data", "crop_resize"), ("host to device", "copy")):
+        assert parts[part] > 0
+    assert 0.05 < parts["data", "wait"] < min(engine["seconds"])
+    assert parts.keys() >= {("decoder", "attention"), ("optimizer", "adamw")}
+    assert "host to device" in (tmp_path / "report.html").read_text()
+
+
 def test_an_op_by_backend(capsys):
     profile(op="masked_mse", shape="quick", json=True)
     told = json.loads(capsys.readouterr().out)
@@ -161,6 +190,10 @@ def test_an_op_by_backend(capsys):
     assert shares.keys() | call["declined"].keys() == {"cpp", "triton", "cuda", "reference"}
     profile(op="attention", shape="quick")
     assert "triton: " in capsys.readouterr().out
+    profile(op="linear", shape="quick", json=True)
+    products = json.loads(capsys.readouterr().out)["calls"]
+    # 2 + 2 blocks of q, k, v, proj, fc1, fc2; k, q, v of mask tokens; decoder_embed; the head.
+    assert sum(call["calls_a_step"] for call in products) == 24 + 3 + 2
     with pytest.raises(ConfigError, match="known: patch_embed"):
         profile(op="masked_mes", shape="quick")
 

@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
-from mae_fast.kernels import configs
 
 from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import MEASURED, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.kernels import BATCH, measure, own
+from mae_fast.kernels import configs
 from mae_fast.ops.attention import measured_key, read_measured
 
 MODELS = ("vit_large", "vit_base", "vit_huge16")

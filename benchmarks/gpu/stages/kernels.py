@@ -9,12 +9,12 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
-from mae_fast.bench.baselines.training import CLIP_GRAD, LR
 from torch import nn
 
 from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
+from mae_fast.bench.baselines.training import CLIP_GRAD, LR
 from mae_fast.bench.calls import Call, Run, check, cost
 from mae_fast.bench.machine import as_record
 from mae_fast.bench.timing import interleave, ratio

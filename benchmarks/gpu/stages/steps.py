@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mae_fast.bench.baselines.training import Built
 from torch import Tensor
 
 from benchmarks.gpu.engines import GRAPH, OURS, build, first_losses, fitting
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
+from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.flops import official_step_flop
 from mae_fast.bench.machine import as_record
 from mae_fast.bench.timing import interleave

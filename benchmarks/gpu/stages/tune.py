@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from mae_fast.kernels import configs
-from mae_fast.kernels.configs import CANDIDATES
 
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.calls import Case, cases
@@ -25,6 +23,8 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.checks import end_by, own_backend
 from mae_fast.bench.calls import Call, Run
 from mae_fast.bench.timing import interleave
+from mae_fast.kernels import configs
+from mae_fast.kernels.configs import CANDIDATES
 
 MODELS, BATCH = ("vit_large", "vit_base"), 64
 ROUNDS = 9
