@@ -382,7 +382,7 @@ def _rows(engine: dict[str, Any], told: dict[str, Any]) -> Iterator[list[str]]:
             f"{flop / seconds / 1e9:.0f}" if flop and seconds else "-",
             f"{moved / seconds / 1e9:.1f}" if moved and seconds else "-",
             f"{limit / seconds:.0%}" if known else "-",
-            f"{1e3 * (seconds - limit):.1f} ms" if known else "-",
+            f"{1e3 * max(0.0, seconds - limit):.1f} ms" if known else "-",
         ]
 
 
