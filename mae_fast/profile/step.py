@@ -294,7 +294,7 @@ def write(told: dict[str, Any], folder: Path, device: str) -> list[str]:
     """profile.json and the pictures; the files' names, the traces among them."""
     from mae_fast.profile.pictures import draw_memory, draw_roofline
 
-    (folder / "profile.json").write_text(jsonlib.dumps(told, indent=1))
+    (folder / "profile.json").write_text(jsonlib.dumps(told) + "\n")
     files = [folder / "profile.json"]
     files += [folder / f"{engine['engine']}.trace.json" for engine in told["engines"]]
     files += [draw(told, folder) for draw in (draw_roofline, draw_memory)]
@@ -394,7 +394,7 @@ def _beside(first: dict[str, Any], other: dict[str, Any]) -> Iterator[list[str]]
     )
     for phase, op in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get((phase, op)), theirs.get((phase, op))
-        times = f"{b / a:.2f}x" if a and b and a > 0 and phase != "unaccounted" else "-"
+        times = f"{b / a:.2f}x" if a and b and phase not in ("idle", "unaccounted") else "-"
         yield [phase, op, *("-" if x is None else f"{1e3 * x:.1f}" for x in (a, b)), times]
     total = [statistics.median(e["seconds"]) for e in (first, other)]
     yield ["step", "", *(f"{1e3 * t:.1f}" for t in total), f"{total[1] / total[0]:.2f}x"]
