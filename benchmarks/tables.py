@@ -260,8 +260,8 @@ def ratio_table(records: list[dict]) -> str:
         parts.append(
             f"**What masking buys**, {model}, {strategy}, {cells[0]['precision']}: seconds a clip, "
             f"and how many times less than the same engine at 0% (`mae-fast bench ratio`; ! spread "
-            f"over 10%).{_against_official(cells)} {where(group)}.\n\n"
-            + table(f"masked|limit|{'|'.join(engines)}", rows)
+            f"over 10%; with loading, each engine runs alone).{_against_official(cells)} "
+            f"{where(group)}.\n\n" + table(f"masked|limit|{'|'.join(engines)}", rows)
         )
     return "\n".join(parts)
 

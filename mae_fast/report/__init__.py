@@ -66,8 +66,8 @@ def build(found: list[Record], sources: list[str]) -> Page:
     _ratio_sections(page, ratios)
     _ladder_section(page, by_form.get("ladder", []))
     _ops_section(page, by_form.get("op", []))
-    for record in by_form.get("profile", []):
-        _profile_section(page, record)
+    for number, record in enumerate(by_form.get("profile", [])):
+        _profile_section(page, record, number)
     _memory_section(page, ratios, by_form.get("ladder", []))
     _all_section(page, found)
     _environment_section(page, found, sources)
@@ -110,7 +110,8 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         return
     page.section(
         "Speed-up against masking ratio",
-        "Medians over rounds in which engines took turns. At 0% the encoder sees every token; the "
+        "Medians over rounds in which engines took turns; with loading, of steps of one engine alone, "
+        "which for the official code is another state of memory. At 0% the encoder sees every token; the "
         "decoder and the loss are those of 90%. A spread above "
         f"{NOISY:.0%} is marked with !; * is a ratio of medians of different rounds.",
     )
@@ -204,17 +205,15 @@ def _ops_section(page: Page, ops: list[Record]) -> None:
     page.table([*head, "commit"], rows)
 
 
-def _profile_section(page: Page, record: Record) -> None:
+def _profile_section(page: Page, record: Record, number: int) -> None:
     title = records.title(record)
     page.section(
         f"Profile: {title}",
         f"Limits here: {record['product_rate'] / 1e9:.0f} GFLOP/s, {record['copy_rate'] / 1e9:.1f} "
         "GB/s. Shares are of the step without a profiler; unaccounted is what is left of it.",
     )
-    keys = ("model", "batch_clips", "ratio", "workers")
-    name = "-".join(f"{record[k]}" for k in keys if record.get(k) is not None).replace(".", "_")
     for kind, figure in (("roofline", roofline_figure), ("memory", memory_figure)):
-        page.figure(f"{kind}-{name}", figure(record), f"{kind.capitalize()}: {title}")
+        page.figure(f"{kind}-{number}", figure(record), f"{kind.capitalize()}: {title}")
     rows = []
     for engine in record["engines"]:
         for part in engine["parts"]:

@@ -90,6 +90,8 @@ class Page:
     def section(self, heading: str, *notes: str) -> None:
         """Start a section; notes are said below its heading."""
         name = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+        if any(f'"#{name}"' in entry for entry in self.contents):  # of another machine
+            name += f"-{len(self.contents)}"
         self.contents.append(f'<a href="#{name}">{html.escape(heading)}</a>')
         self.parts.append(f'<h2 id="{name}">{html.escape(heading)}</h2>')
         self.parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes]
