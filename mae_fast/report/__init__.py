@@ -110,9 +110,9 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         return
     page.section(
         "Speed-up against masking ratio",
-        "Medians over rounds in which engines took turns; with loading, of steps of one engine alone, "
-        "which for the official code is another state of memory. At 0% the encoder sees every token; the "
-        "decoder and the loss are those of 90%. A spread above "
+        "Medians over rounds in which engines took turns; with loading, of steps of one engine "
+        "alone, which for the official code is another state of memory. At 0% the encoder sees "
+        "every token; the decoder and the loss are those of 90%. A spread above "
         f"{NOISY:.0%} is marked with !; * is a ratio of medians of different rounds.",
     )
     for number, (key, cells) in enumerate(groups.items()):
