@@ -158,6 +158,14 @@ def test_two_hundred_records(folder):
     assert every[: every.index("<h2 id", 1)].count("<tr>") == 401  # two engines, and the head
 
 
+def test_families_stand_apart(folder):
+    families = [r["family"] for r in records.read(RESULTS / "accelerate.jsonl")]
+    text = page(folder, str(RESULTS / "accelerate.jsonl"))
+    assert len(set(families)) >= 5
+    for family in families:
+        assert f"Engines: {family}, vit_base, 90% masked, 2 clips, fp32" in text
+
+
 def test_the_committed_page_has_every_record():
     text = (ROOT / "docs/report.html").read_text()
     for path in records.files([RESULTS]):

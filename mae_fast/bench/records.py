@@ -166,8 +166,8 @@ def steps(record: Record) -> list[Step]:
 
 def subject(record: Record) -> tuple:
     """What was timed: records that can be compared have the same."""
-    fields = ("what", "stage", "item", "model", "variant", "op", "shape", "batch_clips", "clips")
-    fields += ("ratio", "strategy", "precision", "dtype", "device")
+    fields = ("what", "stage", "item", "family", "model", "variant", "op", "shape")
+    fields += ("batch_clips", "clips", "ratio", "strategy", "precision", "dtype", "device")
     return tuple((f, record[f]) for f in fields if isinstance(record.get(f), str | int | float))
 
 
@@ -178,7 +178,8 @@ def describe(record: Record) -> str:
 
 def title(record: Record) -> str:
     """Of a record of steps: what was run."""
-    said = f"{record['model']}, {record['ratio']:.0%} masked, {record['batch_clips']} clips"
+    family = f"{record['family']}, " if "family" in record else ""
+    said = f"{family}{record['model']}, {record['ratio']:.0%} masked, {record['batch_clips']} clips"
     workers = record.get("workers")  # with loading
     loaded = "" if workers is None else f" loaded by {workers} processes"
     return f"{said}{loaded}, {record['precision']}"

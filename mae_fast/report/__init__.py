@@ -18,6 +18,7 @@ from mae_fast.report import pictures
 from mae_fast.report.page import Page
 
 OURS, OFFICIAL, ENCODE_ALL = "mae_fast", "official_eager", "mae_fast_encode_all"
+AFTER = "accelerated"  # another's model, by mae_fast.accelerate
 
 
 def report(
@@ -151,11 +152,12 @@ def _ladder_section(page: Page, ladders: list[Record]) -> None:
     page.section("Engines", "Training steps taken in turn; ratios round by round.")
     for number, record in enumerate(ladders):
         named = records.seconds(record)
+        ours = named.get(OURS) or named.get(AFTER)
         figure = pictures.ladder(list(named.items()), records.title(record))
         page.figure(f"engines-{number}", figure, f"Engines: {records.title(record)}")
         rows = []
         for name, samples in named.items():
-            faster = f"{times(samples, named[OURS]):.2f}x" if OURS in named else "-"
+            faster = f"{times(samples, ours):.2f}x" if ours else "-"
             peak = record["engines"][name].get("peak_memory_mb")
             rows.append(
                 [

@@ -26,7 +26,8 @@ def speed_up(cells: list[dict[str, Any]], title: str):
                 color = COLORS[number % len(COLORS)]
                 axis.plot(x, y, style, marker="o", color=color, label=f"{engine}, {words}")
     limit = sorted({(c["ratio"], c["flop_limit"]) for c in cells})
-    axis.plot(*zip(*limit, strict=True), ":", color=GRAY, label="limit: FLOP of the official code")
+    words = "limit: FLOP of the official code"
+    axis.plot(*zip(*limit, strict=True), ":", color=GRAY, linewidth=3, zorder=3, label=words)
     axis.set(xlabel="masked share", ylabel="times as fast", title=title, ylim=(0, None))
     return _finish(figure, axis)
 
@@ -50,7 +51,7 @@ def ladder(rows: list[tuple[str, list[float]]], title: str):
     """Seconds of a step by engine, with every sample."""
     figure, axis = _figure(8, 0.5 * len(rows) + 1.4)
     for number, (name, samples) in enumerate(reversed(rows)):
-        color = COLORS[0] if name.startswith("mae_fast") else GRAY
+        color = COLORS[0] if name.startswith(("mae_fast", "accelerated")) else GRAY
         axis.barh(name, statistics.median(samples), color=color, height=0.6)
         axis.plot(samples, [number] * len(samples), "|", color="#000000", markersize=9)
     axis.set(xlabel="seconds a step: median, and every sample", title=title, xlim=(0, None))
