@@ -66,7 +66,7 @@ def ops(rows: list[tuple[str, float, str]], title: str):
     for number, (_, share, limit) in enumerate(reversed(rows)):
         axis.barh(number, share, color=COLORS[0] if "product" in limit else COLORS[2], height=0.7)
     for color, words in ((COLORS[0], "of the product rate"), (COLORS[2], "of copy bandwidth")):
-        axis.barh([], [], color=color, label=words)
+        axis.barh(0, 0, color=color, label=words)
     axis.axvline(1, color=GRAY, linestyle=":")
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set(xlabel="share of the machine's limit", title=title)
