@@ -7,12 +7,10 @@ it; kinds do not overlap. Bytes are the least that each op moves, as its kernels
 
 from typing import NamedTuple
 
-from mae_fast.bench.flops import patch_values, step_parts
+from mae_fast.bench.flops import BASE_RATIO, patch_values, step_parts
 from mae_fast.config import ModelConfig
 from mae_fast.masking import num_keep
 
-# At 0% nothing is left to predict: the decoder and the loss are then those of this mask.
-BASE_RATIO = 0.9
 USABLE = 0.92  # of a device's memory; assumed: the rest is the runtime's own, and holes
 # Shares of a GPU's ceilings: assumed. Nothing has run on one.
 GPU_SHARES = {

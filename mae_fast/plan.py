@@ -13,7 +13,7 @@ import tyro
 
 from mae_fast import cost
 from mae_fast.bench import records
-from mae_fast.bench.flops import forward_flop, official_parts, step_parts
+from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
 from mae_fast.bench.paper import PAPER
 from mae_fast.config import ModelConfig, Variant, load_config
 from mae_fast.config import preset as make_preset
@@ -122,7 +122,7 @@ def predict(
     """Counts and times of a step of `batch` clips on each device. FLOP and bytes are of one clip,
     and of one step on one device."""
     official = official_parts(cfg, 1, ratio)
-    done = step_parts(cfg, batch, ratio or cost.BASE_RATIO, encode_all=ratio == 0)
+    done = step_parts(cfg, batch, ratio or BASE_RATIO, encode_all=ratio == 0)
     compute = cost.compute_seconds(cfg, batch, ratio, device)
     sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, strategy)
     exposed = cost.exposed_seconds(sent, compute)

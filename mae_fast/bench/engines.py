@@ -15,10 +15,9 @@ from torch import Tensor
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
 from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.bench.baselines.transformers_videomae import nearest
-from mae_fast.bench.flops import Flop, forward_flop, official_parts, step_parts
+from mae_fast.bench.flops import BASE_RATIO, Flop, forward_flop, official_parts, step_parts
 from mae_fast.bench.ours import Ours
 from mae_fast.config import ModelConfig
-from mae_fast.cost import BASE_RATIO
 from mae_fast.errors import ConfigError
 from mae_fast.forward import SAVINGS
 from mae_fast.masking import draw_ids, num_keep

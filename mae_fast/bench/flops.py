@@ -12,6 +12,9 @@ from mae_fast.config import ModelConfig
 from mae_fast.forward import SAVINGS
 from mae_fast.masking import num_keep
 
+# At 0% nothing is left to predict: the decoder and the loss are then those of this mask.
+BASE_RATIO = 0.9
+
 
 class Flop(NamedTuple):
     """FLOP of one part of a step."""
