@@ -5,11 +5,14 @@
 # make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  README and docs/report.html
 # make gpu    test and time all of it on a GPU, 8 minutes; make gpu-rehearsal  the same on a CPU
 # Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
-#   PYTHON=python3.12  the interpreter, 3.10 or newer      TORCH=2.13.0  TRITON=3.9.0  versions
+#   PYTHON=python3.12  the interpreter, 3.10 or newer
+#   TORCH=2.13.0  TRITON=3.9.0  other versions than the pinned; TORCH=newest  what pip finds
 #   SYSTEM=1           use the torch, triton and numpy of PYTHON; add light packages only
 -include .venv/options.mk
+# A plain `make` installs this torch, and the triton that it asks for; constraints.txt has the rest.
+PINNED := 2.14.1
 PYTHON ?= python3
-TORCH ?=
+TORCH ?= $(if $(SYSTEM),,$(PINNED))
 TRITON ?=
 SYSTEM ?=
 ARGS ?=
@@ -24,7 +27,7 @@ endif
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := .venv/ready-$(subst /,_,$(PYTHON))-$(TORCH)-$(TRITON)-$(SYSTEM)
-NEEDS_GB := $(if $(SYSTEM),1,$(if $(TORCH),4,12))
+NEEDS_GB := $(if $(SYSTEM),1,12)
 WORKERS := 2
 
 help:
@@ -133,9 +136,9 @@ $(READY): Makefile setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 # torch goes first, so that nothing later chooses another. No build isolation: it would fetch
 # again what is here.
 define INSTALL
-echo 'installing torch$(TORCH:%= %) and the pins of constraints.txt, minutes the first time' >&2
-$(PIP) -c constraints.txt setuptools ninja 'torch$(if $(TORCH),==$(TORCH),>=2.11)' ||
-  fail 'pip could not install torch$(TORCH:%= %): see its words above'
+echo 'installing torch $(TORCH) and the pins of constraints.txt, minutes the first time' >&2
+$(PIP) -c constraints.txt setuptools ninja 'torch$(if $(filter newest,$(TORCH)),>=2.11,==$(TORCH))' ||
+  fail 'pip could not install torch $(TORCH): see its words above'
 $(PIP) -c constraints.txt --no-build-isolation -e '.[dev]' $(if $(TRITON),triton==$(TRITON)) ||
   fail 'pip could not install what mae-fast needs: see its words above'
 endef

