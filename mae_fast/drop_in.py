@@ -236,13 +236,19 @@ def _examine(model: nn.Module, strict: bool) -> tuple[ModuleType | None, list[Fi
         )
         return None, [Finding(wrapper, why_not)]
     family, findings = adapters.find(model)
+    own = tuple(f.part for f in findings if f.own)
     replaced = [n for n, m in model.named_modules() if _replaced(m)]
     if not isinstance(vars(model).get("forward"), Fused | None):
         findings.append(Finding("forward", "was replaced on this instance"))
-    findings += [Finding(n, "has a forward of its own") for n in replaced if n]
+    within = [Finding(n, "has a forward of its own") for n in replaced if n]
     if strict:
-        findings += _hooked(model, list(model.modules()))
-    return family, findings
+        within += _hooked(model, list(model.modules()))
+    return family, findings + [f for f in within if not _is_in(f.part, own)]
+
+
+def _is_in(name: str, parts: tuple[str, ...]) -> bool:
+    """A module's name is one of the parts, or of a module in one."""
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
 
 
 def _hooked(model: nn.Module, modules: list[nn.Module]) -> list[Finding]:
@@ -279,14 +285,15 @@ def _title(model: nn.Module, family: ModuleType | None) -> str:
 def _table(findings: list[Finding]) -> str:
     """A line a part; blocks that fit are one line."""
     rows: list[list[str]] = []
-    for part, why_not in findings:
+    for part, why_not, own in findings:
         stem = re.sub(r"\.\d+$", "", part)
-        if rows and not why_not and stem != part and rows[-1][2] == stem:
+        if rows and not why_not and not own and stem != part and rows[-1][2] == stem:
             rows[-1][1] = f" to {part.removeprefix(stem + '.')}"
         else:
-            rows.append([f"  {'does not fit' if why_not else 'fits':14}{part}", "", stem])
-            rows[-1][1] = f": {why_not}" if why_not else ""
-            rows[-1][2] = stem if not why_not else ""
+            how = "does not fit" if why_not else "runs itself" if own else "fits"
+            rows.append([f"  {how:14}{part}", "", stem])
+            rows[-1][1] = f": {why_not or own}" if why_not or own else ""
+            rows[-1][2] = stem if not why_not and not own else ""
     return "\n".join(text + more for text, more, _ in rows)
 
 

@@ -13,10 +13,15 @@ from mae_fast.forward import Affine
 
 
 class Finding(NamedTuple):
-    """A part of a model, and why the fused forward cannot stand for it (None: it can)."""
+    """A part of a model, and why the fused forward cannot stand for it (None: it can).
+
+    own: why the module of this name runs as itself inside the fused forward. Then nothing in it is
+    refused: its hooks are called, its forward is its own.
+    """
 
     part: str
     why_not: str | None = None
+    own: str | None = None
 
 
 class Unfused(Exception):
