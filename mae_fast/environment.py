@@ -1,5 +1,6 @@
 """Where a number came from: versions, device and commit, written beside every record and run."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -24,9 +25,15 @@ def environment() -> dict[str, Any]:
 def version(distribution: str) -> str:
     """The installed version of a distribution, or 'not installed'."""
     try:
-        return metadata.version(distribution)
+        found = metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
+    if distribution == "torch":  # a wheel's metadata does not say which build it is
+        with contextlib.suppress(Exception):
+            import torch
+
+            return torch.__version__
+    return found
 
 
 def commit() -> str | None:
