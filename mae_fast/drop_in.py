@@ -9,6 +9,8 @@ outputs of both. Nothing is ever approximated: what does not fit is refused by n
 """
 
 import contextlib
+import copy
+import inspect
 import logging
 import math
 import re
@@ -18,11 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._python_dispatch import _disable_current_modes
 
-from mae_fast import adapters
-from mae_fast.adapters.parts import Finding, Pixels, Unfused
+from mae_fast import adapters, wrapped
+from mae_fast.adapters.parts import Finding, Pixels, Unfused, noise_like
 from mae_fast.errors import AccelerateError
+from mae_fast.guard import GLOBAL_HOOKS, HOOKS, MODES, Guard, Snapshot
 from mae_fast.ops.dispatch import backends as forced
 
 log = logging.getLogger("mae_fast")
@@ -34,7 +39,8 @@ TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Their hooks of every module count, and change nothing.
+_TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 
 
 def accelerate(
@@ -62,17 +68,32 @@ def accelerate(
     if (mean is None) != (std is None):
         raise AccelerateError("mean and std go together")
     pixels = None if mean is None else Pixels(_numbers(mean), _numbers(std))
-    model.forward = Fused(model, family.FAMILY, dict(backends or {}), strict, verify, pixels)
+    fused = Fused(model, family.FAMILY, dict(backends or {}), strict, verify, pixels)
+    fused.guard.examined()
+    known = wrapped.find(model)
+    if known is not None:  # twice is once, inside of whatever was wrapped around it since
+        known.__setstate__(vars(fused))
+        fused = known
+    elif not wrapped.put_inside(model, fused):
+        model.forward = fused
+    model._replicate_for_data_parallel = fused.replicate
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """The same model with its own forward. Raises AccelerateError if another has replaced ours."""
-    forward = vars(model).get("forward")
-    if isinstance(forward, Fused):
+    """The same model with its own forward, inside of whatever was wrapped around it.
+
+    Raises AccelerateError if another has replaced ours.
+    """
+    forward, fused = vars(model).get("forward"), wrapped.find(model)
+    if fused is None:
+        if forward is not None:
+            raise AccelerateError(f"model.forward is {forward!r}, which accelerate did not set")
+        return model
+    fused.on = False
+    if fused in (forward, getattr(forward, "__func__", None)):
         del model.forward
-    elif forward is not None:
-        raise AccelerateError(f"model.forward is {forward!r}, which accelerate did not set")
+    vars(model).pop("_replicate_for_data_parallel", None)
     return model
 
 
@@ -85,6 +106,8 @@ def explain(model: nn.Module) -> None:
 class Fused:
     """The forward of an accelerated model. It can be pickled and copied with its model."""
 
+    accelerates = True  # what mae_fast.wrapped looks for
+
     def __init__(
         self,
         model: nn.Module,
@@ -96,36 +119,110 @@ class Fused:
     ) -> None:
         self.model, self.family, self.backends = model, family, backends
         self.strict, self.verify, self.pixels = strict, verify, pixels
-        self.checked: list[nn.Module] = []  # the model's modules when its parts were compared
+        self.on = True
         self.said: set[str] = set()
+        self.replica_of: nn.Module | None = None
+        self.guard = Guard(self._examine, self._prepare)
 
     @property
-    def __wrapped__(self) -> Callable:
-        """The model's own forward: what inspect.signature reads."""
-        return type(self.model).forward.__get__(self.model)
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.model).forward.__get__(self.model))
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"checked": []}  # a copy is compared anew
+        return {k: v for k, v in vars(self).items() if k != "guard"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, guard=Guard(self._examine, self._prepare))  # compared anew
 
     def __call__(self, *args, **kwargs):
+        if args and isinstance(args[0], nn.Module):  # others hold it as a function of the model
+            model, args = args[0], args[1:]
+            if model is not self.model:
+                return self._of_a_copy(model, args, kwargs)
+        if not self.on:
+            return type(self.model).forward(self.model, *args, **kwargs)
         if torch.compiler.is_compiling():
+            clip = next((t for t in _tensors([args, kwargs]) if t.dim() == 5), None)
+            own = self.guard.traced(None if clip is None else clip.dtype)
+        else:
+            own = self._prepared(args, kwargs)
+        if own is None:
             try:
                 return self._fused(args, kwargs)
-            except Unfused:
-                return self._as_before(args, kwargs)
-        modules = list(self.model.modules())
-        hooked = _hooked(self.model, modules)
-        if hooked and self.strict:
-            raise AccelerateError(f"hooks that would not be called:\n{_table(hooked)}")
-        if hooked:
-            return self._own(f"{hooked[0].part} has hooks", args, kwargs)
-        # A forward that breaks the graph comes here too: the comparison is not for a compiler.
-        if modules != self.checked and torch.compiler.disable(self._check)(args, kwargs):
-            self.checked = modules
-        try:
-            return self._fused(args, kwargs)
-        except Unfused as e:
-            return self._own(str(e), args, kwargs)
+            except Unfused as e:
+                own = str(e)
+        if torch.compiler.is_compiling():
+            return self._as_before(args, kwargs)
+        return self._own(own, args, kwargs)
+
+    def replicate(self) -> nn.Module:
+        """In place of the model's _replicate_for_data_parallel: nn.DataParallel's copy for one
+        device, whose forward reads the copy's parameters."""
+        model = self.model
+        if vars(model).get("forward") is not self:
+            raise AccelerateError("nn.DataParallel after another has wrapped the model's forward")
+        self._prepare(None)
+        replica = type(model)._replicate_for_data_parallel(model)
+        del replica._replicate_for_data_parallel
+        replica.forward = copy.copy(self)
+        replica.forward.model, replica.forward.replica_of = replica, model
+        return replica
+
+    def _of_a_copy(self, model: nn.Module, args: tuple, kwargs: dict):
+        if "copy" not in self.said:
+            self.said.add("copy")
+            log.warning("%s: a copy of it runs its own forward", type(model).__name__)
+        return type(model).forward(model, *args, **kwargs)
+
+    @torch.compiler.disable  # a forward that breaks the graph comes here while it is compiled
+    def _prepared(self, args: tuple, kwargs: dict) -> str | None:
+        """Why the model's own forward runs (None: the fused one). Raises AccelerateError where the
+        model is not what it was, and no fused forward stands for what it is."""
+        if self.replica_of is not None:
+            return None
+        snapshot = self.guard.examined()
+        conditions = self._conditions(_dtype_of_clip(args, kwargs))
+        if snapshot.own is None and self.verify and conditions not in snapshot.verified:
+            if self._compare(args, kwargs, snapshot):
+                snapshot.verified |= {conditions, (*conditions[:-1], False)}
+        return snapshot.own
+
+    def _prepare(self, dtype: torch.dtype | None) -> str | None:
+        """The same with a clip of noise, where there is no other."""
+        adapter, param = adapters.FAMILIES[self.family], next(self.model.parameters())
+        if isinstance(param, FakeTensor):  # torch.export's, without numbers
+            with _disable_current_modes():
+                return self.guard.examined().own
+        if not hasattr(adapter, "sample"):
+            raise AccelerateError(f"the adapter of {self.family} has no sample() to compare")
+        clip = adapter.sample(self.model, dtype or param.dtype)
+        return self._prepared(clip, {})
+
+    def _conditions(self, clip: torch.dtype | None) -> tuple:
+        """What else a comparison rests on; at the end whether gradients were compared."""
+        param = next(self.model.parameters())
+        grad = torch.is_grad_enabled()
+        return param.dtype, clip, _autocast(param.device), torch.get_default_dtype(), grad
+
+    def _examine(self, last: Snapshot | None) -> Snapshot:
+        """The model's parts, compared."""
+        if last is not None and self.guard.made % MODES == 0:
+            log.warning(
+                "%s is examined anew at every call, for it changes: %s",
+                type(self.model).__name__,
+                last.changed(),
+            )
+        _, findings = _examine(self.model, self.strict)
+        refused = [f for f in findings if f.why_not]
+        if refused:
+            raise AccelerateError(f"the model has changed:\n{_table(refused)}")
+        written = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
+        snapshot = Snapshot(self.model, written)
+        own = tuple(f.part for f in findings if f.own)
+        hooked = [f for f in _hooked(self.model) if not _is_in(f.part, own)]
+        if hooked:  # strict=False
+            snapshot.own = f"{hooked[0].part} has hooks"
+        return snapshot
 
     def _fused(self, args: tuple, kwargs: dict):
         if self.pixels is None and any(map(_is_uint8_clip, _tensors([args, kwargs]))):
@@ -150,56 +247,92 @@ class Fused:
         channel_dim = adapters.FAMILIES[self.family].CHANNEL_DIM
         return self.pixels.normalise(t, channel_dim, next(self.model.parameters()).dtype)
 
-    def _check(self, args: tuple, kwargs: dict) -> bool:
-        """Compare the model's parts, and both forwards on a clip like this batch's; False where
-        this call is left to the model's own."""
-        _, findings = _examine(self.model, self.strict)
-        refused = [f for f in findings if f.why_not]
-        if refused:
-            raise AccelerateError(f"the model has changed:\n{_table(refused)}")
-        return not self.verify or self._compare(args, kwargs)
-
-    @torch.no_grad()
-    def _compare(self, args: tuple, kwargs: dict) -> bool:
-        tensors = _tensors([args, kwargs])
-        param = next(self.model.parameters())
-        batch = next((len(t) for t in tensors if t.dim()), 0)
+    def _compare(self, args: tuple, kwargs: dict, snapshot: Snapshot) -> bool:
+        """Both forwards on a clip like this batch's, as the model is run now: outputs, and where
+        gradients are wanted these; False where this call is left to the model's own."""
+        batch = next((len(t) for t in _tensors([args, kwargs]) if t.dim()), 0)
 
         def one(t: Tensor) -> Tensor:
             t = t[:1] if t.dim() and len(t) == batch else t
-            t = _noise_like(t) if t.dim() == 5 else t
-            return t.to(param.dtype) if t.is_floating_point() else t
+            return noise_like(t) if t.dim() == 5 else t
 
         args, kwargs = _map(one, args), _map(one, kwargs)
-        outputs = []
+        # Hooks inside may be of sharding, and gather and reduce the gradients of a backward.
         try:
-            for forward in (self._fused, self._as_before):
-                with _same_conditions(param.device):
-                    outputs.append(_tensors(forward(args, kwargs)))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not snapshot.hooked):
+                ours, theirs = (
+                    self._results(f, args, kwargs) for f in (self._fused, self._as_before)
+                )
         except Unfused:
             return False
-        ours, theirs = outputs
-        worst = [_difference(a, b) for a, b in zip(ours, theirs, strict=False)]
-        limit = TOLERANCE[param.dtype]
-        if len(ours) != len(theirs) or not all(w <= limit for w in worst):
+        dtype = _coarsest(next(self.model.parameters()))
+        limit = TOLERANCE[dtype]
+        worst = [_difference(a, b) for a, b in zip(ours[0], theirs[0], strict=False)]
+        title = f"{type(self.model).__name__} has the parts of {self.family} and computes something"
+        if len(ours[0]) != len(theirs[0]) or not all(w <= limit for w in worst):
             raise AccelerateError(
-                f"{type(self.model).__name__} has the parts of {self.family} and computes something"
-                f" else: on one clip {len(theirs)} outputs and {len(ours)} of the fused forward"
-                f" differ by {', '.join(f'{w:.1e}' for w in worst)} (relative, nan: another shape"
-                f" or dtype; at most {limit:.0e} in {param.dtype})"
+                f"{title} else: on one clip {len(theirs[0])} outputs and {len(ours[0])} of the"
+                f" fused forward differ by {', '.join(f'{w:.1e}' for w in worst)} (relative, nan:"
+                f" another shape or dtype; at most {limit:.0e} in {dtype})"
             )
+        if wrong := _gradients_differ(ours[1], theirs[1], 10 * limit):
+            raise AccelerateError(f"{title} else: on one clip the gradient of {wrong}")
         log.info("%s: on one clip both forwards agree to %.1e", self.family, max(worst, default=0))
         return True
 
+    def _results(
+        self, forward: Callable, args: tuple, kwargs: dict
+    ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+        """Outputs, and the gradients of a sum of them by name, of parameters that stand for the
+        model's: its own see no gradient and call no hook."""
+        written = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
+        before = {k: v for k, v in vars(self.model).items() if k in written}
+        params = {n: p.detach() for n, p in self.model.named_parameters()}
+        if torch.is_grad_enabled():
+            for name, p in self.model.named_parameters():
+                params[name].requires_grad_(p.requires_grad)
+        try:
+            with _same_conditions(args, kwargs, params), _reparametrize_module(self.model, params):
+                outputs = _tensors(forward(args, kwargs))
+        finally:
+            vars(self.model).update(before)
+        roots = [t for t in outputs if t.requires_grad]
+        asked = {n: p for n, p in params.items() if p.requires_grad}
+        if not roots or not asked:
+            return outputs, {}
+        cotangents = [noise_like(t) / t.numel() ** 0.5 for t in roots]
+        grads = torch.autograd.grad(roots, list(asked.values()), cotangents, allow_unused=True)
+        return [t.detach() for t in outputs], dict(zip(asked, grads, strict=True))
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """The dtype of products under autocast, as it is now; None without."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def _coarsest(param: Tensor) -> torch.dtype:
+    """The dtype whose rounding both forwards have."""
+    cast = _autocast(param.device)
+    return cast if cast is not None and param.dtype != torch.float64 else param.dtype
+
+
+def _dtype_of_clip(args: tuple, kwargs: dict) -> torch.dtype | None:
+    return next((t.dtype for t in _tensors([args, kwargs]) if t.dim() == 5), None)
+
 
 @contextlib.contextmanager
-def _same_conditions(device: torch.device) -> Iterator[None]:
-    """The same random numbers inside and afterwards, no autocast, no TF32."""
+def _same_conditions(args: tuple, kwargs: dict, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """The same random numbers inside and afterwards, no TF32, and no cast that autocast keeps."""
+    device = next(iter(params.values())).device
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
     devices = [] if device.type == "cpu" else [device]
     random = torch.random.fork_rng(devices, device_type=device.type)
-    with random, torch.autocast(device.type, enabled=False):
+    cast = _autocast(device)
+    how = dict(dtype=cast, enabled=cast is not None, cache_enabled=False)
+    with random, torch.autocast(device.type, **how):
         try:
             matmul.fp32_precision = conv.fp32_precision = "ieee"
             yield
@@ -207,11 +340,24 @@ def _same_conditions(device: torch.device) -> Iterator[None]:
             matmul.fp32_precision, conv.fp32_precision = before
 
 
-def _noise_like(clip: Tensor) -> Tensor:
-    """A clip without a flat patch, whose values over their own deviation would be all rounding."""
-    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    noise = (noise * 64 + 128).clamp(0, 255) if clip.dtype == torch.uint8 else noise
-    return noise.to(clip.device, clip.dtype)
+def _gradients_differ(
+    ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], limit: float
+) -> str | None:
+    """The name of the first whose gradients differ, and by how much; None: there is none. One a
+    hundred times smaller than the greatest is mostly rounding, and held to that size."""
+    sizes = {n: float(g.double().norm()) for n, g in theirs.items() if g is not None}
+    least = max(sizes.values(), default=0) / 100
+    for name, want in theirs.items():
+        got = ours[name]
+        if got is None or want is None:
+            size = max(sizes.get(name, 0), 0 if got is None else float(got.double().norm()))
+            if size > limit * least:
+                return f"{name} is {'none' if got is None else 'there'}, which is not so in its own"
+        elif not (d := float((got.double() - want.double()).norm())) <= limit * max(
+            sizes[name], least
+        ):
+            return f"{name} differs by {d / max(sizes[name], 1e-30):.1e} (at most {limit:.0e})"
+    return None
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -238,11 +384,11 @@ def _examine(model: nn.Module, strict: bool) -> tuple[ModuleType | None, list[Fi
     family, findings = adapters.find(model)
     own = tuple(f.part for f in findings if f.own)
     replaced = [n for n, m in model.named_modules() if _replaced(m)]
-    if not isinstance(vars(model).get("forward"), Fused | None):
+    if wrapped.find(model) is None and not wrapped.leads_to_own(model):
         findings.append(Finding("forward", "was replaced on this instance"))
     within = [Finding(n, "has a forward of its own") for n in replaced if n]
     if strict:
-        within += _hooked(model, list(model.modules()))
+        within += _hooked(model)
     return family, findings + [f for f in within if not _is_in(f.part, own)]
 
 
@@ -251,21 +397,24 @@ def _is_in(name: str, parts: tuple[str, ...]) -> bool:
     return any(f"{name}.".startswith(f"{part}.") for part in parts)
 
 
-def _hooked(model: nn.Module, modules: list[nn.Module]) -> list[Finding]:
-    """The modules inside whose hooks a fused forward would not call. `modules` are the model's, the
-    model first: names are made where there is something to name, for this runs at every call."""
-    if any(getattr(nn_module, f"_global{hooks}", None) for hooks in _HOOKS):
+def _hooked(model: nn.Module) -> list[Finding]:
+    """The modules inside whose hooks a fused forward would not call."""
+    if any(not _only_counts(hook) for hooks in GLOBAL_HOOKS for hook in hooks.values()):
         return [Finding("torch.nn.modules.module", "has hooks of every module")]
-    hooked = [m for m in modules[1:] if _called(vars(m))]
-    names = {m: name for name, m in model.named_modules()} if hooked else {}
     why_not = "has hooks (FSDP, quantisation, feature extraction ...), called by no fused forward"
-    return [Finding(names[m], why_not) for m in hooked]
+    return [Finding(n, why_not) for n, m in model.named_modules() if n and _called(vars(m))]
+
+
+def _only_counts(hook: Callable) -> bool:
+    """It follows which module runs, for a FlopCounterMode or a MemTracker, and changes nothing."""
+    owner = inspect.getmodule(hook)
+    return owner is not None and owner.__name__ in _TRACKERS
 
 
 def _called(attributes: dict[str, Any]) -> bool:
     """Some of a module's hooks do something. Those that transformers installs when hidden states
     are first asked for, and leaves there, do nothing at other calls."""
-    found = [attributes[hooks] for hooks in _HOOKS if attributes[hooks]]
+    found = [attributes[hooks] for hooks in HOOKS if attributes[hooks]]
     names = (getattr(h, "__name__", "") for hooks in found for h in hooks.values())
     return bool(found) and any(name != "output_capturing_hook" for name in names)
 

@@ -68,7 +68,7 @@ def test_restore(model, video):
     assert set(vars(model)) == attributes and mae_fast.restore(model) is model
     after = run(model, video)
     assert all(map(torch.equal, after[0], before[0]))
-    model.forward = model.forward
+    model.forward = lambda imgs: imgs
     with pytest.raises(AccelerateError, match="did not set"):
         mae_fast.restore(model)
     with pytest.raises(AccelerateError, match="forward: was replaced on this instance"):

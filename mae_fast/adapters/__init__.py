@@ -5,9 +5,12 @@ An adapter is a module:
     SOURCE       whose model it is, in a line
     PARTS        names of modules and parameters by which the family is recognised
     CHANNEL_DIM  where a clip [B, ..., H, W] has its channels
+    WRITTEN      attributes of the model that its forward writes (none: may be left out)
     check(model) -> list[Finding]: each part, compared with what the fused forward computes; a part
         with `own` is a module that `forward` calls as it is. It is made again whenever anything
         about the model has changed (a hook, an attribute, a module, training)
+    sample(model, dtype) -> the arguments of a call with one clip of noise, by which both forwards
+        are compared where there is no batch yet: under torch.compile, in nn.DataParallel
     forward(model, pixels, ...) -> what the model's own forward gives for the same arguments,
         through mae_fast.forward. Parameters are read from the modules at every call. `pixels` says
         how a uint8 clip is read (None: there are none). Raises Unfused for a call that is left to

@@ -6,7 +6,7 @@ loss, pred, mask = model(imgs, mask_ratio): its own random mask, pred of all tok
 import torch
 from torch import Tensor, nn
 
-from mae_fast.adapters.parts import Finding, Parts, Pixels
+from mae_fast.adapters.parts import Finding, Parts, Pixels, noise
 from mae_fast.forward import Affine, Block, Norm, Params, Spec
 from mae_fast.forward import forward as fused
 from mae_fast.masking import mask_from_keep
@@ -25,6 +25,7 @@ PARTS = (
     "decoder_pred",
 )
 CHANNEL_DIM = 1
+WRITTEN = ("patch_info",)
 
 
 def check(model: nn.Module) -> list[Finding]:
@@ -97,6 +98,12 @@ def _check_blocks(parts: Parts, name: str, dim: int) -> None:
             parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2")
 
 
+def sample(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor]:
+    """What the model's forward takes: one clip of noise."""
+    embed = model.patch_embed
+    return (noise((1, embed.proj.in_channels, embed.frames, *embed.img_size), dtype, embed.proj),)
+
+
 def forward(
     model: nn.Module, pixels: Pixels | None, imgs: Tensor, mask_ratio: float = 0.75
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +132,7 @@ def forward(
     size, frames = embed.img_size[0], model.pred_t_dim
     p, u = embed.proj.kernel_size[1], model.t_pred_patch_size
     model.patch_info = (len(imgs), frames, size, size, p, u, t, h, w)
-    return loss, pred, mask_from_keep(ids_keep, length)
+    return loss, pred, mask_from_keep(ids_keep, length).to(torch.get_default_dtype())
 
 
 def _spec(model: nn.Module) -> Spec:

@@ -53,6 +53,19 @@ class Pixels(NamedTuple):
         return Affine(torch.cat(parts, dim=1), bias)
 
 
+def noise(shape: tuple[int, ...], dtype: torch.dtype, beside: nn.Module) -> Tensor:
+    """A clip of noise, on the device of a module's parameters."""
+    clip = torch.zeros(shape, dtype=dtype, device=next(beside.parameters()).device)
+    return noise_like(clip)
+
+
+def noise_like(clip: Tensor) -> Tensor:
+    """A clip without a flat patch, whose values over their own deviation would be all rounding."""
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    noise = (noise * 64 + 128).clamp(0, 255) if clip.dtype == torch.uint8 else noise
+    return noise.to(clip.device, clip.dtype)
+
+
 class Parts:
     """Collects findings. Each method names a part and says what the fused forward needs of it."""
 

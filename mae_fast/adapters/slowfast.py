@@ -8,7 +8,7 @@ and the model's own for HOG.
 import torch
 from torch import Tensor, nn
 
-from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused
+from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
 from mae_fast.adapters.videomae import block_of, check_blocks
 from mae_fast.forward import Affine, Norm, Params, Spec, decode, encode, targets
 from mae_fast.ops.masked_mse import norm_target
@@ -25,6 +25,7 @@ PARTS = (
     "pred_head.projections.0",
 )
 CHANNEL_DIM = 1
+WRITTEN = ("patch_info", "counter")
 _SETTINGS = (
     "cls_embed_on",
     "sep_pos_embed",
@@ -88,6 +89,12 @@ def _tables(joint: str, apart: str, separable: bool, t: int, hw: int, cls: bool)
     if not separable:
         return {joint: t * hw + bool(cls)}
     return {f"{apart}_spatial": hw, f"{apart}_temporal": t} | ({f"{apart}_class": 1} if cls else {})
+
+
+def sample(model: nn.Module, dtype: torch.dtype) -> tuple[list[Tensor]]:
+    """What the model's forward takes: [clip], of noise."""
+    (t, h, w), (u, p, _) = model.patch_dims, model.patch_embed.proj.kernel_size
+    return ([noise((1, 3, t * u, h * p, w * p), dtype, model.patch_embed.proj)],)
 
 
 def forward(

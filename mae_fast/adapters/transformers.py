@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused
-from mae_fast.adapters.videomae import IMAGENET, fixed, ids_of, product_dtype, unnormalised
+from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
+from mae_fast.adapters.videomae import IMAGENET, fixed, ids_of, most, product_dtype, unnormalised
 from mae_fast.forward import Affine, Block, Norm, Params, Spec
 from mae_fast.forward import forward as fused
 
@@ -130,6 +130,14 @@ def _grid(model: nn.Module) -> tuple[int, int, int]:
     return t, *(n // config.patch_size for n in embed.image_size)
 
 
+def sample(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the model's forward takes: one clip of noise, and a mask of three tokens in four."""
+    config, embed = model.config, model.videomae.embeddings.patch_embeddings
+    shape = (1, config.num_frames, config.num_channels, *embed.image_size)
+    clip = noise(shape, dtype, embed.projection)
+    return clip, most(embed.num_patches, clip.device)
+
+
 def forward(
     model: nn.Module,
     pixels: Pixels | None,
@@ -183,6 +191,8 @@ def forward(
     video, targets = pixel_values.transpose(1, 2), targets.transpose(1, 2)
     loss, logits = fused(params, spec, video, *ids, pixels=targets)
     wide = model.mask_token.dtype if targets.dtype == torch.uint8 else targets.dtype
+    if product_dtype(model.mask_token) != model.mask_token.dtype:
+        wide = torch.promote_types(wide, torch.float32)  # autocast takes a mean square in fp32
     loss = loss.to(torch.promote_types(logits.dtype, wide))  # the mean's own dtype
     output = _output_class(model)(loss=loss, logits=logits)
     return_dict = kwargs.get("return_dict")

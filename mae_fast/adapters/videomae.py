@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused
+from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
 from mae_fast.forward import Affine, Block, Norm, Params, Spec, decode, encode
 from mae_fast.ops.masked_mse import masked_mse
 
@@ -93,6 +93,20 @@ def check_blocks(parts: Parts, names: list[str], dim: int) -> None:
             parts.rest_is_off(part, "norm1", "attn", "norm2", "mlp")
             parts.rest_is_off(f"{part}.attn", "q", "k", "v", "qkv", "proj", "q_bias", "v_bias")
             parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2")
+
+
+def sample(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the model's forward takes: one clip of noise, and a mask of three tokens in four."""
+    embed, (u, p, _) = model.encoder.patch_embed, model.encoder.patch_embed.proj.kernel_size
+    rows, columns = (n // p for n in embed.img_size)
+    frames = embed.num_patches // (rows * columns) * u
+    clip = noise((1, embed.proj.in_channels, frames, *embed.img_size), dtype, embed.proj)
+    return clip, most(embed.num_patches, clip.device)
+
+
+def most(length: int, device: torch.device) -> Tensor:
+    """A mask [1, L] that hides three tokens in four, and leaves one at least."""
+    return (torch.arange(length, device=device) >= max(1, length // 4))[None]
 
 
 def forward(model: nn.Module, pixels: Pixels | None, x: Tensor, mask: Tensor) -> Tensor:

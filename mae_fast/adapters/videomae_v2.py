@@ -16,6 +16,7 @@ FAMILY = "videomae_v2"
 SOURCE = "OpenGVLab/VideoMAEv2, PretrainVisionTransformer"
 PARTS = videomae.PARTS
 CHANNEL_DIM = videomae.CHANNEL_DIM
+sample = videomae.sample
 
 
 def check(model: nn.Module) -> list[Finding]:

@@ -169,8 +169,8 @@ def test_gradient_checkpointing(make):
     model = make(image_size=8, patch_size=2)
     clips, mask = batch(model)
     fast, kept = mae_fast.accelerate(copy.deepcopy(model)), []
-    for checkpointed in (False, False, True):  # the first call compares both forwards
-        if checkpointed:
+    for checkpointed in (False, False, True, True):  # the first of each compares both forwards
+        if checkpointed and not fast.is_gradient_checkpointing:
             fast.gradient_checkpointing_enable(dict(use_reentrant=False))
         kept.append(0)
 
@@ -180,7 +180,7 @@ def test_gradient_checkpointing(make):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             fast(clips.float(), bool_masked_pos=mask)
-    assert kept[2] < kept[1] / 2
+    assert kept[3] < kept[1] / 2
     model.gradient_checkpointing_enable(dict(use_reentrant=False))
     check(model, run_with(clips, mask))
 
