@@ -21,6 +21,7 @@ from torch import Tensor
 from mae_fast import checkpoint, distributed, graph, metrics
 from mae_fast.config import Config, to_dict
 from mae_fast.data import BadVideos, Batch, make_loader, read_index
+from mae_fast.data.prefetch import DevicePrefetch
 from mae_fast.distributed import World
 from mae_fast.environment import environment
 from mae_fast.errors import CheckpointError, ConfigError, DataError, Interrupted, NonFiniteError
@@ -135,9 +136,12 @@ class Run:
         cfg, row = self.cfg.train, {}
         if self.step == 0 and sink and self.val_rows:
             sink.write({"step": 0, **self._held_out()})
-        batches, window = iter(self._loader()), Window()
+        batches, window = DevicePrefetch(self._loader(), self.world.device), Window()
         while self.step < self.total:
             self._one_step(batches, window)
+            before = time.perf_counter()
+            batches.ahead()
+            window.waited += time.perf_counter() - before
             self.step += 1
             last = self.step == self.total
             save = last or self.step % cfg.save_every == 0
@@ -188,21 +192,20 @@ class Run:
 
     def _inputs(self, batches: Iterator[Batch], window: Window) -> Iterator[Inputs]:
         """What each micro-step takes, on the device."""
-        cfg, device = self.cfg, self.world.device
+        cfg = self.cfg
         for _ in range(cfg.train.accum_steps):
             before = time.perf_counter()
             batch = next(batches)
             window.waited += time.perf_counter() - before
             window.bad += batch.bad
             window.paths[-1] += batch.paths
-            batch = batch.to(device, non_blocking=True)
             ids = draw_ids(
                 cfg.mask.strategy,
                 cfg.model.grid,
                 cfg.mask.ratio,
                 seed=cfg.train.seed,
                 step=self.step,
-                samples=batch.samples.to(device, non_blocking=True),
+                samples=batch.samples,
             )
             yield batch.video(cfg.model.img_size), *ids
 
