@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node 2 examples/ddp.py index.jsonl [--no-accel
 """
 
 import argparse
+import os
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,11 @@ TINY = dict(image_size=64, hidden_size=96, num_hidden_layers=2, num_attention_he
 TINY |= dict(intermediate_size=384, decoder_num_hidden_layers=1)
 
 gpu = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+if gpu:
+    torch.cuda.set_device(device)  # before anything else of CUDA: what names no device goes there
 dist.init_process_group("nccl" if gpu else "gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-device = torch.device("cuda", rank % torch.cuda.device_count()) if gpu else torch.device("cpu")
 torch.manual_seed(0)
 config = VideoMAEConfig(**TINY if args.size == "tiny" else {})
 model = VideoMAEForPreTraining(config).to(device)

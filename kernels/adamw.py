@@ -159,11 +159,11 @@ class Table:
 
     groups: for each parameter group, (param, grad, mean, square, step, bf16 copy or None) of each
     parameter, contiguous fp32. A table does not change: `fits` says whether it still holds. One
-    that was `captured` by a CUDA graph must live as long as the graph.
+    that a CUDA graph reads must live as long as the graph.
     """
 
     def __init__(self, groups, before=None):
-        self.addresses, self.captured = _addresses(groups), False
+        self.addresses = _addresses(groups)
         tensors = [row for group in groups for row in group]
         device = tensors[0][0].device
         sizes = [row[0].numel() for row in tensors]
@@ -199,7 +199,8 @@ def _addresses(groups):
 
 def _on_host(values, device):
     """A CPU tensor of a numpy array, pinned where a GPU will read it."""
-    host = torch.empty(values.shape, dtype=_DTYPES[values.dtype], pin_memory=device.type == "cuda")
+    pin, dtype = device.type == "cuda", _DTYPES[values.dtype]
+    host = torch.empty(values.shape, dtype=dtype, device="cpu", pin_memory=pin)
     host.numpy()[...] = values
     return host
 

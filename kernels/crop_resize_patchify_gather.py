@@ -2,8 +2,8 @@
 
 Clips of different sizes and places in memory come as a table of addresses, strides and sizes,
 copied to the device without a wait: a launch is right for these frames only, and so is no part of
-a CUDA graph. An id that is no token, or a box that is not within its frames, gives NaN, and reads
-nothing.
+a CUDA graph (RuntimeError). An id that is no token, or a box that is not within its frames, gives
+NaN, and reads nothing.
 """
 
 import torch
@@ -118,6 +118,8 @@ def crop_resize_patchify_gather_fwd(
 def _table(frames):
     """Each clip's address, strides, height and width, int64 [B, 7] on the clips' device."""
     device = frames[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("crop_resize_patchify_gather: a CUDA graph would keep these frames")
     rows = [(f.data_ptr(), *f.stride(), *f.shape[1:3]) for f in frames]
     table = torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)

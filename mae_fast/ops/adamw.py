@@ -9,6 +9,8 @@ the new weights.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -86,14 +88,24 @@ def _with_gradients(optimizer: torch.optim.AdamW) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-# By optimizer, the tables of addresses that CUDA graphs hold, and last the present one.
-_tables: WeakKeyDictionary = WeakKeyDictionary()
+@dataclass
+class _Tables:
+    """An optimizer's tables of addresses: the present one, and all that CUDA graphs read."""
+
+    present: Any = None
+    captured: list = field(default_factory=list)
+
+
+_tables: WeakKeyDictionary[torch.optim.Optimizer, _Tables] = WeakKeyDictionary()
 
 
 def _table(optimizer: torch.optim.AdamW, copies: Mapping[Tensor, Tensor]):
     """The table of where the tensors of a step lie: that of the last step, if they lie there still.
 
-    Where they do not, the host writes another and copies it to the device, without waiting.
+    Where they do not, the host writes another and copies it to the device, without waiting. In a
+    capture that copy is the graph's, made at every replay and not before the first: such a table,
+    its pinned memory too, lives as long as the optimizer, whose state the graph reads as well, and
+    no step outside of the graph uses it.
     """
     from mae_fast.kernels.adamw import Table
 
@@ -107,14 +119,14 @@ def _table(optimizer: torch.optim.AdamW, copies: Mapping[Tensor, Tensor]):
                 for p, s in zip(params, states, strict=True)
             ]
         )
-    tables = _tables.setdefault(optimizer, [])
-    before = tables[-1] if tables else None
-    if before is None or not before.fits(groups):
-        if before is not None and not before.captured:
-            tables.pop()
-        tables.append(Table(groups, before))
-    tables[-1].captured |= torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return tables[-1]
+    tables = _tables.setdefault(optimizer, _Tables())
+    fits = tables.present is not None and tables.present.fits(groups)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        tables.captured.append(tables.present if fits else Table(groups))
+        return tables.captured[-1]
+    if not fits:
+        tables.present = Table(groups, tables.present)
+    return tables.present
 
 
 OP = dispatch.Op(
@@ -141,7 +153,8 @@ def adamw(
     if backend == "triton":
         from mae_fast.kernels.adamw import adamw_step
 
-        adamw_step(_table(optimizer, copies), optimizer.param_groups, scale, skip)
+        with dispatch.on(scale.device):
+            adamw_step(_table(optimizer, copies), optimizer.param_groups, scale, skip)
         return
     (adamw_ref if backend == "reference" else _adamw_torch)(optimizer, scale, skip)
     if copies:
@@ -160,9 +173,10 @@ def clipped_adamw(
     if OP.choose(optimizer) == "triton":
         from mae_fast.kernels.adamw import adamw_step, grad_norm
 
-        table = _table(optimizer, _checked(copies))
-        norm, scale, skip = grad_norm(table, clip)
-        adamw_step(table, optimizer.param_groups, scale, skip)
+        with dispatch.on(_with_gradients(optimizer)[0].device):
+            table = _table(optimizer, _checked(copies))
+            norm, scale, skip = grad_norm(table, clip)
+            adamw_step(table, optimizer.param_groups, scale, skip)
         return norm
     norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(optimizer)]).float()
     scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)

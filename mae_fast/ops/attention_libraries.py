@@ -105,7 +105,10 @@ def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn.cute.interface import flash_attn_func
 
-    out, _ = flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
+    with dispatch.on(q.device):  # its kernels are compiled in Python, as Triton's
+        out, _ = flash_attn_func(
+            q, k, v, deterministic=torch.are_deterministic_algorithms_enabled()
+        )
     return out
 
 

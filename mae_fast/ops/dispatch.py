@@ -162,8 +162,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@constant
-def load_triton() -> str | None:
+def _load_triton() -> str | None:
     """Load the Triton kernels; the reason if that cannot be done, else None."""
     if not interpreting() and not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on a CPU, as a test)"
@@ -175,8 +174,26 @@ def load_triton() -> str | None:
     from mae_fast.kernels import launchers
 
     for operator, launch in launchers(LIBRARY._op_defs).items():
-        _implement(operator, "triton", launch, "CPU" if interpreting() else "CUDA")
+        _implement(operator, "triton", _on_its_device(launch), "CPU" if interpreting() else "CUDA")
     return None
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, Triton's kernels start on this device: they would on the current one, whatever their
+    tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _on_its_device(launch: Callable) -> Callable:
+    """A launcher that starts its kernels on the device of its first tensor."""
+
+    @functools.wraps(launch)
+    def guarded(*args):
+        tensors = (t for a in args for t in (a if isinstance(a, list | tuple) else (a,)))
+        with on(next(t.device for t in tensors if isinstance(t, Tensor))):
+            return launch(*args)
+
+    return guarded
 
 
 @constant
@@ -254,6 +271,7 @@ def _load_cpp() -> str | None:
 
 
 load_cpp = constant(_load_cpp)
+load_triton = constant(_load_triton)
 MACHINE["cpp"] = load_cpp
 MACHINE["triton"] = load_triton
 MACHINE["cuda"] = load_cuda

@@ -2,6 +2,8 @@
 scale and skip; bf16 copies."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -161,11 +163,11 @@ def test_adamw_in_triton_gives_the_same_bits_twice_and_keeps_its_table():
     for _ in range(3):
         with mae_fast.backends(adamw="triton"):
             clipped_adamw(optimizer, 1.0)
-        tables.add(id(home._tables[optimizer][-1]))
+        tables.add(home._tables[optimizer].present)
     assert len(tables) == 1
     params[0].grad = params[0].grad.clone()
     clipped_steps("triton", params, optimizer, grads[:1])
-    assert len(home._tables[optimizer]) == 1 and id(home._tables[optimizer][0]) not in tables
+    assert home._tables[optimizer].present not in tables
 
 
 @pytest.mark.skipif(not dispatch.interpreting(), reason="the sanitizer watches the interpreter")
@@ -226,3 +228,76 @@ def test_clipped_adamw_in_a_cuda_graph(backend):
         graph.replay()
     clipped_steps(backend, *copied, [grads] * 4)
     torch.testing.assert_close(params, copied[0], rtol=0, atol=0)
+
+
+class _Capture:
+    """Whether a stand-in for a CUDA graph is being captured."""
+
+    on = False
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: _Capture.on)
+    yield _Capture
+    _Capture.on = False
+
+
+def tables(optimizer, grads):
+    """The table of a step with these gradients."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = grads.pop(0)
+    return home._table(optimizer, {})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its stand-in for a capture is a CPU's")
+def test_what_a_cuda_graph_reads_of_adamw_stays(capture):
+    """Neither tables made in a capture, nor the one that was there before, are let go while it
+    lasts, and afterwards as long as the optimizer: the graph copies their pinned memory again."""
+    _, optimizer = make(LARGE)
+    fresh = [[torch.ones(s) for s in LARGE] for _ in range(5)]  # each elsewhere
+    before = weakref.ref(tables(optimizer, fresh[0][:]))
+    capture.on = True
+    made = [weakref.ref(tables(optimizer, grads[:])) for grads in fresh[1:3]]
+    gc.collect()
+    assert before() is not None, "pinned memory is let go in a capture"
+    capture.on = False
+    for grads in fresh[3:]:
+        tables(optimizer, grads[:])
+    gc.collect()
+    assert all(table() is not None for table in made)
+    assert before() is None, "a table that nothing reads is kept"
+    del optimizer
+    gc.collect()
+    assert all(table() is None for table in made)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its stand-in for a capture is a CPU's")
+def test_adamw_uses_no_memory_of_a_cuda_graph_outside_of_it(capture):
+    """What is copied in a capture is not there until the graph's first replay."""
+    _, optimizer = make(LARGE)
+    grads, others = ([torch.ones(s) for s in LARGE] for _ in range(2))
+    capture.on = True
+    inside = tables(optimizer, grads[:])
+    capture.on = False
+    for step in (grads, others):
+        outside = tables(optimizer, step[:])
+        for name in ("rows", "chunks", "numbers"):
+            theirs, ours = getattr(inside, name), getattr(outside, name)
+            assert ours.data_ptr() != theirs.data_ptr(), name
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its stand-in for a capture is a CPU's")
+def test_a_cuda_graph_takes_the_table_that_fits(capture):
+    _, optimizer = make(LARGE)
+    grads, others = ([torch.ones(s) for s in LARGE] for _ in range(2))
+    before = weakref.ref(tables(optimizer, grads[:]))
+    capture.on = True
+    assert tables(optimizer, grads[:]) is before()
+    capture.on = False
+    tables(optimizer, others[:])
+    gc.collect()
+    assert before() is not None

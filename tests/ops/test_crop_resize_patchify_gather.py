@@ -189,3 +189,15 @@ def test_crop_resize_compiles_without_a_break(backend):
     args = make("reduced")
     compiled = torch.compile(crop_resize_patchify_gather, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), crop_resize_patchify_gather(*args))
+
+
+def test_frames_are_no_part_of_a_cuda_graph(monkeypatch):
+    """Its table of addresses would be that of the first batch at every replay."""
+    kernels = pytest.importorskip("mae_fast.kernels.crop_resize_patchify_gather")
+
+    class OnAGpu:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph would keep these frames"):
+        kernels._table([OnAGpu()])
