@@ -49,11 +49,14 @@ def _(dout, q, k, v, out, lse):
 def _save(ctx, inputs, output):
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, out, lse)
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, dout, _):
+    if dout is None:
+        return None, None, None
     return torch.ops.mae_fast.attention_bwd(dout, *ctx.saved_tensors)
 
 

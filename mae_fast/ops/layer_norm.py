@@ -47,11 +47,14 @@ def _save(ctx, inputs, output):
     x, weight, *_ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 5
     return *torch.ops.mae_fast.layer_norm_bwd(dout, *ctx.saved_tensors), None, None
 
 

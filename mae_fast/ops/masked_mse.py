@@ -93,11 +93,14 @@ def _(saved, dloss):
 def _save(ctx, inputs, output):
     saved = output[1]
     ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(saved)
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, dloss, _):
+    if dloss is None:
+        return (None,) * 10
     (saved,) = ctx.saved_tensors  # an error if a gradient given out earlier was changed in place
     ready = saved.dtype != torch.float16 and _is_one(dloss)
     dpred = saved if ready else torch.ops.mae_fast.masked_mse_bwd(saved, dloss)
