@@ -63,6 +63,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(cfg.in_chans, cfg.embed_dim, kernel_size=size, stride=size)
 
 
+def _zeros(*shape: int) -> nn.Parameter:
+    """On the default device, as torch's own layers are made."""
+    return nn.Parameter(torch.zeros(shape, device=torch.get_default_device()))
+
+
 class MaskedAutoencoder(nn.Module):
     """A video masked autoencoder (MAE-ST, arXiv 2205.09113) with the official parameters.
 
@@ -75,13 +80,13 @@ class MaskedAutoencoder(nn.Module):
         dim, dec = cfg.embed_dim, cfg.decoder_embed_dim
         own_cls = cfg.cls_embed and cfg.variant == "mae_st"
         if cfg.cls_embed:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+            self.cls_token = _zeros(1, 1, dim)
         if own_cls:
-            self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, dec))
+            self.decoder_cls_token = _zeros(1, 1, dec)
         # PySlowFast's decoder has one joint position table, whatever the encoder's is.
         self._make_pos("pos_embed", dim, cfg.sep_pos_embed)
         self._make_pos("decoder_pos_embed", dec, cfg.sep_pos_embed and cfg.variant == "mae_st")
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dec))
+        self.mask_token = _zeros(1, 1, dec)
         self.patch_embed = PatchEmbed(cfg)
         block = dict(mlp_ratio=cfg.mlp_ratio, qkv_bias=not cfg.no_qkv_bias)
         self.blocks = nn.ModuleList(TransformerBlock(dim, **block) for _ in range(cfg.depth))
@@ -113,7 +118,7 @@ class MaskedAutoencoder(nn.Module):
         if separable:
             shapes = {"_spatial": h * w, "_temporal": t} | ({"_class": 1} if cls else {})
         for part, length in shapes.items():
-            self.register_parameter(name + part, nn.Parameter(torch.zeros(1, length, dim)))
+            self.register_parameter(name + part, _zeros(1, length, dim))
 
     def _pos(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Positions [L, D] and the cls token's [D] (None without one)."""

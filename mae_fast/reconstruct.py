@@ -104,10 +104,10 @@ def draw_panel(
     """Run the model on one clip; normalised patches are denormalised with the target's own
     mean and deviation, which a model without the original could not know."""
     cfg, spec = model.cfg, model.spec
-    samples = torch.zeros(1, dtype=torch.int64)
+    samples = torch.zeros(1, dtype=torch.int64, device="cpu")
     keep, masked = draw_ids(strategy, cfg.grid, ratio, seed=seed, step=0, samples=samples)
     loss, pred, mask = model(clip, ids_keep=keep, ids_mask=masked, full_pred=True)
-    everything = torch.arange(cfg.num_patches)[None]
+    everything = torch.arange(cfg.num_patches, device="cpu")[None]
     target = targets(spec, clip, everything, clip.dtype)
     _, mean, std = norm_target(target, spec.norm_pix, cfg.in_chans)
     pred = pred * std + mean

@@ -228,7 +228,8 @@ def unnormalised(clip: Tensor, channel_dim: int) -> Tensor:
     """clip * std + mean by ImageNet's constants in fp32, without gradient: pixels in [0, 1]."""
     out = torch.empty_like(clip)
     channels = zip(clip.detach().unbind(channel_dim), out.unbind(channel_dim), strict=True)
-    for (x, y), mean, std in zip(channels, *torch.tensor(IMAGENET).tolist(), strict=True):
+    constants = torch.tensor(IMAGENET, device="cpu").tolist()
+    for (x, y), mean, std in zip(channels, *constants, strict=True):
         torch.mul(x, std, out=y).add_(mean)
     return out
 

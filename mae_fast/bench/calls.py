@@ -169,12 +169,12 @@ def calls(
     ):
         net = MaskedAutoencoder(cfg)
         shape = (clips, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-        video = torch.randint(0, 256, shape, dtype=torch.uint8)
-        ids = ids_from_noise(torch.rand(clips, length), kept)
+        video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        ids = ids_from_noise(torch.rand(clips, length, device=device), kept)
         forward.forward(net.params(), net.spec, video, *ids)
         side = cfg.img_size * 5 // 4
         size = (cfg.num_frames, side, side, cfg.in_chans)
-        sources = [torch.empty(size, dtype=torch.uint8) for _ in range(clips)]
+        sources = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(clips)]
     box = torch.tensor([3, 5, side - 9, side - 7], dtype=torch.int32, device=device)
     flips = torch.arange(clips, device=device) % 2 == 0
     crop = sources, box.repeat(clips, 1), flips, ids[0], cfg.img_size

@@ -84,7 +84,7 @@ def make_clips(cfg: ModelConfig, clips: int, setting: Setting) -> Tensor:
     """Random uint8 clips [B, C, T, H, W], the same for every engine."""
     generator = torch.Generator().manual_seed(setting.seed)
     shape = (clips, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-    found = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    found = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator, device="cpu")
     return found.to(setting.device)
 
 

@@ -116,7 +116,8 @@ def same_weights(built: Built) -> None:
     generator = torch.Generator().manual_seed(0)
     for _, p in sorted(built.model.named_parameters()):
         if p.ndim > 1:
-            p.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator))
+            values = torch.empty(p.shape, device="cpu").normal_(0, 0.02, generator=generator)
+            p.copy_(values)
 
 
 def parts(

@@ -35,7 +35,7 @@ def interleave(
 
 def host_clock(cold: bool = False) -> Callable[[Callable[[], object]], float]:
     """A timer of one call on the host, from cold caches if asked."""
-    flush = torch.ones(FLUSH_BYTES // 4) if cold else None
+    flush = torch.ones(FLUSH_BYTES // 4, device="cpu") if cold else None
 
     def timer(function: Callable[[], object]) -> float:
         if cold:

@@ -125,10 +125,13 @@ class VideoReader:
         for i, frame in frames(sorted(rows)):
             frame = shrink(frame[None], short_side)[0]
             if out is None:
-                out = torch.empty(sum(map(len, rows.values())), *frame.shape, dtype=torch.uint8)
+                count = sum(map(len, rows.values()))
+                out = torch.empty(count, *frame.shape, dtype=torch.uint8, device="cpu")
             for row in rows[i]:
                 out[row] = frame
-        return torch.empty(0, self.height, self.width, 3, dtype=torch.uint8) if out is None else out
+        if out is None:
+            return torch.empty(0, self.height, self.width, 3, dtype=torch.uint8, device="cpu")
+        return out
 
     def _open(self) -> None:
         import av

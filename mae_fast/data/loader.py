@@ -160,9 +160,9 @@ class ClipDataset(Dataset):
         ]
         return Batch(
             frames=list(pixels[where.view(shape)]),
-            boxes=torch.tensor([box for box, _ in numbers], dtype=torch.int32),
-            flips=torch.tensor([flip for _, flip in numbers]),
-            samples=g * repeats + torch.arange(repeats),
+            boxes=torch.tensor([box for box, _ in numbers], dtype=torch.int32, device="cpu"),
+            flips=torch.tensor([flip for _, flip in numbers], device="cpu"),
+            samples=g * repeats + torch.arange(repeats, device="cpu"),
             paths=[path] * repeats,
             bad=bad,
         )
@@ -207,7 +207,8 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
+        with torch.device("cpu"):  # torch's draws a number with our generator, on the default one
+            batches = iter(self._loader)
         while True:
             try:
                 batch = next(batches)

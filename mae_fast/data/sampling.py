@@ -45,7 +45,7 @@ def clip_indices(
     n = num_frames_in_video
     clip_sz = sampling_rate * num_frames / target_fps * fps
     start = rng.uniform(lo, max((n if hi is None else min(hi, n)) - clip_sz, lo))
-    indices = torch.linspace(start, start + clip_sz - 1, num_frames)
+    indices = torch.linspace(start, start + clip_sz - 1, num_frames, device="cpu")
     return indices.clamp(0, n - 1).long()
 
 
