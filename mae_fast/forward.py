@@ -6,7 +6,6 @@ mathematics does not need it; SAVINGS names each of these, and each can be switc
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Collection, Iterator
 from typing import Literal, NamedTuple
 
@@ -46,6 +45,11 @@ class Affine(NamedTuple):
         return cls(layer.weight, layer.bias)
 
 
+# What stands for a linear layer: its weight and bias; or, where it is more than a linear layer, a
+# callable x -> y in its place (the module itself); or a list of these, one after another (dropout).
+Layer = Affine | Callable[[Tensor], Tensor] | list
+
+
 class Norm(NamedTuple):
     """Weight and bias of a layer norm over the last dimension, and the eps under its root."""
 
@@ -60,16 +64,31 @@ class Norm(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One pre-norm transformer block of width D: q, k, v, proj [D, D]; fc1 [F, D]; fc2 [D, F]."""
+    """One pre-norm transformer block of width D: q, k, v, proj [D, D]; fc1 [F, D]; fc2 [D, F].
+
+    Without k and v, q is a callable that gives all three of every token. `attend` takes the place
+    of `attention` (dropout of probabilities).
+    """
 
     norm1: Norm
-    q: Affine
-    k: Affine
-    v: Affine
-    proj: Affine
+    q: Affine | Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    k: Affine | None
+    v: Affine | None
+    proj: Layer
     norm2: Norm
-    fc1: Affine
-    fc2: Affine
+    fc1: Layer
+    fc2: Layer
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    def is_plain(self) -> bool:
+        """There is nothing but weights: nothing random, no module of another's."""
+        layers = self.q, self.proj, self.fc1, self.fc2
+        return self.attend is None and all(type(layer) is Affine for layer in layers)
+
+
+# A block that runs as a module of its own: block(x, y, first, fused) -> (x, y), as of
+# `transformer_block`. fused(x, y, p) is what the fused forward computes there of a Block p.
+OwnBlock = Callable[[Tensor, Tensor | None, int, Callable], tuple[Tensor, Tensor | None]]
 
 
 class Params(NamedTuple):
@@ -82,15 +101,15 @@ class Params(NamedTuple):
     patch_embed: Affine
     pos: Tensor
     cls: Tensor | None
-    blocks: list[Block]
+    blocks: list[Block | OwnBlock]
     norm: Norm | None
-    decoder_embed: Affine
+    decoder_embed: Layer
     mask_token: Tensor
     decoder_pos: Tensor
     decoder_cls: Tensor | None
-    decoder_blocks: list[Block]
+    decoder_blocks: list[Block | OwnBlock]
     decoder_norm: Norm
-    head: Affine
+    head: Layer
 
 
 class Spec(NamedTuple):
@@ -156,9 +175,9 @@ def encode(
         x = _rows(x, ids_keep)
     if params.cls is not None:
         x = torch.cat([params.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
-    y, run = None, _runner(spec)
+    y = None
     for block in params.blocks:
-        x, y = run(x, y, block, spec.num_heads)
+        x, y = _run(spec, x, y, block, spec.num_heads)
     if params.norm is None:
         return x if y is None else x + y
     return _norm(x, y, params.norm)[1]
@@ -174,7 +193,7 @@ def decode(
     without: Collection[str] = (),
 ) -> Tensor:
     """The decoder: pred [B, M, P] of the masked tokens, or [B, K + M, P] of visible then masked."""
-    visible = linear(latent, *params.decoder_embed)
+    visible = apply_layer(latent, params.decoder_embed)
     cls, visible = visible.split([latent.shape[1] - ids_keep.shape[1], ids_keep.shape[1]], dim=1)
     if params.decoder_cls is None:
         cls = None
@@ -183,28 +202,34 @@ def decode(
     else:
         cls = params.decoder_cls.expand(visible.shape[0], -1)
     x = decoder_tokens(visible, cls, params.mask_token, params.decoder_pos, ids_keep, ids_mask)
-    heads, run = spec.decoder_num_heads, _runner(spec)
-    blocks, y, qkv = params.decoder_blocks, None, None
+    heads, blocks, y, qkv = spec.decoder_num_heads, params.decoder_blocks, None, None
     # The outputs asked for stand last; keys and values come from every token all the same.
     wanted = ids_mask.shape[1] + (ids_keep.shape[1] if everything else 0)
     length, tokens = len(params.decoder_pos), ids_keep.shape[1] + ids_mask.shape[1]
     if "no_unshuffle" in without:
         order = torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1)
         x = torch.cat([x[:, :-tokens], _rows(x[:, -tokens:], order)], dim=1)
-    elif len(blocks) > 1 and ids_mask.numel() > length and "shared_mask_tokens" not in without:
+    elif (
+        len(blocks) > 1
+        and ids_mask.numel() > length
+        and "shared_mask_tokens" not in without
+        and isinstance(blocks[0], Block)
+        and blocks[0].k is not None
+    ):
         table = params.mask_token + params.decoder_pos  # [L, E], the same for every clip
         qkv = _shared_qkv(x[:, : -ids_mask.shape[1]], table, ids_mask, blocks[0], heads)
     for block in blocks[:-1]:
-        x, y = run(x, y, block, heads, qkv=qkv)
+        x, y = _run(spec, x, y, block, heads, qkv=qkv)
         qkv = None
     everywhere = "no_unshuffle" in without or "masked_last_block" in without
     first = 0 if everywhere else x.shape[1] - wanted
-    x, y = run(x, y, blocks[-1], heads, first)
+    x, y = _run(spec, x, y, blocks[-1], heads, first)
     if everywhere:
+        parts = [t for t in (x, y) if t is not None]
         if "no_unshuffle" in without:
-            x, y = (_rows(t[:, -tokens:], order.argsort(dim=1)) for t in (x, y))
-        x, y = x[:, -wanted:], y[:, -wanted:]
-    return linear(_norm(x, y, params.decoder_norm)[1], *params.head)
+            parts = [_rows(t[:, -tokens:], order.argsort(dim=1)) for t in parts]
+        x, y, *_ = *(t[:, -wanted:] for t in parts), None
+    return apply_layer(_norm(x, y, params.decoder_norm)[1], params.head)
 
 
 def _rows(x: Tensor, ids: Tensor) -> Tensor:
@@ -245,13 +270,34 @@ def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tenso
     )
 
 
-def _runner(spec: Spec) -> Callable[..., tuple[Tensor, Tensor]]:
-    """How a block is run: as it is, or kept as its input only."""
+def apply_layer(x: Tensor, p: Layer) -> Tensor:
+    """What a linear layer, or what stands in its place, makes of x."""
+    if type(p) is Affine:
+        return linear(x, *p)
+    if isinstance(p, list):
+        for each in p:
+            x = apply_layer(x, each)
+        return x
+    return p(x)
+
+
+def _run(
+    spec: Spec,
+    x: Tensor,
+    y: Tensor | None,
+    p: Block | OwnBlock,
+    heads: int,
+    first: int = 0,
+    qkv: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """transformer_block, as it is or kept as its input only; or a block's own way."""
+    if not isinstance(p, Block):
+        return p(x, y, first, lambda x, y, p: _run(spec, x, y, p, heads, first))
     if not spec.checkpoint or not torch.is_grad_enabled():
-        return transformer_block
-    # Nothing in a block is random. What it keeps lives for the length of its own backward only.
-    how = dict(use_reentrant=False, preserve_rng_state=False, again=False)
-    return functools.partial(checkpoint, transformer_block, **how)
+        return transformer_block(x, y, p, heads, first, qkv)
+    # What a block keeps lives for the length of its own backward only.
+    how = dict(use_reentrant=False, preserve_rng_state=not p.is_plain(), again=False)
+    return checkpoint(transformer_block, x, y, p, heads, first, qkv, **how)
 
 
 def transformer_block(
@@ -271,19 +317,31 @@ def transformer_block(
     """
     if qkv is None:
         x, h = _norm(x, y, p.norm1)
-        with _made_again(again, h, layer_norm, x, *p.norm1, h.dtype):
-            asked = h[:, first:]
-            if h.dtype != x.dtype:  # torch rounds before it adds the bias where rows lie apart
-                asked = asked.contiguous()
-            inputs = ((asked, p.q), (h, p.k), (h, p.v))
-            qkv = [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
-    a = attention(*qkv).flatten(2)  # [B, S - first, D]
-    x, h = _norm(x[:, first:], linear(a, *p.proj), p.norm2)
-    with _made_again(again, h, layer_norm, x, *p.norm2, h.dtype):
-        h = linear(h, p.fc1.weight)
-    g = bias_gelu(h, p.fc1.bias)
-    with _made_again(again, g, bias_gelu, h, p.fc1.bias):
-        return x, linear(g, *p.fc2)
+        qkv = _qkv(x, h, p, heads, first, again)
+    a = (p.attend or attention)(*qkv).flatten(2)  # [B, S - first, D]
+    x, h = _norm(x[:, first:], apply_layer(a, p.proj), p.norm2)
+    if type(p.fc1) is Affine:
+        with _made_again(again, h, layer_norm, x, *p.norm2, h.dtype):
+            activation = bias_gelu, linear(h, p.fc1.weight), p.fc1.bias
+    else:
+        activation = F.gelu, apply_layer(h, p.fc1)
+    g = activation[0](*activation[1:])
+    # A module of another's may write into its input: it keeps what it likes.
+    with _made_again(again and type(p.fc2) is Affine, g, *activation):
+        return x, apply_layer(g, p.fc2)
+
+
+def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int, again: bool) -> list[Tensor]:
+    """q [B, S - first, heads, d], k and v [B, S, heads, d] of h [B, S, D], the norm of x."""
+    if p.k is None:
+        q, k, v = p.q(h)
+        return [t.unflatten(-1, (heads, -1)) for t in (q[:, first:], k, v)]
+    with _made_again(again, h, layer_norm, x, *p.norm1, h.dtype):
+        asked = h[:, first:]
+        if h.dtype != x.dtype:  # torch rounds before it adds the bias where rows lie apart
+            asked = asked.contiguous()
+        inputs = ((asked, p.q), (h, p.k), (h, p.v))
+        return [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
 
 
 @contextlib.contextmanager

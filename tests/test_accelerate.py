@@ -139,7 +139,7 @@ def test_eval_and_train(model, video):
 
 
 def test_ddp_and_fsdp2(tiny_cfg, tmp_path):
-    # Before and after the model is wrapped; blocks that are sharded by themselves are refused.
+    # Before and after the model is wrapped, and with blocks that are sharded by themselves.
     context, store = get_context("spawn"), str(tmp_path / "store")
     workers = [context.Process(target=process, args=(r, tiny_cfg, store)) for r in range(2)]
     for worker in workers:

@@ -21,11 +21,19 @@ from types import ModuleType
 
 from torch import nn
 
-from mae_fast.adapters import mae_st, slowfast, transformers, videomae, videomae_v2
+from mae_fast.adapters import (
+    mae_st,
+    slowfast,
+    transformers,
+    transformers_encoder,
+    videomae,
+    videomae_v2,
+)
 from mae_fast.adapters.parts import Finding
 
 FAMILIES: dict[str, ModuleType] = {
-    adapter.FAMILY: adapter for adapter in (mae_st, slowfast, videomae, videomae_v2, transformers)
+    adapter.FAMILY: adapter
+    for adapter in (mae_st, slowfast, videomae, videomae_v2, transformers, transformers_encoder)
 }
 
 

@@ -4,10 +4,12 @@ loss, pred, mask = model(imgs, mask_ratio): its own random mask, pred of all tok
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_fast.adapters.parts import Finding, Parts, Pixels, noise
-from mae_fast.forward import Affine, Block, Norm, Params, Spec
+from mae_fast.adapters import own
+from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
+from mae_fast.forward import Affine, Block, Layer, Norm, Params, Spec, apply_layer
 from mae_fast.forward import forward as fused
 from mae_fast.masking import mask_from_keep
 
@@ -26,6 +28,7 @@ PARTS = (
 )
 CHANNEL_DIM = 1
 WRITTEN = ("patch_info",)
+DROPS = ("drop", "drop1", "drop2")  # timm's: one for both places, or two
 
 
 def check(model: nn.Module) -> list[Finding]:
@@ -37,7 +40,7 @@ def check(model: nn.Module) -> list[Finding]:
     if not parts.has("", *settings.split()):
         return parts.findings
     known = parts.layer("patch_embed.proj", nn.Conv3d, in_channels=3)
-    if not parts.layer("decoder_embed", nn.Linear) or not known:
+    if not parts.has("decoder_embed", "out_features") or not known:
         return parts.findings
     embed, proj = model.patch_embed, model.patch_embed.proj
     (t, h, w), (u, p, q) = embed.input_size, proj.kernel_size
@@ -77,6 +80,8 @@ def _check_blocks(parts: Parts, name: str, dim: int) -> None:
     for i, block in enumerate(blocks):
         part = f"{name}.{i}"
         with parts.group(part):
+            if parts.runs_itself(part):
+                continue
             names = ["attn.num_heads", "attn.scale", "mlp.act", "norm1", "norm2", *linears]
             if not parts.has(part, *names):
                 continue
@@ -93,9 +98,12 @@ def _check_blocks(parts: Parts, name: str, dim: int) -> None:
             parts.linear(f"{part}.mlp.fc2", hidden, dim)
             parts.norm(f"{part}.norm1", dim)
             parts.norm(f"{part}.norm2", dim)
-            parts.rest_is_off(part, "norm1", "attn", "norm2", "mlp")
-            parts.rest_is_off(f"{part}.attn", "q", "k", "v", "proj")
-            parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2")
+            parts.drops(part, "drop_path")
+            parts.drops(f"{part}.attn", "proj_drop")
+            parts.drops(f"{part}.mlp", *DROPS)
+            parts.rest_is_off(part, "norm1", "attn", "drop_path", "norm2", "mlp")
+            parts.rest_is_off(f"{part}.attn", "q", "k", "v", "proj", "proj_drop")
+            parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2", *DROPS)
 
 
 def sample(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor]:
@@ -115,6 +123,8 @@ def forward(
     clip = (embed.proj.in_channels, embed.frames, *embed.img_size)
     if imgs.shape[1:] != clip:
         raise ValueError(f"imgs must be [N, {', '.join(map(str, clip))}], got {list(imgs.shape)}")
+    if own.draws(model.decoder_pred):
+        raise Unfused("decoder_pred draws random numbers for tokens that are not predicted")
     t, h, w = embed.input_size
     length = t * h * w
     ids = torch.argsort(torch.rand(len(imgs), length, device=imgs.device), dim=1).int()
@@ -127,7 +137,10 @@ def forward(
         else:  # the targets are of normalised pixels, whose channels then differ in scale
             dtype = torch.promote_types(embed.proj.weight.dtype, torch.float32)
             imgs = pixels.normalise(imgs, CHANNEL_DIM, dtype)
-    loss, pred = fused(_params(model), spec, imgs, ids_keep, ids_mask, full_pred=True)
+    params = _params(model)
+    ordered = own.needs_order(model.decoder_blocks, params.decoder_blocks)
+    without = ("no_unshuffle",) if ordered else ()
+    loss, pred = fused(params, spec, imgs, ids_keep, ids_mask, True, without)
     # What model.unpatchify(pred) reads.
     size, frames = embed.img_size[0], model.pred_t_dim
     p, u = embed.proj.kernel_size[1], model.t_pred_patch_size
@@ -165,22 +178,33 @@ def _params(model: nn.Module) -> Params:
         patch_embed=Affine(proj.weight.flatten(1), proj.bias),
         pos=pos,
         cls=cls,
-        blocks=[_block(block) for block in model.blocks],
+        blocks=[own.block(block, _block) for block in model.blocks],
         norm=Norm.of(model.norm),
-        decoder_embed=Affine.of(model.decoder_embed),
+        decoder_embed=_embed(model.decoder_embed, model.cls_embed),
         mask_token=model.mask_token[0, 0],
         decoder_pos=decoder_pos,
         decoder_cls=decoder_cls,
-        decoder_blocks=[_block(block) for block in model.decoder_blocks],
+        decoder_blocks=[own.block(block, _block) for block in model.decoder_blocks],
         decoder_norm=Norm.of(model.decoder_norm),
-        head=Affine.of(model.decoder_pred),
+        head=own.linear(model.decoder_pred),
     )
 
 
+def _embed(layer: nn.Module, cls: bool) -> Layer:
+    """The decoder's embedding; the model's own module never sees the encoder's cls token."""
+    found = own.linear(layer)
+    if type(found) is Affine or not cls:
+        return found
+    return lambda x: F.pad(apply_layer(x[:, 1:], found), (0, 0, 1, 0))
+
+
 def _block(block: nn.Module) -> Block:
-    a, m = block.attn, block.mlp
-    q, k, v, proj, fc1, fc2 = map(Affine.of, (a.q, a.k, a.v, a.proj, m.fc1, m.fc2))
-    return Block(Norm.of(block.norm1), q, k, v, proj, Norm.of(block.norm2), fc1, fc2)
+    a, m, (path,) = block.attn, block.mlp, own.drops(block, "drop_path")
+    drop, drop1, drop2 = own.drops(m, *DROPS)
+    proj = own.dropped(own.linear(a.proj), *own.drops(a, "proj_drop"), path)
+    fc2 = own.dropped(own.linear(m.fc2), drop2 or drop, path, before=drop1 or drop)
+    norms, qkv = (Norm.of(block.norm1), Norm.of(block.norm2)), own.products(a.q, a.k, a.v)
+    return Block(norms[0], *qkv, proj, norms[1], own.linear(m.fc1), fc2)
 
 
 def _pos(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:

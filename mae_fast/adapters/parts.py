@@ -1,6 +1,7 @@
 """What adapters are made of: findings about a model's parts, and clips of uint8."""
 
 import contextlib
+import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mae_fast.adapters import own
 from mae_fast.forward import Affine
 
 
@@ -85,8 +87,20 @@ class Parts:
         """One finding in place of many: the part fits, or what of it does not."""
         first = len(self.findings)
         yield
-        refused = [f for f in self.findings[first:] if f.why_not]
-        self.findings[first:] = refused or [Finding(part)]
+        found = self.findings[first:]
+        refused, itself = [f for f in found if f.why_not], [f for f in found if f.own]
+        whole = [] if any(f.part == part for f in itself) else [Finding(part)]
+        self.findings[first:] = refused or [*whole, *itself]
+
+    def runs_itself(self, part: str) -> bool:
+        """The block runs as its own module, whatever it is, for it has hooks or a forward of its
+        own. One that is sharded is as the others, between its hooks."""
+        module = self.model.get_submodule(part)
+        why = own.why_itself(module)
+        if why or own.is_hooked(module):
+            why_fused = "is sharded, and fused between its hooks"
+            self.findings.append(Finding(part, None, why or why_fused))
+        return bool(why)
 
     def has(self, part: str, *names: str) -> bool:
         """The module has attributes under these names, dots and all."""
@@ -113,12 +127,38 @@ class Parts:
         return self.need(part, not wrong, ", ".join(wrong))
 
     def linear(self, part: str, rows: int, columns: int, bias: bool | None = True) -> bool:
-        """A linear layer from `rows` to `columns` values; bias None: with or without."""
-        fits = self.layer(part, nn.Linear, in_features=rows, out_features=columns)
-        if not fits or bias is None:
+        """A linear layer from `rows` to `columns` values, or one that stands in its place (LoRA,
+        quantised ...) and is called as it is; bias None: with or without."""
+        layer = self.model.get_submodule(part)
+        kind, sizes = type(layer), ("in_features", "out_features")
+        if not all(hasattr(layer, size) for size in sizes):
+            why_not = f"is a {kind.__name__}, no linear layer with in_features and out_features"
+            return self.need(part, False, why_not)
+        fits = self.layer(part, kind, in_features=rows, out_features=columns)
+        if fits and type(own.linear(layer)) is not Affine:
+            self.findings.append(Finding(part, None, f"is a {kind.__name__}, called as it is"))
+        if not fits or bias is None or kind is not nn.Linear:
             return fits
-        has = self.model.get_submodule(part).bias is not None
+        has = layer.bias is not None
         return has == bias or self.need(part, False, "has a bias" if has else "has no bias")
+
+    def weight(self, part: str, rows: int, columns: int) -> bool:
+        """A layer of which the model reads the weight and calls nothing, of whatever kind."""
+        shape = tuple(getattr(self.model.get_submodule(part), "weight", torch.empty(0)).shape)
+        return self.need(part, shape == (columns, rows), f"has a weight {list(shape)}")
+
+    def drops(self, part: str, *names: str) -> bool:
+        """Those of these children that the module has are dropout, stochastic depth by the sample,
+        or identities."""
+        children = dict(self.model.get_submodule(part).named_children())
+        fits = True
+        for child, name in ((children[n], f"{part}.{n}") for n in names if n in children):
+            if hasattr(child, "drop_prob") and not isinstance(child, nn.Dropout):
+                why_not = f"is a {type(child).__name__} that does not drop whole samples"
+                fits &= _drops_samples(child) or self.need(name, False, why_not)
+            elif type(child) not in (nn.Identity, nn.Dropout):
+                fits &= self.need(name, False, why_not_off(child) or f"is a {type(child).__name__}")
+        return fits
 
     def norm(self, part: str, width: int) -> bool:
         """A layer norm with weight and bias, of any eps."""
@@ -152,6 +192,17 @@ class Parts:
         theirs = [(p.name, p.default) for p in list(theirs)[1:]]
         wanted = [(p.name, p.default) for p in ours]
         self.need("forward", theirs == wanted, f"takes {_names(theirs)}, not {_names(wanted)}")
+
+
+def _drops_samples(module: nn.Module) -> bool:
+    """It multiplies a sample as a whole, in training; by trying, on a copy."""
+    tried, x = copy.deepcopy(module).train(), torch.ones(64, 3, 5, device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        out = tried(x)
+    whole = out.shape == x.shape and bool((out == out[:, :1, :1]).all())
+    kept = out[:, 0, 0] != 0
+    return whole and len(out[:, 0, 0][kept].unique()) <= 1
 
 
 def why_not_off(module: nn.Module) -> str | None:

@@ -5,9 +5,12 @@ of masked tokens, clip after clip, in patch order. Labels are those of the fused
 and the model's own for HOG.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
+from mae_fast.adapters import own
 from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
 from mae_fast.adapters.videomae import block_of, check_blocks
 from mae_fast.forward import Affine, Norm, Params, Spec, decode, encode, targets
@@ -122,7 +125,9 @@ def forward(
             clip = pixels.normalise(clip, CHANNEL_DIM, dtype)
     params = _params(model)
     latent = encode(params, spec, clip, ids_keep)
-    pred = decode(params, spec, latent, ids_keep, ids_mask).flatten(0, 1)
+    ordered = own.needs_order(model.pred_head.transforms[0][:-1], params.decoder_blocks)
+    without = ("no_unshuffle",) if ordered else ()
+    pred = decode(params, spec, latent, ids_keep, ids_mask, without=without).flatten(0, 1)
     model.counter += 1
     return [pred], _labels(model, spec, clip.detach(), ids_mask, dtype)
 
@@ -184,20 +189,21 @@ def _params(model: nn.Module) -> Params:
     pos, cls = _pos(model, "pos_embed", "pos_embed", model.sep_pos_embed)
     apart = model.sep_pos_embed_decoder
     decoder_pos, decoder_cls = _pos(model, "decoder_pos_embed", "dec_pos_embed", apart)
+    read = functools.partial(block_of, twice=True)
     proj, (*decoder_blocks, decoder_norm) = model.patch_embed.proj, model.pred_head.transforms[0]
     return Params(
         patch_embed=Affine(proj.weight.flatten(1), proj.bias),
         pos=pos,
         cls=None if cls is None else model.cls_token[0, 0] + cls,
-        blocks=[block_of(block) for block in model.blocks],
+        blocks=[own.block(block, read) for block in model.blocks],
         norm=Norm.of(model.norm),
-        decoder_embed=Affine.of(model.decoder_embed),
+        decoder_embed=own.linear(model.decoder_embed),
         mask_token=model.mask_token[0, 0],
         decoder_pos=decoder_pos,
         decoder_cls=decoder_cls,
-        decoder_blocks=[block_of(block) for block in decoder_blocks],
+        decoder_blocks=[own.block(block, read) for block in decoder_blocks],
         decoder_norm=Norm.of(decoder_norm),
-        head=Affine.of(model.pred_head.projections[0]),
+        head=own.linear(model.pred_head.projections[0]),
     )
 
 

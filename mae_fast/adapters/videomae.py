@@ -4,12 +4,17 @@ pred = model(x, mask): the mask is the caller's, pred [B, M, P] is of masked tok
 The loss is computed outside of the model; `loss` is what engine_for_pretraining.py computes there.
 """
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mae_fast.adapters import own
 from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
-from mae_fast.forward import Affine, Block, Norm, Params, Spec, decode, encode
+from mae_fast.forward import Affine, Block, Norm, OwnBlock, Params, Spec, decode, encode
 from mae_fast.ops.masked_mse import masked_mse
 
 FAMILY = "videomae"
@@ -70,6 +75,8 @@ def check_blocks(parts: Parts, names: list[str], dim: int) -> None:
     layers = ("attn.proj", "mlp.fc1", "mlp.act", "mlp.fc2", "norm1", "norm2")
     for part in names:
         with parts.group(part):
+            if parts.runs_itself(part):
+                continue
             if not parts.has(part, "attn.num_heads", "attn.scale", *layers):
                 continue
             block = parts.model.get_submodule(part)
@@ -82,17 +89,27 @@ def check_blocks(parts: Parts, names: list[str], dim: int) -> None:
             for pooling in ("pool_first", "residual_pooling"):  # PySlowFast's
                 parts.value(f"{part}.attn.{pooling}", getattr(attn, pooling, False), False)
             products = ["attn.qkv"] if hasattr(attn, "qkv") else ["attn.q", "attn.k", "attn.v"]
+            by_weight = hasattr(attn, "q_bias")  # VideoMAE's: it calls no attn.qkv
             for layer in products if parts.has(part, *products) else []:
-                parts.linear(f"{part}.{layer}", dim, 3 * dim // len(products), bias=None)
+                columns = 3 * dim // len(products)
+                if by_weight:
+                    parts.weight(f"{part}.{layer}", dim, columns)
+                else:
+                    parts.linear(f"{part}.{layer}", dim, columns, bias=None)
             parts.linear(f"{part}.attn.proj", dim, dim)
             parts.linear(f"{part}.mlp.fc1", dim, hidden)
             parts.layer(f"{part}.mlp.act", nn.GELU, approximate="none")
             parts.linear(f"{part}.mlp.fc2", hidden, dim)
             parts.norm(f"{part}.norm1", dim)
             parts.norm(f"{part}.norm2", dim)
-            parts.rest_is_off(part, "norm1", "attn", "norm2", "mlp")
-            parts.rest_is_off(f"{part}.attn", "q", "k", "v", "qkv", "proj", "q_bias", "v_bias")
-            parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2")
+            drops = "attn_drop", "proj_drop"
+            parts.drops(part, "drop_path")
+            parts.drops(f"{part}.attn", *drops)
+            parts.drops(f"{part}.mlp", "drop")
+            known = "q", "k", "v", "qkv", "proj", "q_bias", "v_bias"
+            parts.rest_is_off(part, "norm1", "attn", "drop_path", "norm2", "mlp")
+            parts.rest_is_off(f"{part}.attn", *known, *drops)
+            parts.rest_is_off(f"{part}.mlp", "fc1", "act", "fc2", "drop")
 
 
 def sample(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,12 +142,12 @@ def predict(
     clip = (embed.proj.in_channels, frames, *embed.img_size)
     if x.shape[1:] != clip:
         raise Unfused(f"the clip is {list(x.shape)}, not [B, {', '.join(map(str, clip))}]")
-    blocks = *model.encoder.blocks, *model.decoder.blocks
+    encoder, decoder = model.encoder.blocks, model.decoder.blocks
     spec = Spec(
         t_patch=u,
         patch=p,
-        num_heads=blocks[0].attn.num_heads,
-        decoder_num_heads=blocks[-1].attn.num_heads,
+        num_heads=encoder[0].attn.num_heads,
+        decoder_num_heads=decoder[0].attn.num_heads,
         target_frames=tuple(range(frames)),
         pred_t_patch=u,
         norm_pix="none",
@@ -146,17 +163,19 @@ def predict(
         patch_embed=weights,
         pos=fixed(model.encoder.pos_embed, product_dtype(embed.proj.weight), x.device),
         cls=None,
-        blocks=[block_of(block) for block in model.encoder.blocks],
+        blocks=blocks_of(encoder, checkpointed(model.encoder)),
         norm=Norm.of(model.encoder.norm),
-        decoder_embed=Affine.of(model.encoder_to_decoder),
+        decoder_embed=own.linear(model.encoder_to_decoder),
         mask_token=model.mask_token[0, 0],
         decoder_pos=fixed(model.pos_embed, model.mask_token.dtype, x.device),
         decoder_cls=None,
-        decoder_blocks=[block_of(block) for block in model.decoder.blocks],
+        decoder_blocks=blocks_of(decoder, checkpointed(model.decoder)),
         decoder_norm=Norm.of(model.decoder.norm),
-        head=Affine.of(model.decoder.head),
+        head=own.linear(model.decoder.head),
     )
-    return decode(params, spec, encode(params, spec, x, ids_keep), ids_keep, ids_mask)
+    without = ("masked_last_block",) if own.needs_order(decoder, params.decoder_blocks) else ()
+    latent = encode(params, spec, x, ids_keep)
+    return decode(params, spec, latent, ids_keep, ids_mask, without=without)
 
 
 def checkpointed(part: nn.Module) -> bool:
@@ -164,19 +183,30 @@ def checkpointed(part: nn.Module) -> bool:
     return bool(getattr(part, "use_checkpoint", False) or getattr(part, "with_cp", False))
 
 
-def block_of(block: nn.Module) -> Block:
-    """A block's parameters. A fused weight is split into views: its gradient is one copy of theirs
-    in backward, and no activation is copied."""
-    a, m = block.attn, block.mlp
-    if hasattr(a, "qkv"):
+def blocks_of(modules: Iterable[nn.Module], again: bool) -> list[Block | OwnBlock]:
+    """Each block's parameters, or what runs it; `again`: it keeps its input only."""
+    if not again:
+        return [own.block(module, block_of) for module in modules]
+    keep = functools.partial(functools.partial, checkpoint, use_reentrant=False)
+    return [own.block(module, block_of, keep(module)) for module in modules]
+
+
+def block_of(block: nn.Module, twice: bool = False) -> Block:
+    """A block's parameters. `twice`: the MLP's dropout acts after its activation too."""
+    a, m, (path,) = block.attn, block.mlp, own.drops(block, "drop_path")
+    if hasattr(a, "q_bias"):  # VideoMAE reads the weight of attn.qkv
         biases = (None,) * 3 if a.qkv.bias is None else a.qkv.bias.chunk(3)
-        if getattr(a, "q_bias", None) is not None:
+        if a.q_bias is not None:
             biases = a.q_bias, None, a.v_bias
         qkv = [Affine(w, b) for w, b in zip(a.qkv.weight.chunk(3), biases, strict=True)]
     else:
-        qkv = [Affine.of(layer) for layer in (a.q, a.k, a.v)]
-    proj, fc1, fc2 = map(Affine.of, (a.proj, m.fc1, m.fc2))
-    return Block(Norm.of(block.norm1), *qkv, proj, Norm.of(block.norm2), fc1, fc2)
+        qkv = own.product(a.qkv) if hasattr(a, "qkv") else own.products(a.q, a.k, a.v)
+    (scores, after), (drop,) = own.drops(a, "attn_drop", "proj_drop"), own.drops(m, "drop")
+    proj = own.dropped(own.linear(a.proj), after, path)
+    fc2 = own.dropped(own.linear(m.fc2), drop, path, before=drop if twice else None)
+    norms, fc1 = (Norm.of(block.norm1), Norm.of(block.norm2)), own.linear(m.fc1)
+    attend = own.attention_dropout(scores, scores=True)
+    return Block(norms[0], *qkv, proj, norms[1], fc1, fc2, attend)
 
 
 def ids_of(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

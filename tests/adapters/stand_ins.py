@@ -21,13 +21,15 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, ratio: float) -> None:
+    def __init__(self, dim: int, ratio: float, drops_twice: bool = False) -> None:
         super().__init__()
+        self.drops_twice = drops_twice  # PySlowFast's and timm's
         self.fc1, self.act = nn.Linear(dim, int(dim * ratio)), nn.GELU()
         self.fc2, self.drop = nn.Linear(int(dim * ratio), dim), nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.act(self.fc1(x))))
+        x = self.act(self.fc1(x))
+        return self.drop(self.fc2(self.drop(x) if self.drops_twice else x))
 
 
 class Attention(nn.Module):
@@ -37,7 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.scale = heads, (dim // heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not biases_apart)
-        self.biases_apart = biases_apart
+        self.biases_apart = biases_apart  # it calls no qkv
         if biases_apart:
             self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
             self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
@@ -48,7 +50,7 @@ class Attention(nn.Module):
         bias = self.qkv.bias
         if self.biases_apart and self.q_bias is not None:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = F.linear(x, self.qkv.weight, bias) if self.biases_apart else self.qkv(x)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         weights = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1))
         return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
@@ -60,7 +62,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
         self.attn = Attention(dim, heads, qkv_bias, apart)
         self.drop_path = nn.Identity()
-        self.mlp = Mlp(dim, ratio)
+        self.mlp = Mlp(dim, ratio, drops_twice=not apart)
         self.gamma_1 = self.gamma_2 = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -277,8 +277,10 @@ def test_bfloat16(make):
 @pytest.mark.parametrize(
     ("changes", "why_not"),
     [
-        (dict(hidden_dropout_prob=0.1), "is a Dropout of 0.1"),
-        (dict(attention_probs_dropout_prob=0.1), "dropout_prob: is 0.1, not 0"),
+        (
+            dict(attention_probs_dropout_prob=0.1, attn_implementation="flex_attention"),
+            "dropout_prob: is 0.1 of flex_attention",
+        ),
         (dict(hidden_act="gelu_new"), "is no exact GELU"),
         (dict(hidden_act="relu"), "is no exact GELU"),
         (dict(image_size=17), "image_size: is (17, 17), not (16, 16)"),

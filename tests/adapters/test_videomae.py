@@ -217,7 +217,7 @@ REFUSED = {
     "scale: is learned (attention by cosines)": _learned_scale,
     "gamma_1: is no parameter of the fused forward": _layer_scale,
     "encoder.pos_embed: is [1, 65, 24], not [1, 64, 24]": _learnable_positions,
-    "is a Dropout of 0.1": lambda m: setattr(m.encoder.blocks[0].mlp, "drop", nn.Dropout(0.1)),
+    "drop: is a Dropout1d": lambda m: setattr(m.encoder.blocks[0].mlp, "drop", nn.Dropout1d(0.1)),
     "act: is a ReLU, not a GELU": lambda m: setattr(m.decoder.blocks[1].mlp, "act", nn.ReLU()),
     "encoder.head: is a Linear": lambda m: setattr(m.encoder, "head", nn.Linear(24, 5)),
     "scale: is 1.0, not": lambda m: setattr(m.decoder.blocks[1].attn, "scale", 1.0),
