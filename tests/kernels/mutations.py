@@ -269,9 +269,10 @@ MUTATIONS = [
 ]
 
 
-def _copy(folder: Path) -> None:
-    """The tree as it stands, importable from there: an installed mae_fast lies elsewhere."""
-    unwanted = shutil.ignore_patterns("__pycache__", "results", "*.so")
+def copy_tree(folder: Path, libraries: bool = False) -> None:
+    """The tree as it stands, importable from there: an installed mae_fast lies elsewhere. The C++
+    kernels are left behind, unless with `libraries`."""
+    unwanted = shutil.ignore_patterns("__pycache__", "results", *([] if libraries else ["*.so"]))
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
@@ -295,7 +296,7 @@ def _pytest(folder: Path, tier: str, only: str) -> tuple[int, str]:
 def _passes(tier: str, only: str) -> None:
     """Raises AssertionError unless the tests pass, and some run, on the tree as it stands."""
     with tempfile.TemporaryDirectory() as folder:
-        _copy(Path(folder))
+        copy_tree(Path(folder))
         code, output = _pytest(Path(folder), tier, only)
         assert code == 0, f"{tier}, {only}: exit {code} without any defect\n{output}"
         assert " passed" in output, f"{tier}, {only}: nothing ran\n{output}"
@@ -308,7 +309,7 @@ def caught(mutation: Mutation) -> str:
     assert source.count(mutation.old) == 1, f"{mutation.what}: {mutation.old!r} is not there once"
     _passes(mutation.tier, mutation.only)
     with tempfile.TemporaryDirectory() as folder:
-        _copy(Path(folder))
+        copy_tree(Path(folder))
         changed = Path(folder) / mutation.file
         changed.write_text(source.replace(mutation.old, mutation.new))
         code, output = _pytest(Path(folder), mutation.tier, mutation.only)
