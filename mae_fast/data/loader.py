@@ -1,22 +1,24 @@
 """From an index to batches: decoded uint8 frames, with crop box, flip and sample as numbers."""
 
+import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mae_fast.config import DataConfig
 from mae_fast.data.decode import BadVideo, VideoReader
 from mae_fast.data.index import VideoRow, end_last_line
 from mae_fast.data.sampling import clip_indices, crop_box, draw
+from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 
@@ -24,8 +26,6 @@ log = logging.getLogger("mae_fast")
 
 # Replacements tried for one draw before the run stops.
 _ATTEMPTS = 20
-# Seconds that a step waits for its batch before the workers count as stuck.
-_STUCK = 900.0
 _LISTED = 20
 
 
@@ -64,11 +64,17 @@ class Batch:
         numbers = zip(self.frames, self.boxes.tolist(), self.flips.tolist(), strict=True)
         return torch.stack([crop_resize(f, box, flip, size) for f, box, flip in numbers])
 
-    def __reduce__(self):
-        # One shared block of memory for a batch, not one file descriptor for each clip.
+    def pack(self) -> tuple[Tensor, tuple]:
+        """(all frames as one uint8 vector, the rest), for another process; see unpack."""
         shapes = [tuple(f.shape) for f in self.frames]
         numbers = (self.boxes.numpy(), self.flips.numpy(), self.samples.numpy())
-        return _rebuild, (_flat(self.frames), shapes, *numbers, self.paths, self.bad)
+        return _flat(self.frames), (shapes, numbers, self.paths, self.bad)
+
+    @staticmethod
+    def unpack(flat: Tensor, rest: tuple) -> "Batch":
+        """The inverse of pack."""
+        shapes, numbers, paths, bad = rest
+        return Batch(_views(flat, shapes), *map(torch.from_numpy, numbers), paths, bad)
 
 
 def _flat(frames: list[Tensor]) -> Tensor:
@@ -86,11 +92,6 @@ def _flat(frames: list[Tensor]) -> Tensor:
 def _views(flat: Tensor, shapes) -> list[Tensor]:
     sizes = [int(np.prod(shape)) for shape in shapes]
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-
-
-def _rebuild(flat, shapes, boxes, flips, samples, paths, bad) -> Batch:
-    numbers = map(torch.from_numpy, (boxes, flips, samples))
-    return Batch(_views(flat, shapes), *numbers, paths, bad)
 
 
 def join(batches: list[Batch]) -> Batch:
@@ -136,7 +137,9 @@ class ClipDataset(Dataset):
             except BadVideo as e:
                 self._known_bad[video] = e.reason
                 bad.append((path, e.reason))
-        raise DataError(f"draw {g}: {_ATTEMPTS} bad videos in a row:\n{_listing(dict(bad))}")
+        error = DataError(f"draw {g}: {_ATTEMPTS} bad videos in a row:\n{_listing(dict(bad))}")
+        error.bad = bad
+        raise error
 
     def _clips(self, rng, video: int, path: str, g: int, bad: list) -> Batch:
         if video in self._known_bad:
@@ -179,51 +182,22 @@ class ClipDataset(Dataset):
         return [clip_indices(rng, frames, fps, *rate, lo, hi) for _ in range(cfg.repeat_aug)]
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """The global draw numbers of each step of one rank; torch's batch sampler."""
-
-    steps: range
-    batch_size: int
-    rank: int
-    world: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            first = (step * self.world + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-
 class Loader:
     """The batches of make_loader, in order. Raises DataError when a worker fails or is lost."""
 
-    def __init__(self, loader: DataLoader):
-        self._loader = loader
+    def __init__(self, dataset: ClipDataset, draws: list[range], waiting: Callable[[], None]):
+        self._dataset, self._draws, self._waiting = dataset, draws, waiting
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._draws)
 
     def __iter__(self) -> Iterator[Batch]:
-        with torch.device("cpu"):  # torch's draws a number with our generator, on the default one
-            batches = iter(self._loader)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except DataError as e:
-                # From a worker it comes wrapped in that worker's traceback.
-                raise DataError(str(e).rsplit("DataError: ", 1)[-1].strip()) from None
-            except (RuntimeError, ConnectionError, EOFError) as e:
-                # A connection breaks where the worker died while its batch was on the way.
-                if isinstance(e, RuntimeError) and "DataLoader" not in str(e):
-                    raise
-                reason = (str(e).splitlines() or [type(e).__name__])[0]
-                raise DataError(f"a data worker was lost (out of memory?): {reason}") from e
-            yield batch
+        make = functools.partial(_batch, self._dataset)
+        return produce(make, self._draws, self._dataset.cfg.workers, self._waiting)
+
+
+def _batch(dataset: ClipDataset, draws: range) -> Batch:
+    return join([dataset[g] for g in draws])
 
 
 def make_loader(
@@ -237,32 +211,17 @@ def make_loader(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Loader:
     """Batches of steps start, ..., start + steps - 1, each of batch_size videos times repeat_aug.
 
     Step s of rank r holds the global draws from (s * world + r) * batch_size on, so a run that
     starts in mid-epoch, or is split over ranks, draws the same samples. cfg.workers processes.
+    `waiting` is called while a batch is waited for, ten times a second; it may raise.
     """
-    workers = cfg.workers
-    return Loader(
-        DataLoader(
-            ClipDataset(rows, cfg, num_frames, seed),
-            batch_sampler=_Draws(range(start, start + steps), batch_size, rank, world),
-            collate_fn=join,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            timeout=_STUCK if workers else 0,
-            # Its own, or each pass would take a number from torch's global generator.
-            generator=torch.Generator(),
-        )
-    )
-
-
-def _start_worker(_: int) -> None:
-    # Away from the terminal's Ctrl-C: the run must still be able to save. Workers end with it.
-    os.setsid()
-    torch.set_num_threads(1)
+    firsts = ((step * world + rank) * batch_size for step in range(start, start + steps))
+    draws = [range(first, first + batch_size) for first in firsts]
+    return Loader(ClipDataset(rows, cfg, num_frames, seed), draws, waiting)
 
 
 class BadVideos:
@@ -278,12 +237,12 @@ class BadVideos:
         self._file = Path(folder) / "bad_videos.jsonl" if folder is not None else None
         if self._file and self._file.is_file():
             end_last_line(self._file)
-            for line in self._file.read_text().splitlines():
+            for line in self._file.read_text(errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                except ValueError:  # cut off by a kill
+                    self.found[record["path"]] = str(record["reason"])
+                except (ValueError, TypeError, KeyError):  # cut off by a kill, or damaged
                     continue
-                self.found[record["path"]] = record["reason"]
 
     def add(self, bad: list[tuple[str, str]]) -> None:
         """Take note of (path, reason) pairs."""

@@ -1,20 +1,23 @@
 """Batches: reproducible, exact after a resume and over ranks, and robust to bad files."""
 
+import errno
 import gc
 import json
 import logging
+import multiprocessing
 import os
-import pickle
+import signal
 import subprocess
 import sys
+import threading
 import time
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing import reduction
 
 import pytest
 import torch
 
 from mae_fast.config import DataConfig
-from mae_fast.data import loader
+from mae_fast.data import loader, workers
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, build_index, read_index
 from mae_fast.data.loader import BadVideos, ClipDataset, make_loader
@@ -248,26 +251,92 @@ def test_no_rows_is_an_error():
         load([])
 
 
-KILL_A_WORKER = """
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_killed_worker_is_seen_where_a_batch_is_waited_for(rows, step):
+    """Not by a signal handler, which would raise in the middle of a step."""
+    before = signal.getsignal(signal.SIGCHLD)
+    options = {"num_frames": 8, "batch_size": 2, "seed": 0, "steps": 500}
+    batches = iter(make_loader(rows, config(workers=2), **options))
+    for _ in range(step + 1):
+        next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    time.sleep(0.2)  # nothing is raised here
+    with pytest.raises(DataError, match=r"worker was lost .*: killed by SIGKILL"):
+        for _ in range(10):
+            next(batches)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_wait_can_be_left(rows, n, monkeypatch):
+    """Workers that do not answer, or the thread in their place: a file system that is gone."""
+
+    class Told(Exception):
+        pass
+
+    def waiting():
+        calls.append(time.monotonic())
+        if len(calls) > 3:
+            raise Told
+
+    calls, stuck = [], threading.Event()
+    batches = make_loader(rows, config(workers=n), num_frames=8, batch_size=2, seed=0, steps=9)
+    batches._waiting = waiting
+    monkeypatch.setattr(ClipDataset, "__getitem__", lambda self, g: stuck.wait(60))
+    with pytest.raises(Told):
+        list(batches)
+    assert calls[-1] - calls[0] < 2 and not multiprocessing.active_children()
+    stuck.set()
+
+
+def test_whoever_makes_no_batch_for_long_is_given_up(rows, monkeypatch):
+    monkeypatch.setattr(workers, "_STUCK", 0.3)
+    stuck = threading.Event()
+    monkeypatch.setattr(ClipDataset, "__getitem__", lambda self, g: stuck.wait(60))
+    with pytest.raises(DataError, match=r"no batch for 0\.3 s"):
+        load(rows)
+    stuck.set()
+
+
+def test_an_error_in_a_worker_says_where(rows, monkeypatch):
+    monkeypatch.setattr(ClipDataset, "__getitem__", lambda self, g: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"in a data worker:(.|\n)*ZeroDivisionError"):
+        load(rows, config(workers=1))
+
+
+def test_without_memory_for_a_batch_it_is_said(rows, monkeypatch):
+    def write(fd, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(DataError, match=r"cannot hand over its batch: .*No space left"):
+        load(rows, config(workers=1))
+
+
+def test_workers_end_with_a_program_that_is_killed_or_leaves(tmp_path, folder):
+    """And a program that leaves in the middle does not wait for them."""
+    build_index([folder], tmp_path / "index.jsonl", progress=False)
+    code = f"""
 import multiprocessing, os, signal, sys
 from mae_fast.config import DataConfig
 from mae_fast.data import make_loader, read_index
-rows, cfg = read_index(sys.argv[1]), DataConfig(workers=2, repeat_aug=2)
-loader = make_loader(rows, cfg, num_frames=8, batch_size=2, seed=0, steps=500)
-for step, _ in enumerate(loader):
-    if step == int(sys.argv[2]):
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+rows, cfg = read_index({str(tmp_path / "index.jsonl")!r}), DataConfig(workers=2, repeat_aug=1)
+batches = iter(make_loader(rows, cfg, num_frames=8, batch_size=2, seed=0, steps=500))
+next(batches)
+print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+if sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-@pytest.mark.parametrize("step", [0, 2])
-def test_killed_worker_is_an_error_and_no_hang(folder, step, tmp_path):
-    # In a process of its own: torch's SIGCHLD handler may raise anywhere, in pytest too, and once
-    # more while the first error is printed, so that the words differ from time to time.
-    build_index([folder], tmp_path / "index.jsonl", progress=False)
-    command = [sys.executable, "-c", KILL_A_WORKER, str(tmp_path / "index.jsonl"), str(step)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode != 0 and run.stderr
+    for how in ("kill", "leave"):
+        command = [sys.executable, "-c", code, how]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+        pids = run.stdout.split()
+        assert len(pids) == 2 and run.returncode == (-signal.SIGKILL if how == "kill" else 0)
+        end = time.time() + 20
+        while any(os.path.exists(f"/proc/{pid}/exe") for pid in pids):
+            assert time.time() < end, "workers are left"
+            time.sleep(0.1)
 
 
 @LINUX
@@ -291,13 +360,19 @@ def test_no_file_descriptors_are_left(rows):
 def test_a_batch_travels_in_one_descriptor(rows):
     """One for each clip would exhaust a process's limit at the batch sizes of training."""
     (batch,) = load(rows, batch_size=6, steps=1)
-    ForkingPickler.dumps(torch.zeros(3))  # starts the thread that hands descriptors over
+    ours, theirs = multiprocessing.Pipe()
     before = len(os.listdir("/proc/self/fd"))
-    sent = ForkingPickler.dumps(batch)
-    assert len(os.listdir("/proc/self/fd")) - before <= 2
-    got = pickle.loads(sent)
+    answer, fd = workers._answer(lambda task: batch, None)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    theirs.send(answer)
+    reduction.send_handle(theirs, fd, os.getpid())
+    os.close(fd)
+    got = workers._receive(ours)
+    assert len(os.listdir("/proc/self/fd")) == before + 1  # of the mapping
     assert clips([got]) == clips([batch]) and got.bad == batch.bad
     assert len({f.untyped_storage().data_ptr() for f in got.frames}) == 1
+    del got
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_batch_moves_as_one_block(rows):
