@@ -1,12 +1,15 @@
 """Checkpoints: one safetensors file each, written whole or not at all, and read without pickle.
 
 A file holds `model.<name>` and `optim.<state>.<name>` tensors and, as metadata, the run's state
-in JSON. Writing goes to a temporary file that is synced and then renamed.
+in JSON and a CRC of it all. Writing goes to a temporary file that is synced and then renamed.
+Only `checkpoint-<eight digits>.safetensors` is a run's; every other name is its owner's.
 """
 
 import json
 import logging
 import os
+import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mae_fast.errors import CheckpointError
+from mae_fast.errors import CheckpointError, NonFiniteError
 
 log = logging.getLogger("mae_fast")
 _NAME = "checkpoint-{:08d}.safetensors"
+_NAMES = re.compile(r"checkpoint-([0-9]{8})\.safetensors")
+LAST_STEP = 99_999_999  # the last that has a name
+
+
+class BrokenCheckpoint(CheckpointError):
+    """A checkpoint whose content cannot be what was written: cut, flipped, or not finite."""
 
 
 def save(
@@ -29,32 +38,58 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step`, then drop all but the last `keep`.
+    """Write the checkpoint of `step`, then drop all but the last `keep` that this run wrote.
 
-    Raises CheckpointError when it cannot be written; earlier checkpoints are left as they were.
+    A run's checkpoints have the same state["run"]. Raises CheckpointError when it cannot be
+    written, NonFiniteError for a state that no run could go on from; earlier checkpoints are left
+    as they were.
     """
     folder = Path(folder)
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"optim.{key}.{name}"] = value.detach()
-    path = folder / _NAME.format(step)
+    path = file(folder, step)
+    odd = _not_finite(tensors)
+    if odd:
+        raise NonFiniteError(
+            f"{odd} is not finite after step {step}, so that step is not saved; {_last(folder)}"
+        )
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps({**state, "step": step})
     try:
-        write_tensors(path, tensors, {"mae_fast": json.dumps({**state, "step": step})})
+        if path.exists() and not _written_by(path, state.get("run")):
+            set_aside(path, "other")
+        write_tensors(path, tensors, {"mae_fast": text, "crc32": _crc(text, tensors)})
     except (OSError, SafetensorError) as e:
-        left = [p.name for p in checkpoints(folder)]
-        raise CheckpointError(
-            f"cannot write {path}: {e}; nothing was lost, the last good checkpoint is "
-            f"{left[-1] if left else 'none yet'}"
-        ) from e
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {e}; nothing was lost, {_last(folder)}") from e
+    # Those of later steps are left over from before a resume: they count when they come again.
+    own = [p for p in checkpoints(folder) if p <= path and _written_by(p, state.get("run"))]
+    for old in own[:-keep]:
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as e:
+            log.warning("cannot remove %s: %s", old, e.strerror)
     return path
 
 
+def file(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(folder) / _NAME.format(step)
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first."""
-    return sorted(Path(folder).glob("checkpoint-*.safetensors"))
+    """The files in a run's folder that have a checkpoint's name, oldest first."""
+    found = Path(folder).glob("checkpoint-*.safetensors")
+    return sorted(p for p in found if _NAMES.fullmatch(p.name))
+
+
+def set_aside(path: Path, word: str) -> Path:
+    """Rename a file that is in the way to `<name>.<word>`, or `<name>.<word>2` and so on."""
+    names = (path.with_name(f"{path.name}.{word}{n or ''}") for n in (0, *range(2, 10**6)))
+    free = next(p for p in names if not p.exists())
+    os.replace(path, free)
+    return free
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -88,33 +123,65 @@ def write_text(path: str | Path, text: str) -> None:
     os.replace(tmp, path)
 
 
+def sweep(folder: str | Path) -> None:
+    """Remove what a kill left of checkpoints half written."""
+    for tmp in Path(folder).glob("checkpoint-*.safetensors.tmp"):
+        if _NAMES.fullmatch(tmp.name.removesuffix(".tmp")):
+            tmp.unlink(missing_ok=True)
+
+
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(state, tensors) of one checkpoint, on the CPU. CheckpointError on a cut or foreign file."""
+    """(state, tensors) of one checkpoint, on the CPU. CheckpointError on a foreign or damaged file.
+
+    Files from before there was a checksum are read without one.
+    """
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
             # Cloned: they would lie in the mapped file, and die with whoever cuts it short.
             tensors = {k: f.get_tensor(k).clone() for k in f.keys()}
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e}") from e
+    except SafetensorError as e:
+        raise BrokenCheckpoint(f"cannot read {path}: {e}") from e
     if "mae_fast" not in metadata:
         raise CheckpointError(f"{path} holds weights but is not a checkpoint of a run")
-    return json.loads(metadata["mae_fast"]), tensors
+    text, crc = metadata["mae_fast"], metadata.get("crc32")
+    if crc is not None and crc != _crc(text, tensors):
+        raise BrokenCheckpoint(f"{path} is damaged: its checksum is not {crc}")
+    state = _state(text)
+    if state is None:
+        raise BrokenCheckpoint(f"{path} is damaged: its state cannot be read")
+    return state, tensors
 
 
-def latest(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """The newest checkpoint that can be read, or None where there is none.
+def latest(
+    folder: str | Path, broken: list[Path] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The newest good checkpoint: readable, finite, of the step in its name; None without any.
 
-    A broken one is warned of and passed over. CheckpointError when all of them are broken.
+    Another one is warned of and passed over; damaged ones are added to `broken`. CheckpointError
+    when none is good.
     """
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return read(path)
+            state, tensors = read(path)
+            odd = _not_finite(tensors)
+            if odd:
+                raise BrokenCheckpoint(f"{path}: {odd} is not finite")
+            if path.name != _NAME.format(state["step"]):
+                raise CheckpointError(f"{path} is named for another step than its {state['step']}")
+            return state, tensors
         except CheckpointError as e:
             log.warning("%s; using the one before", e)
+            if broken is not None and isinstance(e, BrokenCheckpoint):
+                broken.append(path)
     if found:
-        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} can be read")
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {folder} can be read (or is of the step in "
+            f"its name): move them away to start anew, or choose another output"
+        )
     return None
 
 
@@ -131,3 +198,44 @@ def restore(
             _, kind, name = key.split(".", 2)
             p = params[name]
             optimizer.state[p][kind] = value.to(p.device, copy=True)
+
+
+def _crc(text: str, tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of the state and of every tensor's name, kind and bytes: any flipped bit shows."""
+    crc = zlib.crc32(text.encode())
+    for name, value in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), crc)
+        if value.numel():
+            crc = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str:
+    """The name of a tensor that holds a NaN or an infinity, or "". Waits for the device once."""
+    if not tensors:
+        return ""
+    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
+    return next((name for name, ok in zip(tensors, finite, strict=True) if not ok), "")
+
+
+def _state(text: str) -> dict[str, Any] | None:
+    try:
+        state = json.loads(text)
+    except ValueError:
+        return None
+    return state if isinstance(state, dict) and isinstance(state.get("step"), int) else None
+
+
+def _written_by(path: Path, run: str | None) -> bool:
+    """Whether the run called `run` wrote this file (None: a run of before runs had names)."""
+    try:
+        with safe_open(path, "pt") as f:
+            state = _state((f.metadata() or {}).get("mae_fast", ""))
+    except (OSError, SafetensorError):
+        return False
+    return bool(state) and state.get("run") == run and path.name == _NAME.format(state["step"])
+
+
+def _last(folder: Path) -> str:
+    left = [p.name for p in checkpoints(folder)]
+    return f"the last good checkpoint is {left[-1] if left else 'none yet'}"
