@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import itertools
 import os
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +13,16 @@ import torch.distributed as dist
 from torch import nn
 
 from mae_fast.errors import ConfigError
+
+# Seconds that a rank which was told to stop waits for the others to come and agree; torchrun
+# kills all of them after 30.
+PATIENCE = 10.0
+# And without being told: as long as torch's collectives wait.
+GIVE_UP = 1800.0
+
+
+class PeerLost(Exception):
+    """Another rank died, or did not come within PATIENCE to agree on stopping."""
 
 
 class World(NamedTuple):
@@ -71,3 +84,46 @@ def gather(value: Any, world: World) -> list[Any]:
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def agree(stop: bool, world: World, told: Callable[[], bool]) -> bool:
+    """Whether any rank said `stop`: every rank calls this at the same place and hears the same.
+
+    Hosts meet in the store that brought the ranks together; no device is waited for, and told() is
+    asked all the while. Raises PeerLost once it has been true for PATIENCE, or without the store.
+    """
+    if world.size == 1:
+        return stop
+    try:
+        return _meet(dist.distributed_c10d._get_default_store(), stop, world, told)
+    except dist.DistError as e:
+        raise PeerLost(f"the ranks' store is gone: {e}") from e
+
+
+_meetings = itertools.count()  # of this process: a store may outlive a run
+
+
+def _meet(store: dist.Store, stop: bool, world: World, told: Callable[[], bool]) -> bool:
+    number = next(_meetings)
+    name, result = f"mae_fast/meeting{number}", f"mae_fast/meeting{number} held"
+    # Who came is counted in the low digits, who said stop in the high ones.
+    votes = store.add(name, 1 + (stop << 32))
+    if votes & 0xFFFFFFFF == world.size:
+        store.set(result, str(votes >> 32))
+        for old in (f"mae_fast/meeting{number - 1}", f"mae_fast/meeting{number - 1} held"):
+            store.delete_key(old)  # who is here has read it
+    began, since, pause = time.monotonic(), None, 1e-4
+    while not store.check([result]):
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.02)
+        since = since or (time.monotonic() if told() else None)
+        if since and time.monotonic() - since > PATIENCE:
+            raise PeerLost(f"not every process came within {PATIENCE:g} s to agree on stopping")
+        if time.monotonic() - began > GIVE_UP:
+            raise PeerLost(f"not every process came to its next step within {GIVE_UP:g} s")
+    return store.get(result) != b"0"
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because of another process. gloo has no class for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

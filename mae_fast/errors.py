@@ -40,6 +40,6 @@ class CheckpointError(MaeFastError):
 
 
 class Interrupted(MaeFastError):
-    """SIGINT or SIGTERM: the run was saved and can be resumed by the same command."""
+    """A signal, or a lost process: the run was saved and is resumed by the same command."""
 
     exit_code = 75

@@ -1,5 +1,6 @@
 """Held-out loss: the same clips, crops and masks every time, beside what a mean would score."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ _SEED = 20220518  # any fixed number: the paper's first day on arXiv
 
 @torch.no_grad()
 def held_out_loss(
-    model: MaskedAutoencoder, rows: list[VideoRow], cfg: Config, device: torch.device
+    model: MaskedAutoencoder,
+    rows: list[VideoRow],
+    cfg: Config,
+    device: torch.device,
+    waiting: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """{"val_loss", "val_mean_patch_loss", "val_clips"} over CLIPS clips of the held-out `rows`.
 
     val_mean_patch_loss is the loss of predicting, for every masked patch, the patch's own mean.
-    Broken videos are replaced as in training.
+    Broken videos are replaced as in training. `waiting` is called now and then; it may raise.
     """
     videos = max(1, 8 // cfg.data.repeat_aug)  # a batch of about 8 clips
     loader = make_loader(
@@ -33,9 +38,11 @@ def held_out_loss(
         seed=_SEED,
         start=0,
         steps=-(-CLIPS // (videos * cfg.data.repeat_aug)),
+        waiting=waiting,
     )
     spec, losses, means, clips = model.spec, 0.0, 0.0, 0
     for batch in loader:
+        waiting()
         batch = batch.to(device)
         video = batch.video(cfg.model.img_size)
         keep, masked = draw_ids(

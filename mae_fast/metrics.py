@@ -3,10 +3,13 @@
 Numbers arrive here once every log_every steps, already on the host. Only the writing rank has one.
 """
 
+import contextlib
 import json
 import logging
+import os
 import resource
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ class Metrics:
 
         self.folder = Path(cfg.output)
         self.path = self.folder / "metrics.jsonl"
-        _forget_after(self.path, start_step)
+        # On resume, drop the rows of steps that will be done again; a new run has none yet.
+        forget(self.path, lambda row: start_step and row["step"] <= start_step)
         self.file = self.path.open("a")
         self.sinks = []
         if cfg.train.tensorboard:
@@ -78,14 +82,79 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in order; a last line cut short by a crash is left out."""
-    rows = []
-    for line in Path(path).read_text().splitlines():
+    """The rows of a metrics.jsonl, in order. Damaged lines are left out and warned of; a last line
+    cut short by a crash is left out."""
+    rows, damaged = [], []
+    lines = Path(path).read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not a row")
+            rows.append(row)
+        except ValueError:
+            if line and number < len(lines):
+                damaged.append(number)
+    if damaged:
+        log.warning("%s: damaged, left out: line %s", path, ", ".join(map(str, damaged)))
     return rows
+
+
+def last(path: str | Path) -> dict[str, Any] | None:
+    """The last row of a metrics.jsonl, if there is one."""
+    rows = read(path) if Path(path).exists() else []
+    return rows[-1] if rows else None
+
+
+def forget(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a file of rows with those that are to be kept."""
+    from mae_fast.checkpoint import write_text
+
+    if path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in read(path) if keep(row)))
+
+
+class _Sturdy:
+    """A stream whose failures are nobody's: the reader of a pipe gone, a terminal, a full disk."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def sturdy_stderr() -> Iterator[None]:
+    """While this lasts, no message that cannot be written stops the run."""
+    for fd in (0, 1, 2):  # one that was closed would be the number of the next file opened
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stderr
+    sys.stderr = _Sturdy(open(os.devnull, "w") if before is None else before)
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        try:
+            if before is not None:
+                before.flush()
+        except (OSError, ValueError):
+            # What is left in its buffer would fail again, and be this program's exit code.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), before.fileno())
+                before.flush()
 
 
 def memory_mb(device: Any) -> float:
@@ -131,15 +200,6 @@ def draw_curves(folder: str | Path) -> Path | None:
     figure.savefig(tmp, dpi=110)
     tmp.replace(path)
     return path
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """On resume, drop the rows of steps that will be done again."""
-    from mae_fast.checkpoint import write_text
-
-    if path.exists():
-        kept = [json.dumps(r) + "\n" for r in read(path) if r["step"] <= step]
-        write_text(path, "".join(kept))
 
 
 def _console():

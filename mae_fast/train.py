@@ -4,27 +4,38 @@
 nothing waits for the device; losses and norms cross to the host once every log_every steps.
 """
 
+import contextlib
 import itertools
 import json
 import logging
 import math
+import os
 import signal
+import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from mae_fast import checkpoint, distributed, graph, metrics
+from mae_fast import checkpoint, distributed, graph, metrics, resume
 from mae_fast.config import Config, to_dict
 from mae_fast.data import BadVideos, Batch, make_loader, read_index
 from mae_fast.data.prefetch import DevicePrefetch
-from mae_fast.distributed import World
+from mae_fast.distributed import PeerLost, World
 from mae_fast.environment import environment
-from mae_fast.errors import CheckpointError, ConfigError, DataError, Interrupted, NonFiniteError
+from mae_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    MaeFastError,
+    NonFiniteError,
+)
 from mae_fast.evaluate import held_out_loss
 from mae_fast.masking import draw_ids, num_keep
 from mae_fast.model import MaskedAutoencoder
@@ -34,39 +45,33 @@ from mae_fast.optim import clipped_step, lr_at, make_optimizer, peak_lr
 log = logging.getLogger("mae_fast")
 Inputs = tuple[Tensor, Tensor, Tensor]  # video [B, C, T, H, W], ids_keep [B, K], ids_mask [B, M]
 
-# Settings that may change between the start of a run and its resumption: none of them changes
-# what is computed.
-_FREE = {
-    "output",
-    "data.workers",
-    "data.max_bad_share",
-    "data.index",
-    "data.val_index",
-    "train.device",
-    "train.cuda_graph",
-    "train.log_every",
-    "train.save_every",
-    "train.keep",
-    "train.max_nonfinite",
-    "train.tensorboard",
-    "train.wandb",
-}
+# Each saves and leaves: the terminal's, the scheduler's, a closed session's, SLURM's warnings.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def pretrain(cfg: Config) -> dict[str, Any]:
     """Train a masked autoencoder as `cfg` says, resuming the run found in cfg.output.
 
     Returns the last row of metrics. Raises ConfigError, DataError, CheckpointError,
-    NonFiniteError, and Interrupted after SIGINT or SIGTERM, when the run has been saved.
+    NonFiniteError, and Interrupted after a signal, when the run has been saved. In another thread
+    than the main one there are no signals.
     """
     world = distributed.start(cfg.train.device)
     try:
-        with backends(**cfg.train.backends):
+        with backends(**cfg.train.backends), metrics.sturdy_stderr():
             row = Run(cfg, world).train()
         distributed.gather(None, world)  # ranks leave together, when the writer has written
         return row
     finally:
         distributed.finish()
+
+
+class _Told(Exception):
+    """Raised where this rank waits for a batch, and was told to stop."""
+
+
+class _Stop(Exception):
+    """Raised on every rank before the same step: one of them was told to stop, or cannot go on."""
 
 
 @dataclass
@@ -94,26 +99,32 @@ class Run:
         self.folder = Path(cfg.output)
         self.rows = read_index(cfg.data.index)
         self.val_rows = read_index(cfg.data.val_index) if cfg.data.val_index else []
+        self.draws = {"index": resume.draws(self.rows), "val_index": resume.draws(self.val_rows)}
         self.total = total_steps(cfg, len(self.rows), world.size)
+        if self.total > checkpoint.LAST_STEP:
+            raise ConfigError(f"{self.total} steps: a checkpoint's name holds eight digits")
         torch.manual_seed(cfg.train.seed)
         self.model = MaskedAutoencoder(cfg.model).to(world.device)
         self.optimizer = make_optimizer(self.model, cfg.train)
         self.lr = torch.zeros((), device=world.device)
-        self.step, self.nonfinite = 0, 0
+        self.step, self.nonfinite, self.run = 0, 0, uuid.uuid4().hex
+        self.stop_signal, self.pressed = 0, 0.0  # and when Ctrl-C was, if it was
+        self.fault: DataError | None = None  # why this rank cannot go on
+        self.whole = True  # false from an update's begin until its step is counted
         self._open_folder()
+        self.saved = self.step
         self.bad = BadVideos(
             cfg.data.max_bad_share, len(self.rows), self.folder if world.writer else None
         )
         self.wrapped = distributed.wrap(self.model, world)
         self.graphed = self._graphed() if cfg.train.cuda_graph else None
-        self.stop_signal = 0
 
     def train(self) -> dict[str, Any]:
         """Run every step that is left; leaves a checkpoint of the last and curves.png."""
         if self.step >= self.total:
             log.warning("%s: all %d steps are done already", self.folder, self.total)
-            return metrics.read(self.folder / "metrics.jsonl")[-1]
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+            return metrics.last(self.folder / "metrics.jsonl") or {"step": self.step}
+        handlers = self._hear_signals()
         try:
             if not self.world.writer:
                 return self._steps(None)
@@ -121,8 +132,17 @@ class Run:
                 row = self._steps(sink)
             metrics.draw_curves(self.folder)
             return row
-        except DataError:
-            self._save()  # what was learned until the videos ran out
+        except (DataError, Interrupted):
+            self._save()  # what was learned until then
+            raise
+        except (PeerLost, RuntimeError) as e:
+            if self.whole:
+                self._save()
+            if self.whole and (isinstance(e, PeerLost) or distributed.lost_peer(e)):
+                raise Interrupted(
+                    f"another process was lost ({str(e).splitlines()[0]}) after step {self.step}, "
+                    f"which is saved; the same command goes on from there"
+                ) from e
             raise
         except OSError as e:
             raise CheckpointError(
@@ -130,7 +150,8 @@ class Run:
             ) from e
         finally:
             for s, handler in handlers.items():
-                signal.signal(s, handler)
+                signal.signal(s, handler or signal.SIG_DFL)
+            self._unlock()
 
     def _steps(self, sink: metrics.Metrics | None) -> dict[str, Any]:
         cfg, row = self.cfg.train, {}
@@ -138,31 +159,45 @@ class Run:
             sink.write({"step": 0, **self._held_out()})
         batches, window = DevicePrefetch(self._loader(), self.world.device), Window()
         while self.step < self.total:
-            self._one_step(batches, window)
+            try:
+                self._one_step(batches, window)
+            except _Stop:
+                self._leave(window, sink)
+            self.step += 1
+            self.whole = True
             before = time.perf_counter()
             batches.ahead()
             window.waited += time.perf_counter() - before
-            self.step += 1
-            last = self.step == self.total
-            save = last or self.step % cfg.save_every == 0
-            cross = save or self.step % cfg.log_every == 0
-            # Alone, a process looks for signals after every step; ranks when they meet anyway.
-            stop = (cross or self.world.size == 1) and any(
-                distributed.gather(self.stop_signal, self.world)
-            )
-            if cross or stop:
-                row = self._cross(window) | (self._held_out() if save else {})
+            save = self.step == self.total or self.step % cfg.save_every == 0
+            if save or self.step % cfg.log_every == 0:
+                row = self._report(window, sink, save)
                 window = Window()
-                if sink:
-                    sink.write(row)
-            if save or stop:
+            if save:
                 self._save()
-            if stop and not last:
-                raise Interrupted(
-                    f"stopped by {signal.Signals(self.stop_signal or signal.SIGTERM).name} after "
-                    f"step {self.step}, which is saved; the same command goes on from there"
-                )
         return row
+
+    def _report(self, window: Window, sink: metrics.Metrics | None, held_out: bool) -> dict:
+        """Write the window's row, and only then raise what is wrong with it."""
+        row, wrong = self._cross(window)
+        if held_out and not wrong:
+            row |= self._held_out()
+        if sink and row:
+            sink.write(row)
+        if wrong:
+            raise wrong
+        return row
+
+    def _leave(self, window: Window, sink: metrics.Metrics | None) -> NoReturn:
+        """Every rank is here, before the same step, as one was told to stop or cannot go on."""
+        reasons = distributed.gather((self.stop_signal, str(self.fault or "")), self.world)
+        self._report(window, sink, held_out=False)
+        told = next((signum for signum, _ in reasons if signum), 0)
+        if not told:
+            raise self.fault or DataError(next(text for _, text in reasons if text))
+        raise Interrupted(
+            f"stopped by {signal.Signals(told).name} after step {self.step}, which is saved; the "
+            f"same command goes on from there"
+        )
 
     def _graphed(self) -> graph.GraphedStep | None:
         """The step as a CUDA graph, or None where it cannot be one."""
@@ -194,11 +229,7 @@ class Run:
         """What each micro-step takes, on the device."""
         cfg = self.cfg
         for _ in range(cfg.train.accum_steps):
-            before = time.perf_counter()
-            batch = next(batches)
-            window.waited += time.perf_counter() - before
-            window.bad += batch.bad
-            window.paths[-1] += batch.paths
+            batch = self._next(batches, window)
             ids = draw_ids(
                 cfg.mask.strategy,
                 cfg.model.grid,
@@ -209,6 +240,28 @@ class Run:
             )
             yield batch.video(cfg.model.img_size), *ids
 
+    def _next(self, batches: Iterator[Batch], window: Window) -> Batch:
+        """The next batch, when every rank has its own; _Stop where one cannot or should not go on.
+
+        Nothing of a step has changed the state until then, so that it can be left here.
+        """
+        before, batch = time.perf_counter(), None
+        if not self.stop_signal:
+            try:
+                batch = next(batches)
+                window.bad += batch.bad
+                window.paths[-1] += batch.paths
+            except _Told:
+                pass
+            except DataError as e:
+                self.fault = e
+                window.bad += getattr(e, "bad", [])
+        window.waited += time.perf_counter() - before
+        stop = bool(self.stop_signal or self.fault)
+        if distributed.agree(stop, self.world, lambda: bool(self.stop_signal)):
+            raise _Stop
+        return batch
+
     def _compute(self, inputs: Iterable[Inputs]) -> tuple[Tensor, Tensor]:
         """(loss, gradient norm) of one optimizer step: all that a CUDA graph holds."""
         accum, losses = self.cfg.train.accum_steps, []
@@ -217,6 +270,7 @@ class Run:
                 loss = self._loss(*each)
                 (loss / accum).backward()
             losses.append(loss.detach())
+        self.whole = False
         norm = clipped_step(self.optimizer, self.lr, self.cfg.train.clip_grad)
         return torch.stack(losses).mean(), norm
 
@@ -225,19 +279,25 @@ class Run:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
             return self.wrapped(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
 
-    def _cross(self, window: Window) -> dict[str, Any]:
-        """Bring the window's numbers to the host and judge them. Every rank takes part."""
+    def _cross(self, window: Window) -> tuple[dict[str, Any], MaeFastError | None]:
+        """Bring the window's numbers to the host and judge them. Every rank takes part.
+
+        Returns its row ({} of no steps), and why the run must not go on, if it must not.
+        """
+        if not window.losses:
+            gathered = distributed.gather(window.bad, self.world)
+            return {}, self._note_bad([bad for bads in gathered for bad in bads])
         losses, norms = torch.stack(
             [torch.stack(window.losses), torch.stack(window.norms)]
         ).tolist()
         seconds = time.perf_counter() - window.began
         gathered = distributed.gather((losses, window.bad, window.paths), self.world)
-        self.bad.add([bad for _, bads, _ in gathered for bad in bads])
-        self._judge(norms, [paths for _, _, paths in gathered])
+        wrong = self._note_bad([bad for _, bads, _ in gathered for bad in bads])
+        wrong = self._judge(norms, [paths for _, _, paths in gathered]) or wrong
         finite = [x for each, _, _ in gathered for x in each if math.isfinite(x)]
         steps, cfg = len(losses), self.cfg
         clips = steps * cfg.train.batch_size * cfg.train.accum_steps * cfg.data.repeat_aug
-        return {
+        row = {
             "step": self.step,
             "epoch": self.step * _videos_per_step(cfg, self.world.size) / len(self.rows),
             "loss": sum(finite) / len(finite) if finite else math.nan,
@@ -251,13 +311,25 @@ class Run:
             "bad_videos": len(self.bad.found),
             "seconds_left": (self.total - self.step) * seconds / steps,
         }
+        return row, wrong
 
     def _held_out(self) -> dict[str, Any]:
         if not self.val_rows or not self.world.writer:
             return {}
-        return held_out_loss(self.model, self.val_rows, self.cfg, self.world.device)
+        try:
+            device = self.world.device
+            return held_out_loss(self.model, self.val_rows, self.cfg, device, self._look_up)
+        except _Told:
+            return {}
 
-    def _judge(self, norms: list[float], paths: list[list[list[str]]]) -> None:
+    def _note_bad(self, bad: list[tuple[str, str]]) -> DataError | None:
+        try:
+            self.bad.add(bad)
+        except DataError as e:
+            return e
+        return None
+
+    def _judge(self, norms: list[float], paths: list[list[list[str]]]) -> NonFiniteError | None:
         """Count the steps that were skipped because a gradient was not finite."""
         first = self.step - len(norms)
         for i, norm in enumerate(norms):
@@ -270,12 +342,13 @@ class Run:
                 with (self.folder / "nonfinite.jsonl").open("a") as f:
                     row = {"step": first + i, "grad_norm": str(norm), "videos": files}
                     f.write(json.dumps(row) + "\n")
-        if self.nonfinite > self.cfg.train.max_nonfinite:
-            raise NonFiniteError(
-                f"{self.nonfinite} steps were not finite (train.max_nonfinite "
-                f"{self.cfg.train.max_nonfinite}); every checkpoint is kept, see "
-                f"{self.folder / 'nonfinite.jsonl'}"
-            )
+        if self.nonfinite <= self.cfg.train.max_nonfinite:
+            return None
+        return NonFiniteError(
+            f"{self.nonfinite} steps were not finite (train.max_nonfinite "
+            f"{self.cfg.train.max_nonfinite}); every checkpoint is kept, see "
+            f"{self.folder / 'nonfinite.jsonl'}"
+        )
 
     def _loader(self):
         cfg, accum = self.cfg, self.cfg.train.accum_steps
@@ -289,46 +362,100 @@ class Run:
             steps=(self.total - self.step) * accum,
             rank=self.world.rank,
             world=self.world.size,
+            waiting=self._look_up,
         )
 
     def _save(self) -> None:
-        if self.world.writer and self.step:
-            state = {"config": to_dict(self.cfg), "nonfinite": self.nonfinite}
+        if self.world.writer and self.step > self.saved:
             keep = self.cfg.train.keep
-            checkpoint.save(self.folder, self.step, self.model, self.optimizer, state, keep)
+            checkpoint.save(self.folder, self.step, self.model, self.optimizer, self._state(), keep)
+            self.saved = self.step
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint says of its run, beside the step."""
+        return {
+            "config": to_dict(self.cfg),
+            "nonfinite": self.nonfinite,
+            "run": self.run,
+            "world": self.world.size,
+            **self.draws,
+        }
 
     def _open_folder(self) -> None:
         """Make the run's folder, or go on with the run that is in it."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            found = checkpoint.latest(self.folder)
-            if self.world.writer:
-                text = json.dumps(to_dict(self.cfg), indent=2)
-                previous = self.folder / "config.json"
-                if found is None or not previous.exists():
-                    checkpoint.write_text(previous, text)
-                history = self.folder / "environment.jsonl"
-                with history.open("a") as f:
-                    row = {"step": found[0]["step"] if found else 0, **environment()}
-                    f.write(json.dumps(row) + "\n")
-        except OSError as e:
-            raise CheckpointError(f"cannot write into {self.folder}: {e.strerror or e}") from e
-        if found is None:
+        self.lock, found, error = None, None, None
+        if self.world.writer:
+            try:
+                found = self._take_folder()
+            except MaeFastError as e:
+                error = e
+        error, step = distributed.gather((error, found and found[0]["step"]), self.world)[0]
+        if error:
+            raise error
+        if step is None:
             return
-        state, tensors = found
-        changed = changed_settings(state["config"], to_dict(self.cfg))
-        if changed:
-            raise ConfigError(
-                f"{self.folder} holds a run with other settings ({'; '.join(changed)}): "
-                f"choose another output"
-            )
+        state, tensors = found or checkpoint.read(checkpoint.file(self.folder, step))
         checkpoint.restore(tensors, self.model, self.optimizer)
-        self.step, self.nonfinite = state["step"], state["nonfinite"]
+        self.step, self.nonfinite, self.run = state["step"], state["nonfinite"], state.get("run")
         if self.world.writer:
             log.info("resuming %s after step %d", self.folder, self.step)
 
+    def _take_folder(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Lock the folder for this run; the last good checkpoint in it, if there is one."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = resume.lock(self.folder / "environment.jsonl")
+            checkpoint.sweep(self.folder)
+            broken: list[Path] = []
+            found = checkpoint.latest(self.folder, broken)
+            if found:
+                files = {"index": self.cfg.data.index, "val_index": self.cfg.data.val_index}
+                resume.check(self.folder, found[0], self._state(), files)
+            for path in broken:
+                checkpoint.set_aside(path, "broken")
+            config, step = self.folder / "config.json", found[0]["step"] if found else 0
+            if found is None or not config.exists():
+                checkpoint.write_text(config, json.dumps(to_dict(self.cfg), indent=2))
+            metrics.forget(self.folder / "nonfinite.jsonl", lambda row: row["step"] < step)
+            self.lock.write(json.dumps({"step": step, **environment()}) + "\n")
+            self.lock.flush()
+            return found
+        except OSError as e:
+            self._unlock()
+            raise CheckpointError(f"cannot write into {self.folder}: {e.strerror or e}") from e
+        except MaeFastError:
+            self._unlock()
+            raise
+
+    def _unlock(self) -> None:
+        if self.lock:
+            with contextlib.suppress(OSError):  # of a full disk
+                self.lock.close()
+
+    def _hear_signals(self) -> dict[int, Any]:
+        """Take over the signals that save and leave; returns their handlers until now."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}  # only there can they be set
+        # Under nohup a run is to outlive its session.
+        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        return {s: signal.signal(s, self._on_signal) for s in _SIGNALS if s not in deaf}
+
     def _on_signal(self, signum: int, frame: Any) -> None:
-        self.stop_signal = signum
+        self.stop_signal = self.stop_signal or signum
+        if signum != signal.SIGINT:
+            return
+        now = time.monotonic()
+        # One press may come twice: from the terminal, and handed on by torchrun.
+        if self.pressed and now - self.pressed > 0.5:
+            if self.world.size > 1:
+                os._exit(130)  # whatever the group waits for
+            raise KeyboardInterrupt
+        self.pressed = self.pressed or now
+
+    def _look_up(self) -> None:
+        """Called while a batch is waited for."""
+        if self.stop_signal:
+            raise _Told
 
 
 def _videos_per_step(cfg: Config, world: int) -> int:
@@ -349,15 +476,3 @@ def learning_rate(cfg: Config, step: int, total: int, videos: int, world: int) -
     if not t.steps:
         warmup = t.warmup_epochs * videos / _videos_per_step(cfg, world)
     return lr_at(step, total, warmup, peak_lr(t, world), t.min_lr)
-
-
-def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for each setting that decides what is computed and is not the same."""
-    changed = []
-    for key in sorted({*old, *new}):
-        name, a, b = prefix + key, old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += changed_settings(a, b, name + ".")
-        elif name not in _FREE and json.dumps(a) != json.dumps(b):
-            changed.append(f"{name}: {a} -> {b}")
-    return changed
