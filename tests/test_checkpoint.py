@@ -1,6 +1,8 @@
 """Checkpoints: whole or not at all, the last good one found, nothing lost."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from mae_fast import TrainConfig, checkpoint
-from mae_fast.errors import CheckpointError
+from mae_fast.errors import CheckpointError, NonFiniteError
 from mae_fast.optim import clipped_step, make_optimizer
 
 
@@ -102,3 +104,121 @@ def test_a_missing_folder_is_an_error(tmp_path):
     model, optimizer = _trained()
     with pytest.raises(CheckpointError, match=r"cannot write .*none yet"):
         checkpoint.save(tmp_path / "gone", 1, model, optimizer, {}, keep=1)
+
+
+def _flip(path, at: int) -> None:
+    """Flip one bit of the byte at `at`; from the end if negative."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def _save(folder, step, keep=3, run="mine", steps=2):
+    return checkpoint.save(folder, step, *_trained(steps), {"run": run}, keep)
+
+
+def _names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_users_copies_are_neither_counted_nor_deleted_nor_resumed(tmp_path):
+    first = _save(tmp_path, 1)
+    names = ["best", "zz-mine", "00000001-good", "1", "000000001", "0000000²"]
+    copies = [f"checkpoint-{name}.safetensors" for name in names]
+    for name in copies:
+        shutil.copy(first, tmp_path / name)
+    for step in (2, 3, 4):
+        path = _save(tmp_path, step, keep=2)
+        assert path.exists() and checkpoint.latest(tmp_path)[0]["step"] == step
+    left = ["checkpoint-00000003.safetensors", "checkpoint-00000004.safetensors"]
+    assert _names(tmp_path) == sorted(copies + left)
+
+
+def test_another_runs_files_are_never_deleted(tmp_path, caplog):
+    """Also where they have the very name that is written now: they are renamed."""
+    for step in (1, 2, 5):
+        _save(tmp_path, step, run="older")
+    other = (tmp_path / "checkpoint-00000005.safetensors").read_bytes()
+    for step in (3, 4, 5, 6):
+        _save(tmp_path, step, keep=1, run="mine")
+    assert _names(tmp_path) == [
+        "checkpoint-00000001.safetensors",
+        "checkpoint-00000002.safetensors",
+        "checkpoint-00000005.safetensors.other",
+        "checkpoint-00000006.safetensors",
+    ]
+    assert (tmp_path / "checkpoint-00000005.safetensors.other").read_bytes() == other
+
+
+def test_what_was_just_written_is_kept_beside_later_steps(tmp_path):
+    """After a resume from an older one; by name the later ones are the last."""
+    for step in (1, 2, 7, 8, 9):
+        _save(tmp_path, step, keep=9)
+    path = _save(tmp_path, 3, keep=1)
+    assert path.exists()
+    assert [p.name[11:19] for p in checkpoint.checkpoints(tmp_path)] == [
+        "00000003",
+        "00000007",
+        "00000008",
+        "00000009",
+    ]
+
+
+@pytest.mark.parametrize("where", ["weights", "last", "step", "crc", "name"])
+def test_a_flipped_bit_is_seen(where, tmp_path, caplog):
+    _save(tmp_path, 1)
+    path = _save(tmp_path, 2)
+    content = path.read_bytes()
+    start = int.from_bytes(content[:8], "little") + 8
+    text = {"step": b'step\\": ', "crc": b'"crc32":"', "name": b'"model.'}
+    at = {"weights": start + 100, "last": len(content) - 2}.get(where)
+    _flip(path, content.index(text[where]) + len(text[where]) if at is None else at)
+    broken = []
+    assert checkpoint.latest(tmp_path, broken)[0]["step"] == 1
+    assert broken == [path] and len(caplog.records) == 1
+
+
+def test_a_checkpoint_without_a_checksum_is_read(tmp_path):
+    path = _save(tmp_path, 2)
+    state, tensors = checkpoint.read(path)
+    checkpoint.write_tensors(path, tensors, {"mae_fast": json.dumps(state)})
+    assert checkpoint.latest(tmp_path)[0]["step"] == 2
+    # Its step is still held against its name.
+    shutil.copy(path, tmp_path / "checkpoint-00000009.safetensors")
+    assert checkpoint.latest(tmp_path)[0]["step"] == 2
+
+
+def test_a_state_that_is_not_finite_is_not_saved_and_deletes_nothing(tmp_path):
+    _save(tmp_path, 1, keep=1)
+    model, optimizer = _trained()
+    optimizer.state[model.bias]["exp_avg"][3] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"exp_avg\.bias is not finite after step 2.*00000001"):
+        checkpoint.save(tmp_path, 2, model, optimizer, {"run": "mine"}, 1)
+    assert _names(tmp_path) == ["checkpoint-00000001.safetensors"]
+
+
+def test_a_state_that_is_not_finite_is_passed_over(tmp_path, caplog):
+    _save(tmp_path, 1)
+    path = _save(tmp_path, 2)
+    state, tensors = checkpoint.read(path)
+    tensors["model.weight"][0, 0] = float("nan")
+    checkpoint.write_tensors(path, tensors, {"mae_fast": json.dumps(state)})
+    assert checkpoint.latest(tmp_path)[0]["step"] == 1
+    assert "model.weight is not finite" in caplog.text
+
+
+def test_what_a_kill_leaves_half_written_is_swept(tmp_path):
+    for name in ("checkpoint-00000003.safetensors.tmp", "checkpoint-best.safetensors.tmp", "a.tmp"):
+        (tmp_path / name).touch()
+    checkpoint.sweep(tmp_path)
+    assert _names(tmp_path) == ["a.tmp", "checkpoint-best.safetensors.tmp"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tmp_path, monkeypatch):
+    _save(tmp_path, 1, keep=1)
+
+    def unlink(self, missing_ok=False):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(type(tmp_path), "unlink", unlink)
+    assert _save(tmp_path, 2, keep=1).exists()

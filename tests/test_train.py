@@ -1,10 +1,14 @@
 """The main job: resume, signals, several processes, broken data, what a run leaves behind."""
 
+import errno
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,11 +16,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_fast import checkpoint, graph, metrics
+from mae_fast import checkpoint, distributed, graph, metrics, resume, train
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
-from mae_fast.data import build_index
-from mae_fast.distributed import World
-from mae_fast.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from mae_fast.data import VideoReader, build_index
+from mae_fast.distributed import PeerLost, World
+from mae_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    NonFiniteError,
+)
 from mae_fast.masking import STRATEGIES
 from mae_fast.train import Run, Window, pretrain, total_steps
 
@@ -67,6 +77,11 @@ def _toml(cfg: Config, path: Path) -> str:
 
 def _command(cfg: Config, path: Path) -> list[str]:
     return [sys.executable, "-m", "mae_fast", "pretrain", _toml(cfg, path)]
+
+
+def _torchrun(command: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return [command[0], *launcher, *command[1:]]
 
 
 def _weights(folder) -> dict[str, torch.Tensor]:
@@ -134,8 +149,8 @@ def test_workers_and_log_settings_do_not_change_the_result(index, tmp_path):
     assert _same(_weights(tmp_path / "a"), _weights(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_signals_save_and_leave_with_75(index, tmp_path, signum):
+def test_a_signal_saves_and_leaves_with_75(index, tmp_path):
+    signum = signal.SIGINT
     cfg = _config(index, tmp_path / "run", steps=100_000, save_every=90_000, log_every=1)
     process = subprocess.Popen(
         _command(cfg, tmp_path / "run.toml"), stderr=subprocess.PIPE, text=True
@@ -156,7 +171,7 @@ def test_two_processes_are_one_with_twice_the_batch(index, tmp_path):
     pretrain(one)
     command = _command(two, tmp_path / "two.toml")
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *command[1:]],
+        _torchrun(command),
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -250,8 +265,6 @@ class _Poisoned(torch.autograd.Function):
 
 
 def _poison(monkeypatch, at):
-    from mae_fast import train
-
     calls, true = [], train.Run._loss
 
     def loss(self, *inputs):
@@ -366,3 +379,426 @@ def test_what_cannot_work_is_said_at_the_start(index, tmp_path, changes, words):
     cfg = _config(index, tmp_path / "run")
     with pytest.raises(ConfigError, match=words):
         pretrain(Config(**{**vars(cfg), **changes}))
+
+
+# What goes wrong from outside: signals, lost workers, full disks, two runs, another index.
+
+
+def _at(monkeypatch, step, do):
+    """Call do() once, in the middle of the step numbered `step` from 0."""
+    true, done = train.Run._loss, []
+
+    def loss(self, *inputs):
+        if self.step == step and not done:
+            done.append(step)
+            do()
+        return true(self, *inputs)
+
+    monkeypatch.setattr(train.Run, "_loss", loss)
+
+
+def _with(cfg: Config, **data) -> Config:
+    return Config(**{**vars(cfg), "data": DataConfig(**{**vars(cfg.data), **data})})
+
+
+def _saved(folder) -> int:
+    return checkpoint.latest(folder)[0]["step"]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_every_signal_saves_whatever_log_every_is_and_goes_on_the_same(
+    name, index, tmp_path, monkeypatch
+):
+    before = signal.getsignal(signal.Signals[name])
+    cfg = _config(index, tmp_path / "run", log_every=1000, save_every=1000)
+    _at(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.Signals[name]))
+    with pytest.raises(Interrupted, match=f"{name} after step 8"):
+        pretrain(cfg)
+    assert _saved(tmp_path / "run") == 8
+    assert signal.getsignal(signal.Signals[name]) is before
+    if name == "SIGTERM":
+        pretrain(cfg)
+        pretrain(_config(index, tmp_path / "whole"))
+        assert _same(_weights(tmp_path / "run"), _weights(tmp_path / "whole"))
+        steps = [r["step"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+        assert steps == [8, 20]
+
+
+def test_a_run_under_nohup_outlives_its_session(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda s: signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        _at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert pretrain(_config(index, tmp_path / "run"))["step"] == 20
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_is_heard_while_the_loader_waits(workers, index, tmp_path, monkeypatch):
+    """A read that does not return, stopped workers: a network file system that is gone."""
+    cfg = _with(_config(index, tmp_path / "run"), workers=workers)
+    gone, read = threading.Event(), VideoReader.read
+
+    def stop():
+        if workers:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGSTOP)
+        gone.set()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def blocked(self, *args):
+        if gone.is_set() and not workers:
+            threading.Event().wait(60)
+        return read(self, *args)
+
+    monkeypatch.setattr(VideoReader, "read", blocked)
+    _at(monkeypatch, 12, stop)
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="SIGTERM after step 1"):
+        pretrain(cfg)
+    assert time.monotonic() - began < 30 and _saved(tmp_path / "run") >= 13
+    assert not multiprocessing.active_children()
+
+
+def test_a_signal_is_heard_in_the_held_out_loss(index, tmp_path, monkeypatch):
+    cfg = _with(_config(index, tmp_path / "run"), val_index=index)
+    true = train.held_out_loss
+
+    def loss(model, *args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return true(model, *args)
+
+    monkeypatch.setattr(train, "held_out_loss", loss)
+    with pytest.raises(Interrupted, match="SIGUSR1 after step 0"):
+        pretrain(cfg)
+
+
+def test_only_a_second_ctrl_c_leaves_at_once(index, tmp_path, monkeypatch):
+    """In the middle of a save. What torchrun hands on of one press is no second one."""
+    pauses, true = [0.1, 0.7], checkpoint.save
+
+    def save(*args):
+        time.sleep(pauses[0])
+        os.kill(os.getpid(), signal.SIGINT)
+        return true(*args)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    _at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        pretrain(_config(index, tmp_path / "run"))
+    del pauses[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "save", save)
+    _at(monkeypatch, 8, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(_config(index, tmp_path / "run"))
+    assert _saved(tmp_path / "run") == 4
+
+
+def test_a_killed_worker_loses_no_step_and_tears_none(index, tmp_path, monkeypatch):
+    cfg = _with(_config(index, tmp_path / "run"), workers=2)
+
+    def kill():
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(0.3)  # a handler of SIGCHLD would raise here
+
+    _at(monkeypatch, 7, kill)
+    with pytest.raises(DataError, match="a data worker was lost") as caught:
+        pretrain(cfg)
+    assert caught.value.exit_code == 65 and _saved(tmp_path / "run") >= 8
+    pretrain(cfg)
+    pretrain(_config(index, tmp_path / "whole"))
+    assert _same(_weights(tmp_path / "run"), _weights(tmp_path / "whole"))
+
+
+def test_an_error_within_an_update_saves_no_torn_state(index, tmp_path, monkeypatch):
+    true = train.clipped_step
+
+    def torn(*args):
+        true(*args)
+        raise RuntimeError("lost in the update")
+
+    for where, saved in (("_loss", 11), ("clipped_step", 10)):
+        if where == "_loss":
+            _at(monkeypatch, 11, lambda: (_ for _ in ()).throw(RuntimeError("lost")))
+        else:
+            _at(monkeypatch, 11, lambda: monkeypatch.setattr(train, "clipped_step", torn))
+        with pytest.raises(RuntimeError, match="lost"):
+            pretrain(_config(index, tmp_path / where))
+        assert _saved(tmp_path / where) == saved
+        monkeypatch.undo()
+
+
+def test_when_data_ends_what_was_met_until_then_is_written(video, tmp_path, monkeypatch):
+    mine = tmp_path / "videos"
+    mine.mkdir()
+    for i in range(3):
+        video.write(mine / f"v{i}.mp4", 30)
+    build_index([mine], tmp_path / "index.jsonl", progress=False)
+    cfg = _config(str(tmp_path / "index.jsonl"), tmp_path / "run", log_every=50, save_every=50)
+    _poison(monkeypatch, at={3})
+    _at(monkeypatch, 7, lambda: [path.unlink() for path in mine.iterdir()])
+    with pytest.raises(DataError, match="3 of 3 videos are bad"):
+        pretrain(cfg)
+    folder = tmp_path / "run"
+    assert _saved(folder) == 8
+    (row,) = metrics.read(folder / "metrics.jsonl")
+    assert row["step"] == 8 and row["nonfinite"] == 1
+    assert [r["step"] for r in metrics.read(folder / "nonfinite.jsonl")] == [3]
+    listed = (folder / "bad_videos.jsonl").read_text()
+    assert all(f"v{i}.mp4" in listed for i in range(3))
+
+
+def test_non_finite_steps_are_not_listed_twice_after_a_kill(index, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed():
+        raise Killed
+
+    _poison(monkeypatch, at={2, 12})
+    _at(monkeypatch, 15, killed)
+    cfg = _config(index, tmp_path / "run", log_every=1)
+    with pytest.raises(Killed):
+        pretrain(cfg)
+    assert pretrain(cfg)["nonfinite"] == 2
+    rows = metrics.read(tmp_path / "run" / "nonfinite.jsonl")
+    assert [r["step"] for r in rows] == [2, 12]
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_row_of_it(index, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed():
+        raise Killed
+
+    cfg = _with(_config(index, tmp_path / "run", log_every=1), val_index=index)
+    _at(monkeypatch, 5, killed)
+    with pytest.raises(Killed):
+        pretrain(cfg)
+    pretrain(cfg)
+    steps = [r["step"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(21))
+
+
+def test_a_damaged_line_of_metrics_is_left_out_alone(index, tmp_path, caplog):
+    path = tmp_path / "run" / "metrics.jsonl"
+    pretrain(_config(index, tmp_path / "run", steps=10, log_every=1))
+    lines = path.read_bytes().split(b"\n")
+    lines[2], lines[4], lines[6] = b"\x00\xff\x00", b'{"step": 5, "lo', b"7"
+    path.write_bytes(b"\n".join(lines) + b'{"step": 11, "lo')
+    assert [r["step"] for r in metrics.read(path)] == [1, 2, 4, 6, 8, 9, 10]
+    assert "metrics.jsonl: damaged, left out: line 3, 5, 7" in caplog.text
+    path.unlink()
+    assert pretrain(_config(index, tmp_path / "run", steps=10, log_every=1)) == {"step": 10}
+
+
+@pytest.mark.parametrize("stderr", ["pipe", "/dev/full", "closed"])
+def test_a_run_goes_on_without_its_stderr(stderr, index, tmp_path):
+    command = _command(_config(index, tmp_path / "run", steps=4), tmp_path / "run.toml")
+    if stderr == "closed":
+        run = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], capture_output=True)
+        code, out = run.returncode, run.stdout
+    elif stderr == "pipe":
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        process.stderr.close()
+        out, code = process.stdout.read(), process.wait()
+    else:
+        with open(stderr, "w") as full:
+            run = subprocess.run(command, stderr=full, stdout=subprocess.PIPE)
+        code, out = run.returncode, run.stdout
+    assert code == 0 and out == b"" and _saved(tmp_path / "run") == 4
+    for path in (tmp_path / "run").glob("*.json*"):
+        assert all(line.startswith(("{", "}", " ")) for line in path.read_text().splitlines())
+
+
+def test_a_second_run_in_the_folder_is_refused(index, tmp_path):
+    (tmp_path / "run").mkdir()
+    first = resume.lock(tmp_path / "run" / "environment.jsonl")
+    with pytest.raises(CheckpointError, match="in use: another run writes into it"):
+        pretrain(_config(index, tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["environment.jsonl"]
+    # A data worker outlives a run that is killed, and holds nothing.
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    time.sleep(0.2)
+    first.close()
+    pretrain(_config(index, tmp_path / "run", steps=2))
+    worker.kill()
+    worker.join()
+
+
+def test_a_file_system_without_locks_is_said_and_used(index, tmp_path, monkeypatch, caplog):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(resume.fcntl, "flock", flock)
+    assert pretrain(_config(index, tmp_path / "run", steps=2))["step"] == 2
+    assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_a_run_in_a_thread_has_no_signals_and_trains(index, tmp_path):
+    got = []
+    thread = threading.Thread(
+        target=lambda: got.append(pretrain(_config(index, tmp_path / "run", steps=2)))
+    )
+    thread.start()
+    thread.join(60)
+    assert got and got[0]["step"] == 2
+
+
+def _edited(index, path, edit) -> str:
+    folder = Path(index).parent
+    rows = [json.loads(line) for line in Path(index).read_text().splitlines()]
+    for row in rows:
+        row["path"] = str(folder / row["path"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in edit(rows)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda rows: rows[1:],
+        lambda rows: rows[::-1],
+        lambda rows: rows + rows[:1],
+        lambda rows: [{**rows[0], "frames": 39}, *rows[1:]],
+        lambda rows: [{**rows[0], "fps": 24.0}, *rows[1:]],
+        lambda rows: [{**rows[0], "start": 1}, *rows[1:]],
+        lambda rows: [*rows[:-1], {**rows[-1], "error": "empty: 0 bytes"}],
+    ],
+    ids=["removed", "reversed", "grown", "frames", "fps", "segment", "broken"],
+)
+def test_another_index_is_refused_on_resume(edit, index, tmp_path):
+    cfg = _with(_config(index, tmp_path / "run", steps=5), val_index=index)
+    pretrain(cfg)
+    other = _edited(index, tmp_path / "other.jsonl", edit)
+    words = r"not the data\.index .* digest .* choose another output"
+    with pytest.raises(ConfigError, match=words):
+        pretrain(_with(cfg, index=other))
+    with pytest.raises(ConfigError, match=r"not the data\.val_index"):
+        pretrain(_with(cfg, val_index=other))
+    assert pretrain(_with(cfg, val_index=""))["step"] == 5
+
+
+def test_the_same_videos_elsewhere_are_the_same_index(index, tmp_path):
+    def moved(rows):
+        for row in rows:
+            shutil.copy(row["path"], tmp_path)
+            row["path"] = str(tmp_path / Path(row["path"]).name)
+        return rows
+
+    cfg = _config(index, tmp_path / "run", steps=5)
+    pretrain(cfg)
+    assert pretrain(_with(cfg, index=_edited(index, tmp_path / "i.jsonl", moved)))["step"] == 5
+
+
+def test_another_number_of_processes_is_refused_on_resume(index, tmp_path):
+    cfg = _config(index, tmp_path / "run", steps=5)
+    pretrain(cfg)
+    path = checkpoint.checkpoints(tmp_path / "run")[-1]
+    state, tensors = checkpoint.read(path)
+    assert state["world"] == 1
+    checkpoint.write_tensors(path, tensors, {"mae_fast": json.dumps({**state, "world": 2})})
+    with pytest.raises(ConfigError, match=r"of 2 processes.*are 1.*0\.5 times.*-node 2"):
+        pretrain(cfg)
+
+
+def test_a_run_of_an_older_version_goes_on(index, tmp_path):
+    """Its checkpoints name no run, processes or index, and have no checksum."""
+    cfg, folder = _config(index, tmp_path / "run", save_every=5, keep=2), tmp_path / "run"
+    _ = pretrain(cfg)
+    whole = _weights(folder)
+    for path in checkpoint.checkpoints(folder):
+        state, tensors = checkpoint.read(path)
+        old = {key: state[key] for key in ("config", "nonfinite", "step")}
+        checkpoint.write_tensors(path, tensors, {"mae_fast": json.dumps(old)})
+    checkpoint.checkpoints(folder)[-1].unlink()
+    pretrain(cfg)
+    assert _same(whole, _weights(folder))
+    assert len(checkpoint.checkpoints(folder)) == 2
+
+
+def test_broken_checkpoints_push_no_good_ones_out(index, tmp_path, caplog):
+    """Steps 20 and 15 are damaged: what was good then, and is good since, is what stays."""
+    cfg, folder = _config(index, tmp_path / "run", save_every=5), tmp_path / "run"
+    pretrain(cfg)
+    for path in checkpoint.checkpoints(folder)[1:]:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    cfg = _config(index, tmp_path / "run", save_every=7, keep=2)
+    pretrain(cfg)
+    assert [r.message for r in caplog.records if "using the one before" in r.message][1:] != []
+    names = sorted(p.name[11:] for p in folder.glob("checkpoint-*"))
+    assert names == [
+        "00000014.safetensors",
+        "00000015.safetensors.broken",
+        "00000020.safetensors",
+        "00000020.safetensors.broken",
+    ]
+
+
+def test_weights_that_are_not_finite_stop_the_run_and_leave_the_good(index, tmp_path, monkeypatch):
+    def ruin():
+        with torch.no_grad():
+            runs[0].model.mask_token.fill_(float("nan"))
+
+    runs, init = [], train.Run.__init__
+    monkeypatch.setattr(train.Run, "__init__", lambda self, *a: runs.append(self) or init(self, *a))
+    _at(monkeypatch, 12, ruin)
+    with pytest.raises(NonFiniteError, match=r"not finite after step 20.*00000010"):
+        pretrain(_config(index, tmp_path / "run", keep=1, max_nonfinite=100))
+    assert _saved(tmp_path / "run") == 10
+
+
+def _vote(folder, rank, stop, queue):
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    world = World(rank, 2, torch.device("cpu"))
+    quiet = [distributed._meet(store, False, world, lambda: False) for _ in range(3)]
+    queue.put((quiet, distributed._meet(store, stop, world, lambda: False)))
+
+
+def test_one_rank_that_is_told_to_stop_is_heard_by_all(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_vote, args=(tmp_path, rank, rank == 1, queue)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    assert [queue.get() for _ in ranks] == [([False] * 3, True)] * 2
+    for rank in ranks:
+        rank.join()
+
+
+def test_a_rank_that_is_told_to_stop_does_not_wait_for_ever(tmp_path, monkeypatch):
+    store, world = torch.distributed.HashStore(), World(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(distributed, "PATIENCE", 0.2)
+    with pytest.raises(PeerLost, match=r"within 0\.2 s to agree"):
+        distributed._meet(store, True, world, lambda: True)
+    monkeypatch.setattr(distributed, "GIVE_UP", 0.2)
+    with pytest.raises(PeerLost, match="next step"):
+        distributed._meet(store, False, world, lambda: False)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_torchrun_hands_signals_on_and_both_ranks_save(name, index, tmp_path):
+    """Long before the ranks would meet to log; SIGUSR1 as docs of torchrun's environment say."""
+    cfg = _config(index, tmp_path / "run", steps=90_000, log_every=80_000, save_every=80_000)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2",
+    }
+    command = _torchrun(_command(cfg, tmp_path / "run.toml"))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    _wait_for(tmp_path / "run" / "metrics.jsonl", 120)
+    time.sleep(1.0)
+    process.send_signal(signal.Signals[name])
+    began = time.monotonic()
+    _, text = process.communicate(timeout=60)
+    assert time.monotonic() - began < 25 and process.returncode != 0
+    step = _saved(tmp_path / "run")
+    assert text.count(f"error: stopped by {name} after step {step}, which is saved") == 2
+    assert [r["step"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [step]
