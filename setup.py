@@ -115,22 +115,41 @@ def cpu_kernels() -> dict:
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
+def cudart(toolkit: Path, wheels: Path) -> Path | None:
+    """The CUDA runtime to link with: the wheels', which torch loads, or the toolkit's. A toolkit
+    without its development files, and the wheels, have no libcudart.so for -lcudart to find."""
+    folders = [wheels / "lib", *(toolkit / lib for lib in ("lib64", "lib", "targets/*/lib"))]
+    found = (f for folder in folders for f in Path("/").glob(f"{folder}/libcudart.so*"[1:]))
+    return next(found, None)
+
+
 def cuda_kernels() -> list:
     """The extension of csrc/cuda, or none, and a line that says why."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import CUDAExtension
+
+    # nvcc's own wheels unpack beside those of the CUDA libraries that torch depends on.
+    wheels = (
+        Path(torch.__file__).parent.parent / f"nvidia/cu{(torch.version.cuda or '').split('.')[0]}"
+    )
+    if not cpp_extension.CUDA_HOME and (wheels / "bin/nvcc").exists():
+        cpp_extension.CUDA_HOME = str(wheels)
+    toolkit = Path(cpp_extension.CUDA_HOME or "/nowhere")
 
     def nvcc(option: str) -> str:
-        command = [f"{CUDA_HOME}/bin/nvcc", option]
+        command = [f"{toolkit}/bin/nvcc", option]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     why_not = None
     if torch.version.cuda is None:
         why_not = "torch is built without CUDA"
-    elif not CUDA_HOME or not Path(CUDA_HOME, "bin/nvcc").exists():
+    elif not (toolkit / "bin/nvcc").exists():
         why_not = "there is no nvcc"
     elif not re.search(rf"release {torch.version.cuda.split('.')[0]}\.", nvcc("--version")):
         why_not = f"nvcc is not of CUDA {torch.version.cuda}, as torch is"
+    elif not cudart(toolkit, wheels):
+        why_not = f"there is no libcudart to link with in {toolkit}"
     if why_not:
         print(f"mae_fast: {why_not}: the CUDA kernels are not built")
         return []
@@ -144,16 +163,17 @@ def cuda_kernels() -> list:
     # Code for each, and what a driver can compile for GPUs that are newer than all of them.
     targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
     codes = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
-    return [
-        CUDAExtension(
-            "mae_fast._cuda",
-            ["csrc/cuda/register.cu"],
-            depends=[str(p.relative_to(HERE)) for p in HERE.glob("csrc/cuda/*.cuh")],
-            extra_compile_args={"nvcc": ["-O3", "-lineinfo", f"--threads={len(codes)}", *codes]},
-            py_limited_api=True,
-            optional=True,
-        )
-    ]
+    extension = CUDAExtension(
+        "mae_fast._cuda",
+        ["csrc/cuda/register.cu"],
+        depends=[str(p.relative_to(HERE)) for p in HERE.glob("csrc/cuda/*.cuh")],
+        extra_compile_args={"nvcc": ["-O3", "-lineinfo", f"--threads={len(codes)}", *codes]},
+        extra_objects=[str(cudart(toolkit, wheels))],
+        py_limited_api=True,
+        optional=True,
+    )
+    extension.libraries.remove("cudart")  # by its path instead
+    return [extension]
 
 
 setup(

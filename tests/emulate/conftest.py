@@ -32,13 +32,27 @@ BUILDS = {
 }
 
 
+def find_nvcc() -> str:
+    """nvcc: CUDA_HOME's, PATH's, or that of its wheels (nvidia-cuda-nvcc and what it needs), which
+    unpack beside the CUDA libraries of torch's. Skips a test where there is none."""
+    wheels = sorted(Path(torch.__file__).parent.parent.glob("nvidia/cu*"))
+    homes = [os.environ.get("CUDA_HOME"), *wheels]
+    found = [Path(home, "bin/nvcc") for home in homes if home and Path(home, "bin/nvcc").exists()]
+    return shutil.which("nvcc") or (str(found[0]) if found else pytest.skip("there is no nvcc"))
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    return find_nvcc()
+
+
 def compiler(build: str) -> str:
     """Skips a test where the build's compiler, or the GPU that its program needs, is not there."""
     if build != "gpu":
         return shutil.which(CXX) or pytest.skip(f"there is no C++ compiler ({CXX})")
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    return shutil.which("nvcc") or pytest.skip("there is no nvcc")
+    return find_nvcc()
 
 
 def compile_run(build: str, kernels: Path = KERNELS) -> Path:

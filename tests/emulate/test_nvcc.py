@@ -30,9 +30,8 @@ def tool(name: str) -> str:
 
 
 @pytest.fixture(scope="module", params=[80, 90, 100])
-def cubin(request, tmp_path_factory):
+def cubin(request, nvcc, tmp_path_factory):
     """(The file, ptxas's words) of run.cpp for one architecture."""
-    nvcc = shutil.which("nvcc") or pytest.skip("there is no nvcc")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     if f"compute_{request.param}" not in known.split():
         pytest.skip(f"this nvcc does not know sm_{request.param}")
