@@ -287,12 +287,13 @@ class Fused:
         model's: its own see no gradient and call no hook."""
         written = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
         before = {k: v for k, v in vars(self.model).items() if k in written}
-        params = {n: p.detach() for n, p in self.model.named_parameters()}
+        params = {}
         if torch.is_grad_enabled():
-            for name, p in self.model.named_parameters():
-                params[name].requires_grad_(p.requires_grad)
+            named = self.model.named_parameters()
+            params = {n: p.detach().requires_grad_(p.requires_grad) for n, p in named}
+        device = next(self.model.parameters()).device
         try:
-            with _same_conditions(args, kwargs, params), _reparametrize_module(self.model, params):
+            with _same_conditions(device), _reparametrize_module(self.model, params):
                 outputs = _tensors(forward(args, kwargs))
         finally:
             vars(self.model).update(before)
@@ -323,9 +324,8 @@ def _dtype_of_clip(args: tuple, kwargs: dict) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def _same_conditions(args: tuple, kwargs: dict, params: Mapping[str, Tensor]) -> Iterator[None]:
+def _same_conditions(device: torch.device) -> Iterator[None]:
     """The same random numbers inside and afterwards, no TF32, and no cast that autocast keeps."""
-    device = next(iter(params.values())).device
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
     devices = [] if device.type == "cpu" else [device]
