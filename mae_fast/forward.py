@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mae_fast.ops import dispatch
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.attention import attention
 from mae_fast.ops.bias_gelu import bias_gelu
@@ -368,6 +369,7 @@ def _made_again(again: bool, out: Tensor, function: Callable[..., Tensor], *args
         if torch.is_tensor(kept):
             return kept
         if made is None:
+            dispatch.refuse_second_derivative()
             with torch.no_grad():
                 made = function(*args)
         again = made.as_strided(*kept)

@@ -7,6 +7,7 @@ torch.compile guards on the same comparison.
 
 import argparse
 import dataclasses
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from itertools import chain
@@ -24,6 +25,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 GLOBAL_HOOKS = tuple(getattr(nn_module, f"_global{hooks}") for hooks in HOOKS)
 _ROOT = {"forward", "_original_forward", "_compiled_call_impl", "_replicate_for_data_parallel"}
 _ROOT |= {"_is_hf_initialized", *HOOKS}
+_TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 _MODULE = set(vars(nn.Module()))  # what every module has
 MODES = 8  # train, eval, with a hook, checkpointed ...
 
@@ -50,13 +52,14 @@ class Snapshot:
         self.tensors = [vars(m)[kind] for m in self.modules for kind in ("_parameters", "_buffers")]
         self.tables = [m for m in self.modules if vars(m)["_parameters"] and vars(m)["_modules"]]
         own = [v for m in self.modules for k, v in vars(m).items() if k not in _MODULE]
-        live = [*children, *hooks, *GLOBAL_HOOKS]
+        live = [*children, *hooks]
         self.filled = [d for d in live if d] + _containers(own)
         self.empty = [d for d in live if not d]
         self.classes = list({c: vars(c) for t in self.types for c in _own_classes(t)}.values())
         self.copies = [d.copy() for d in self.filled]
         self.members = [dict(c) for c in self.classes]
         self.lengths, self.names = self._lengths(), list(chain.from_iterable(self.tensors))
+        self.hooks_of_all = hooks_of_all()
         self.values, self.shapes, self.root = self._values(), self._shapes(), self._of_root()
 
     def same(self) -> bool:
@@ -68,6 +71,7 @@ class Snapshot:
                 and self._lengths() == self.lengths
                 and self.filled == self.copies
                 and not any(self.empty)
+                and hooks_of_all() == self.hooks_of_all
                 and self.classes == self.members
                 and list(chain.from_iterable(self.tensors)) == self.names
                 and self._shapes() == self.shapes
@@ -103,6 +107,19 @@ class Snapshot:
             if not same and module in names:
                 found.append(f"{names[module]}*")
         return ", ".join(found[:4]) or "modules"
+
+
+def hooks_of_all() -> list[Callable]:
+    """The hooks of every module. Not those that follow which module runs and change nothing:
+    FlopCounterMode's, MemTracker's."""
+    if not any(GLOBAL_HOOKS):
+        return []
+    return [h for hooks in GLOBAL_HOOKS for h in hooks.values() if not _only_counts(h)]
+
+
+def _only_counts(hook: Callable) -> bool:
+    owner = inspect.getmodule(hook)
+    return owner is not None and owner.__name__ in _TRACKERS
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -6,6 +6,7 @@ loss, pred, mask = model(imgs, mask_ratio): its own random mask, pred of all tok
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mae_fast.adapters import own
 from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
@@ -145,7 +146,10 @@ def forward(
     size, frames = embed.img_size[0], model.pred_t_dim
     p, u = embed.proj.kernel_size[1], model.t_pred_patch_size
     model.patch_info = (len(imgs), frames, size, size, p, u, t, h, w)
-    return loss, pred, mask_from_keep(ids_keep, length).to(torch.get_default_dtype())
+    mask = mask_from_keep(ids_keep, length).to(torch.get_default_dtype())
+    clip = embed.proj.weight.dtype if imgs.dtype == torch.uint8 else imgs.dtype
+    wide = torch.promote_types(torch.promote_types(pred.dtype, clip), mask.dtype)
+    return loss.to(wide), pred, mask
 
 
 def _spec(model: nn.Module) -> Spec:
@@ -164,7 +168,8 @@ def _spec(model: nn.Module) -> Spec:
 
 def _target_frames(frames: int, count: int) -> tuple[int, ...]:
     """The frames that are predicted, by the model's own expression."""
-    return tuple(torch.linspace(0, frames - 1, count, device="cpu").long().tolist())
+    with _disable_current_modes():  # torch.export's has no numbers
+        return tuple(torch.linspace(0, frames - 1, count, device="cpu").long().tolist())
 
 
 _target_frames._dynamo_marked_constant = True  # torch.compile evaluates it once

@@ -216,6 +216,8 @@ def ids_of(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise Unfused(f"the mask is {mask.dtype} {list(mask.shape)}, not bool [B, L]")
+    if torch.compiler.is_exporting():
+        raise Unfused("torch.export does not know how many tokens a mask hides")
     counts = mask.sum(dim=1).aminmax()
     least, most = torch.stack(counts).tolist()  # the host waits here, once
     if least != most:

@@ -56,7 +56,7 @@ def _save(ctx, inputs, output):
     ctx.y_dtype = y.dtype
 
 
-@torch.autograd.function.once_differentiable
+@dispatch.once_differentiable
 def _backward(ctx, dtotal, dout, *_):
     if dout is None:  # only the sum was used
         return dtotal, None if dtotal is None else dtotal.to(ctx.y_dtype), *[None] * 4

@@ -53,7 +53,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs, out, lse)
 
 
-@torch.autograd.function.once_differentiable
+@dispatch.once_differentiable
 def _backward(ctx, dout, _):
     if dout is None:
         return None, None, None

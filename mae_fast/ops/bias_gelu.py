@@ -35,7 +35,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-@torch.autograd.function.once_differentiable
+@dispatch.once_differentiable
 def _backward(ctx, dout):
     return torch.ops.mae_fast.bias_gelu_bwd(dout, *ctx.saved_tensors)
 

@@ -60,7 +60,7 @@ def _save(ctx, inputs, output):
     ctx.dtypes = visible.dtype, cls.dtype if ctx.has_cls else None, mask_token.dtype, pos.dtype
 
 
-@torch.autograd.function.once_differentiable
+@dispatch.once_differentiable
 def _backward(ctx, dout):
     ids_keep, ids_mask = ctx.saved_tensors
     dmask_token, dpos = torch.ops.mae_fast.decoder_tokens_bwd(dout, ids_keep, ids_mask, ctx.length)

@@ -275,3 +275,24 @@ load_triton = constant(_load_triton)
 MACHINE["cpp"] = load_cpp
 MACHINE["triton"] = load_triton
 MACHINE["cuda"] = load_cuda
+
+
+def refuse_second_derivative() -> None:
+    """Called in every backward. With create_graph=True its result would be differentiated, and
+    what it has saved or makes again has no history: RuntimeError, not a part of the truth."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "mae_fast's operators have no second derivative (create_graph=True): for this, run the"
+            " model's own forward, after mae_fast.restore(model)"
+        )
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """A backward that refuses to be differentiated, whatever its gradients are."""
+
+    @functools.wraps(backward)
+    def refusing(ctx, *grads):
+        refuse_second_derivative()
+        return backward(ctx, *grads)
+
+    return torch.autograd.function.once_differentiable(refusing)

@@ -51,7 +51,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
-@torch.autograd.function.once_differentiable
+@dispatch.once_differentiable
 def _backward(ctx, dout, *_):
     if dout is None:
         return (None,) * 5

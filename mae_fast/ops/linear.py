@@ -61,7 +61,7 @@ class _OneDNNLinear(torch.autograd.Function):
         return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @dispatch.once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         g, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -97,7 +97,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(saved)
 
 
-@torch.autograd.function.once_differentiable
+@dispatch.once_differentiable
 def _backward(ctx, dloss, _):
     if dloss is None:
         return (None,) * 10

@@ -96,7 +96,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(video, ids)
 
 
-@torch.autograd.function.once_differentiable
+@dispatch.once_differentiable
 def _backward(ctx, dout):
     needs = ctx.needs_input_grad[2:5]
     grads = torch.ops.mae_fast.patch_embed_bwd(
