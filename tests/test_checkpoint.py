@@ -222,3 +222,45 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_stop_the_run(tmp_path
 
     monkeypatch.setattr(type(tmp_path), "unlink", unlink)
     assert _save(tmp_path, 2, keep=1).exists()
+
+
+def test_a_file_is_synced_before_and_its_folder_after_the_rename(tmp_path, monkeypatch):
+    """Or a power cut could leave the new name on an empty file, or no name at all."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(fd):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def renamed(old, new):
+        done.append(f"{os.path.basename(old)} -> {os.path.basename(new)}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    before = len(os.listdir("/proc/self/fd"))
+    checkpoint.write_tensors(tmp_path / "a", {"x": torch.ones(2, 2).T}, {"k": "v"})
+    assert done == ["a.tmp", "a.tmp -> a", tmp_path.name]
+    done.clear()
+    checkpoint.write_text(tmp_path / "b", "words")
+    assert done[:2] == ["b.tmp", "b.tmp -> b"]
+    assert (tmp_path / "b").read_text() == "words"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_restoring_copies_and_needs_every_tensor(tmp_path):
+    model, optimizer = _trained()
+    checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1)
+    _, tensors = checkpoint.latest(tmp_path)
+    again, other = _trained(steps=0)
+    checkpoint.restore(tensors, again)
+    assert torch.equal(again.weight, model.weight) and not other.state
+    checkpoint.restore(tensors, again, other)
+    tensors["optim.exp_avg.weight"].fill_(7)
+    assert torch.equal(
+        other.state[again.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"]
+    )
+    del tensors["model.bias"]
+    with pytest.raises(RuntimeError, match="bias"):
+        checkpoint.restore(tensors, again)

@@ -78,3 +78,31 @@ def test_a_step_that_is_not_finite_changes_nothing(value):
     model(torch.randn(2, 4)).sum().backward()
     clipped_step(optimizer, 1e-2, 0.02)
     assert not torch.equal(before[0], model.weight)
+
+
+def test_the_rate_ends_at_its_floor_and_stays_there():
+    rates = [lr_at(at, 6, 2, 1.0, 0.5) for at in range(9)]
+    slope = [0.5 + 0.25 * (1 + x) for x in (1, 0.5**0.5, 0, -(0.5**0.5), -1)]
+    assert rates == pytest.approx([0, 0.5, *slope, 0.5, 0.5], abs=1e-12)
+    assert lr_at(0, 4, 0, 2.0) == 2.0 and lr_at(3, 3, 3, 2.0, 0.25) in (2.0, 0.25)
+
+
+def test_what_is_frozen_is_not_in_the_optimizer():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    model[0].weight.requires_grad_(False)
+    rest, decay = (g["params"] for g in param_groups(model, 0.1))
+    assert decay == [] and [id(p) for p in rest] == [
+        id(p) for p in (model[0].bias, model[1].weight, model[1].bias)
+    ]
+
+
+def test_the_optimizer_is_torch_s_fused_one_with_the_settings_given():
+    cfg = TrainConfig(betas=(0.5, 0.75), eps=1e-3, weight_decay=0.25)
+    model = torch.nn.Linear(3, 3)
+    optimizer = make_optimizer(model, cfg)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.25]
+    model(torch.ones(1, 3)).sum().backward()
+    clipped_step(optimizer, 0.125, 1.0)
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.75), 1e-3, 0.125)
+        assert group["fused"] is True and group["capturable"] is False

@@ -370,6 +370,13 @@ def test_held_out_videos_are_those_of_val_index(base, rows, tmp_path):
     assert len({r["val_mean_patch_loss"] for r in found}) == 1
 
 
+def test_held_out_batches_hold_one_video_at_least(index, rows, tmp_path):
+    changes = {"data.val_index": index, "data.repeat_aug": 9, "train.batch_size": 1}
+    cfg = config(index, tmp_path / "run", **changes, **{"train.steps": 1, "train.warmup_steps": 0})
+    assert pretrain(cfg)["val_clips"] == 72  # 8 batches of 9, for 64
+    by_hand.check(cfg, rows, val_rows=rows)
+
+
 def test_max_bad_share_is_a_share_of_the_videos(rows, tmp_path):
     """Of 7 videos one is cut to nothing after it was indexed: 1/7 is allowed, less is not."""
     copies = tmp_path / "videos"
