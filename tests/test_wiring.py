@@ -528,6 +528,12 @@ def test_a_signal_saves_and_the_next_run_goes_on_as_if_nothing_was(
     assert [json.loads(line)["step"] for line in steps] == [0, at]
 
 
+def test_more_steps_than_a_name_can_count_are_refused(index, tmp_path):
+    with pytest.raises(ConfigError, match=r"100000000 steps.*eight digits"):
+        pretrain(config(index, tmp_path / "run", **{"train.steps": 10**8}))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def two(rows, index, tmp_path_factory):
     """Runs of two ranks in one pair of processes: {name: (cfg, rank 0's result, rank 1's)}."""
@@ -548,12 +554,13 @@ def two(rows, index, tmp_path_factory):
         "too many nan": {"train.max_nonfinite": 0},
         "signal": rare,
         "signal again": rare,
+        "fault": rare,
         "rare": {"train.log_every": 3, "train.save_every": 99},
     }
     cases = []
     for name, change in changes.items():
         output = folder / name.removesuffix(" again")
-        what = {"nan": "nan", "too many nan": "nan", "signal": "signal"}.get(name, "")
+        what = {"too many nan": "nan"}.get(name, name)
         cases.append((name, config(index, output, **change), what))
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
     script = Path(by_hand.__file__).with_name("two_ranks.py")
@@ -572,7 +579,7 @@ def test_two_ranks_are_the_gradient_of_the_whole_batch(two, rows):
     cfg, zero, one = two["plain"]
     by_hand.check(cfg, rows, world=2, val_rows=read_index(cfg.data.val_index))
     assert zero["row"]["loss"] == one["row"]["loss"] and zero["left"] == one["left"] == 1
-    assert "val_loss" in zero["row"]  # rank 1 may leave it to the writer
+    assert "val_loss" in zero["row"] and "val_loss" not in one["row"]  # the writer's work alone
 
 
 def test_two_ranks_reduce_at_the_last_micro_step_only(two):
@@ -632,6 +639,13 @@ def test_two_ranks_hear_a_signal_of_one(two, rows):
     assert plain.keys() == end.keys() and all(torch.equal(plain[k], end[k]) for k in plain)
 
 
+def test_two_ranks_stop_where_one_has_no_data(two):
+    """What was learned until then is saved, and both say why."""
+    cfg, *ranks = two["fault"]
+    assert [(r["error"], "planted" in r["words"]) for r in ranks] == [("DataError", True)] * 2
+    assert [r["step"] for r in by_hand.rows_of(cfg.output)] == observed(cfg.output)["saved"] == [1]
+
+
 def test_two_ranks_skip_a_step_together(two, rows):
     """Rank 1's first micro-step of step 1 is not finite: named with both ranks' videos."""
     cfg, *ranks = two["nan"]
@@ -648,7 +662,7 @@ def test_two_ranks_skip_a_step_together(two, rows):
 
 
 @pytest.mark.parametrize("field", sorted(set(_fields()) - {"model.in_chans"}))
-def test_on_resume_a_field_is_free_or_refused(field, base, index, tmp_path):
+def test_on_resume_a_field_is_free_or_refused(field, base, index, tmp_path, caplog):
     """Of the base's last checkpoint: its run is over, so that nothing is computed."""
     folder = tmp_path / "run"
     folder.mkdir()
@@ -671,7 +685,9 @@ def test_on_resume_a_field_is_free_or_refused(field, base, index, tmp_path):
         changes = {field: special[field]}
     cfg = config(index, folder, **changes)
     if field in FREE:
-        assert pretrain(cfg)["step"] == 4
+        assert pretrain(cfg) == by_hand.rows_of(base.output)[-1]
+        assert "all 4 steps are done already" in caplog.text
+        assert (folder / "config.json").is_symlink()  # what the run began with
     else:
         with pytest.raises(ConfigError, match=field.replace(".", r"\.")):
             pretrain(cfg)

@@ -21,13 +21,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mae_fast import metrics
 from mae_fast.data import VideoReader
+from mae_fast.errors import DataError
 from mae_fast.train import pretrain
 
 
 @contextlib.contextmanager
 def happening(what: str):
-    """`signal`: rank 1 gets SIGTERM as it reads its sixth video. `nan`: its third clip's gradient
-    is not finite. Gives the list of whether each micro-step's gradients were reduced."""
+    """`signal`: rank 1 gets SIGTERM as it reads its sixth video. `fault`: that video is an error.
+    `nan`: its third clip's gradient is not finite.
+
+    Gives the list of whether each micro-step's gradients were reduced."""
     reads, reduced = [], []
     read, forward = VideoReader.read, DistributedDataParallel.forward
 
@@ -35,6 +38,8 @@ def happening(what: str):
         reads.append(1)
         if what == "signal" and os.environ["RANK"] == "1" and len(reads) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
+        if what == "fault" and os.environ["RANK"] == "1" and len(reads) == 6:
+            raise DataError("planted")
         return read(self, *args, **kwargs)
 
     def watched(self, *args, **kwargs):
