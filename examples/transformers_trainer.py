@@ -53,7 +53,7 @@ if args.accelerate:
 
 settings = dict(max_steps=args.steps, learning_rate=1e-3, max_grad_norm=0.1, logging_steps=1)
 quiet = dict(save_strategy="no", report_to=[], disable_tqdm=True)
-trainer = VideoTrainer(model, TrainingArguments("trainer", **settings, **quiet))
+trainer = VideoTrainer(model, TrainingArguments("trainer", bf16=True, **settings, **quiet))
 trainer.train()
 for entry in trainer.state.log_history[:-1]:
     print(f"step {entry['step'] - 1} loss {entry['loss']:.7f}")

@@ -69,13 +69,15 @@ def losses(script: str, *arguments, cwd: Path, launcher: tuple[str, ...] = ()) -
     return [float(loss) for _, loss in found]
 
 
-def check(script: str, *arguments, cwd: Path, launcher: tuple[str, ...] = ()) -> None:
+def check(
+    script: str, *arguments, cwd: Path, launcher: tuple[str, ...] = (), rtol: float = TOLERANCE
+) -> None:
     arguments = (*arguments, "--size", "tiny", "--steps", STEPS)
     fast, slow = (
         losses(script, *arguments, line, cwd=cwd, launcher=launcher)
         for line in ("--accelerate", "--no-accelerate")
     )
-    np.testing.assert_allclose(fast, slow, rtol=TOLERANCE)
+    np.testing.assert_allclose(fast, slow, rtol=rtol)
     assert fast != slow, "the one line did nothing"
     assert slow[-1] < 0.98 * slow[0], "nothing was learned"
 
@@ -86,7 +88,7 @@ def test_the_official_engine(index, repository, tmp_path):
 
 def test_transformers_trainer(index, tmp_path):
     _needs("transformers", "accelerate")
-    check("transformers_trainer.py", index, cwd=tmp_path)
+    check("transformers_trainer.py", index, cwd=tmp_path, rtol=1e-2)  # it trains in bf16
 
 
 def test_lightning(index, tmp_path):
