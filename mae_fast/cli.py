@@ -70,6 +70,7 @@ def index(
     /,
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "index.jsonl",
     workers: int | None = None,
+    verify: bool = False,
 ) -> None:
     """List every video of the sources in one index file; a broken one becomes a row with its
     reason. Running the same command again goes on where it stopped.
@@ -78,12 +79,14 @@ def index(
         sources: folders of videos, and lists of `path label` or `path,label` lines.
         output: the index to write: .jsonl, or .parquet (needs pyarrow).
         workers: processes that read the videos; by default one a core.
+        verify: decode all of every video and count its damaged frames; by default this is done
+            only where packets look suspicious.
     """
     from mae_fast.data import build_index
 
     if not sources:
         raise ConfigError("index: name at least one folder of videos or CSV file")
-    print(build_index(sources, output, workers=workers))
+    print(build_index(sources, output, workers=workers, verify=verify))
 
 
 def pretrain(args: list[str]) -> None:

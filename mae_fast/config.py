@@ -196,8 +196,9 @@ class DataConfig:
     span_seconds 0 (the official sampling) they start anywhere in the video, otherwise within one
     window of that many seconds, which costs less to decode. Frames whose short side is over
     short_side pixels are shrunk to it after decoding (0: never). crop_area and crop_aspect are the
-    ranges of the one random crop box of a clip. max_bad_share is the share of the videos that may
-    turn out broken before the run stops.
+    ranges of the one random crop box of a clip. strict replaces clips of frames that FFmpeg flags
+    as damaged, or that may be predicted from such. max_bad_share is the share of the videos that
+    may turn out broken before the run stops.
     """
 
     index: str = ""
@@ -211,6 +212,7 @@ class DataConfig:
     crop_aspect: tuple[float, float] = (0.75, 1.3333)
     flip: float = 0.5
     decoder: Literal["auto", "pyav", "torchcodec"] = "auto"
+    strict: bool = True
     workers: int = 2
     max_bad_share: float = 0.05
 

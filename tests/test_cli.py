@@ -126,11 +126,18 @@ def test_index_wants_a_source(capsys):
 
 def test_index_passes_its_arguments(monkeypatch):
     calls = []
-    data = types.SimpleNamespace(build_index=lambda *args, workers: calls.append((*args, workers)))
+    data = types.SimpleNamespace(
+        build_index=lambda *args, **options: calls.append((*args, *options.values()))
+    )
     monkeypatch.setitem(sys.modules, "mae_fast.data", data)
     assert exit_code(["index", "a", "b.csv", "-o", "c.jsonl"]) == 0
     assert exit_code(["index", "a", "--workers", "3"]) == 0
-    assert calls == [(["a", "b.csv"], "c.jsonl", None), (["a"], "index.jsonl", 3)]
+    assert exit_code(["index", "a", "--verify"]) == 0
+    assert calls == [
+        (["a", "b.csv"], "c.jsonl", None, False),
+        (["a"], "index.jsonl", 3, False),
+        (["a"], "index.jsonl", None, True),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ DEFAULTS = {
         crop_aspect=(0.75, 1.3333),
         flip=0.5,
         decoder="auto",
+        strict=True,
         workers=2,
         max_bad_share=0.05,
     ),

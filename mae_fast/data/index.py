@@ -18,15 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_fast.data.sources import Source, find_videos
+from mae_fast.data.timeline import Access
 from mae_fast.errors import DataError
 
 
 @dataclass(frozen=True)
 class VideoRow:
-    """One video of an index: `frames` usable frames from frame `start` on, at `fps`.
+    """One video of an index: `frames` usable frames from frame `start` on, at `fps` on average.
 
-    duration in seconds, width and height in pixels as displayed, rotation in degrees
-    counterclockwise, mtime in seconds. `error` is the reason why a file is unusable, or None.
+    duration in seconds, width and height in pixels as displayed, mtime in seconds. Upright is: the
+    picture flipped left to right if mirrored, then turned by rotation degrees counterclockwise.
+    total, ordered, seekable, hidden: the Access of the whole file (total 0: an index of before).
+    gop: most frames from one keyframe to the next. damaged: frames that FFmpeg flags, or that lean
+    on such; -1: not all were decoded. `error`: why a file is unusable, or None.
     """
 
     path: str
@@ -43,6 +47,20 @@ class VideoRow:
     bytes: int = 0
     mtime: float = 0.0
     error: str | None = None
+    mirrored: bool = False
+    total: int = 0
+    ordered: bool = True
+    seekable: bool = True
+    hidden: str = ""
+    gop: int = 0
+    damaged: int = -1
+
+    @property
+    def access(self) -> Access | None:
+        """How the file's frames are found; None in an index that did not look."""
+        if not self.total:
+            return None
+        return Access(self.total, self.ordered, self.seekable, self.hidden, self.damaged == 0)
 
 
 _COLUMNS = [f.name for f in dataclasses.fields(VideoRow)]
@@ -74,12 +92,14 @@ def build_index(
     workers: int | None = None,
     timeout: float = 300.0,
     progress: bool = True,
+    verify: bool = False,
 ) -> IndexSummary:
     """Probe every video of `sources` in parallel processes and write `out` (.jsonl or .parquet).
 
     Rows are kept in `<out>.partial` as they come: a second call goes on from there, and takes over
     the good rows of `out` whose file has the same size and time. A file that takes longer than
-    `timeout` seconds, or kills its process, becomes a row with an error. Raises DataError.
+    `timeout` seconds, or kills its process, becomes a row with an error. verify decodes all of
+    every video, and counts its damaged frames. Raises DataError.
     """
     out = Path(out)
     _check_format(out)
@@ -87,11 +107,16 @@ def build_index(
     if not found:
         raise DataError(f"no videos in {', '.join(map(str, sources))}")
     partial = out.with_name(out.name + ".partial")
-    known = {(r.path, r.start): r for r in [*_earlier(out), *_earlier(partial)] if not r.error}
+    # Rows of whole files that say all that is known of one today.
+    known = {
+        r.path: r
+        for r in [*_earlier(out), *_earlier(partial)]
+        if not r.error and r.frames == r.total and (r.damaged >= 0 or not verify)
+    }
     rows: dict[Source, VideoRow] = {}
     todo = []
     for source in found:
-        row = known.get((source.path, 0)) if source.segment is None else None
+        row = known.get(source.path) if source.segment is None else None
         if row and (row.bytes, row.mtime) == _stat(source.path):
             rows[source] = dataclasses.replace(row, label=source.label)
         else:
@@ -100,7 +125,7 @@ def build_index(
     out.parent.mkdir(parents=True, exist_ok=True)
     end_last_line(partial)
     with open(partial, "a") as log, _bar(len(found), reused, progress) as advance:
-        for source, row in _probe_all(todo, workers or os.cpu_count() or 1, timeout):
+        for source, row in _probe_all(todo, workers or os.cpu_count() or 1, timeout, verify):
             rows[source] = row
             log.write(json.dumps(dataclasses.asdict(row)) + "\n")
             log.flush()
@@ -207,7 +232,7 @@ def write_index(rows: list[VideoRow], out: Path) -> None:
     temporary = out.with_name(out.name + ".tmp")
     if out.suffix == ".parquet":
         arrow = _pyarrow()
-        kinds = {int: arrow.int64(), float: arrow.float64()}
+        kinds = {int: arrow.int64(), float: arrow.float64(), bool: arrow.bool_()}
         schema = arrow.schema(
             (f.name, kinds.get(f.type, arrow.string())) for f in dataclasses.fields(VideoRow)
         )
@@ -240,7 +265,7 @@ def _bar(total: int, done: int, show: bool):
         yield lambda: bar.advance(task)
 
 
-def _probe_all(todo: list[Source], workers: int, timeout: float):
+def _probe_all(todo: list[Source], workers: int, timeout: float, verify: bool):
     """Yield (source, row) as they are done, from at most `workers` processes."""
     workers = max(1, min(workers, len(todo)))
     idle: queue.SimpleQueue[_Prober] = queue.SimpleQueue()
@@ -251,7 +276,7 @@ def _probe_all(todo: list[Source], workers: int, timeout: float):
     def one(source: Source) -> tuple[Source, VideoRow]:
         prober = idle.get()
         try:
-            return source, _row(source, prober.ask(source.path))
+            return source, _row(source, prober.ask(source.path, source.segment, verify))
         finally:
             idle.put(prober)
 
@@ -277,19 +302,7 @@ def _probe_all(todo: list[Source], workers: int, timeout: float):
 
 def _row(source: Source, facts: dict) -> VideoRow:
     size, mtime = _stat(source.path)
-    row = VideoRow(path=source.path, label=source.label, bytes=size, mtime=mtime, **facts)
-    if row.error or source.segment is None:
-        return row
-    begin, end = source.segment
-    # A file much longer than its segment is the whole video, otherwise it was cut out already.
-    if row.duration <= end - begin + 1:
-        return row
-    start = round(begin * row.fps)
-    frames = min(round(end * row.fps), row.frames) - start
-    if frames < 2:
-        reason = f"segment: {begin:g} to {end:g} s lies outside the {row.duration:.1f} s video"
-        return dataclasses.replace(row, error=reason)
-    return dataclasses.replace(row, start=start, frames=frames, duration=frames / row.fps)
+    return VideoRow(path=source.path, label=source.label, bytes=size, mtime=mtime, **facts)
 
 
 class _Prober:
@@ -298,8 +311,8 @@ class _Prober:
     def __init__(self, timeout: float):
         self.timeout, self.process, self.stopped = timeout, None, False
 
-    def ask(self, path: str) -> dict:
-        """The facts of a file, or {"error": reason}."""
+    def ask(self, path: str, segment: tuple[float, float] | None, verify: bool) -> dict:
+        """The facts of a file or of a segment of it, or {"error": reason}."""
         if self.stopped:
             return {"error": "stopped"}
         if not os.path.exists(path):
@@ -307,7 +320,7 @@ class _Prober:
         if self.process is None:
             self.process = self._start()
         try:
-            self.process.stdin.write(json.dumps(path) + "\n")
+            self.process.stdin.write(json.dumps([path, segment, verify]) + "\n")
             self.process.stdin.flush()
             ready, _, _ = select.select([self.process.stdout], [], [], self.timeout)
             line = self.process.stdout.readline() if ready else ""
@@ -354,13 +367,13 @@ class _Prober:
 
 
 def _answer() -> None:
-    """The loop of a probing process: a path a line in, a JSON object a line out."""
+    """The loop of a probing process: what to probe a line in, a JSON object a line out."""
     from mae_fast.data.decode import BadVideo, probe
 
     print("ready", flush=True)
     for line in sys.stdin:
         try:
-            facts = probe(json.loads(line))
+            facts = probe(*json.loads(line))
         except BadVideo as e:
             facts = {"error": e.reason}
         except Exception as e:

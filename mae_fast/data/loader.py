@@ -18,6 +18,7 @@ from mae_fast.config import DataConfig
 from mae_fast.data.decode import BadVideo, VideoReader
 from mae_fast.data.index import VideoRow, end_last_line
 from mae_fast.data.sampling import clip_indices, crop_box, draw
+from mae_fast.data.timeline import Access
 from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
@@ -27,6 +28,8 @@ log = logging.getLogger("mae_fast")
 # Replacements tried for one draw before the run stops.
 _ATTEMPTS = 20
 _LISTED = 20
+# Seconds before another try of what may be a moment's trouble: a network's, or another thread's.
+_PAUSES = (0.0, 0.5)
 
 
 @dataclass
@@ -122,6 +125,10 @@ class ClipDataset(Dataset):
         self._paths = np.array([os.fsencode(r.path) for r in rows])
         self._spans = np.array([(r.start, r.frames) for r in rows], dtype=np.int64)
         self._fps = np.array([r.fps for r in rows])
+        self._access = np.array(
+            [(r.total, r.ordered, r.seekable, r.damaged == 0) for r in rows], dtype=np.int64
+        )
+        self._hidden = {i: r.hidden for i, r in enumerate(rows) if r.hidden}
         self._known_bad: dict[int, str] = {}
 
     def __getitem__(self, g: int) -> Batch:
@@ -135,7 +142,10 @@ class ClipDataset(Dataset):
             try:
                 return self._clips(rng, video, path, g, bad)
             except BadVideo as e:
-                self._known_bad[video] = e.reason
+                # Not a damaged frame, nor what another try may read: other draws of it may be good,
+                # and a resumed run, which knows nothing of this one, must decide the same.
+                if e.lasting:
+                    self._known_bad[video] = e.reason
                 bad.append((path, e.reason))
         error = DataError(f"draw {g}: {_ATTEMPTS} bad videos in a row:\n{_listing(dict(bad))}")
         error.bad = bad
@@ -148,11 +158,14 @@ class ClipDataset(Dataset):
         repeats, shape = self.cfg.repeat_aug, (self.cfg.repeat_aug, self.num_frames)
         indices = torch.stack(self._indices(rng, frames, float(self._fps[video]))) + start
         unique, where = indices.unique(return_inverse=True)
-        with VideoReader(path, self.cfg.decoder) as reader:
-            if reader.num_frames < start + frames:
-                reason = f"changed: {reader.num_frames} frames, {start + frames} when indexed"
-                raise BadVideo(path, reason)
-            pixels = reader.read(unique, self.cfg.short_side)
+        for pause in (*_PAUSES, None):
+            try:
+                pixels = self._read(video, path, start + frames, unique)
+                break
+            except BadVideo as e:
+                if e.lasting or pause is None:
+                    raise
+                time.sleep(pause)
         height, width = pixels.shape[1:3]
         numbers = [
             (
@@ -169,6 +182,15 @@ class ClipDataset(Dataset):
             paths=[path] * repeats,
             bad=bad,
         )
+
+    def _read(self, video: int, path: str, frames: int, wanted: Tensor) -> Tensor:
+        total, ordered, seekable, whole = self._access[video].tolist()
+        hidden = self._hidden.get(video, "")
+        access = Access(total, bool(ordered), bool(seekable), hidden, bool(whole))
+        with VideoReader(path, self.cfg.decoder, access if total else None, self.cfg.strict) as r:
+            if r.num_frames < frames:
+                raise BadVideo(path, f"changed: {r.num_frames} frames, {frames} when indexed")
+            return r.read(wanted, self.cfg.short_side)
 
     def _indices(self, rng, frames: int, fps: float) -> list[Tensor]:
         """Frame numbers of each clip; all within one window of span_seconds, unless that is 0."""

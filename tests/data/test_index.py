@@ -53,6 +53,7 @@ def test_rows_and_summary(tmp_path, video, suffix):
     broken, top, jump = read_index(out, broken=True)
     assert read_index(out) == [top, jump]
     assert broken.error == "empty: 0 bytes" and broken.path == str(root / "broken.mp4")
+    assert 2 <= jump.gop <= 10
     assert jump == VideoRow(
         path=str(root / "jump" / "å b.mp4"),
         label="jump",
@@ -65,6 +66,8 @@ def test_rows_and_summary(tmp_path, video, suffix):
         pix_fmt="yuv420p",
         bytes=(root / "jump" / "å b.mp4").stat().st_size,
         mtime=(root / "jump" / "å b.mp4").stat().st_mtime,
+        total=50,
+        gop=jump.gop,
     )
     assert (top.label, top.width, top.height, top.frames) == (None, 101, 67, 25)
     assert sorted(p.name for p in root.iterdir()) == sorted(
@@ -170,9 +173,9 @@ def asked(monkeypatch):
     """The names of the files that were really probed."""
     names, ask = [], index._Prober.ask
 
-    def spy(self, path):
+    def spy(self, path, *how):
         names.append(os.path.basename(path))
-        return ask(self, path)
+        return ask(self, path, *how)
 
     monkeypatch.setattr(index._Prober, "ask", spy)
     return names
@@ -219,10 +222,10 @@ def test_a_stop_keeps_the_rows_made_so_far(tmp_path, video, monkeypatch):
         video.write(tmp_path / f"{name}.mp4", 10)
     ask = index._Prober.ask
 
-    def stop(self, path):
+    def stop(self, path, *how):
         if path.endswith("c.mp4"):
             raise KeyboardInterrupt
-        return ask(self, path)
+        return ask(self, path, *how)
 
     out = tmp_path / "i.jsonl"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -238,10 +241,10 @@ LOOP = """
 import json, os, signal, sys, time
 from mae_fast.data import decode
 probe = decode.probe
-def trap(path):
+def trap(path, *how):
     if "killed" in path: os.kill(os.getpid(), signal.SIGKILL)
     if "hangs" in path: time.sleep(60)
-    return probe(path)
+    return probe(path, *how)
 decode.probe = trap
 from mae_fast.data.index import _answer
 _answer()

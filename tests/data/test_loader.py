@@ -211,9 +211,9 @@ def test_a_replacement_is_not_the_draw_of_another(some_bad):
 def test_a_bad_video_is_opened_once(some_bad, monkeypatch):
     opened, init = [], VideoReader.__init__
 
-    def spy(self, path, decoder="auto"):
+    def spy(self, path, *how):
         opened.append(os.path.basename(path))
-        init(self, path, decoder)
+        init(self, path, *how)
 
     monkeypatch.setattr(VideoReader, "__init__", spy)
     load(some_bad, steps=14)
