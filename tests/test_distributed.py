@@ -1,6 +1,9 @@
 """What a process becomes by torchrun's environment: alone, one of several, on a GPU of its own."""
 
 import contextlib
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -95,3 +98,77 @@ def test_only_the_last_micro_step_is_synchronised(monkeypatch):
 
 def test_gathering_alone_is_the_value_alone():
     assert distributed.gather("x", World(0, 1, CPU)) == ["x"]
+
+
+@pytest.fixture
+def meeting(monkeypatch):
+    """meeting(stop, told): one rank of two comes to the same meeting, the fifth, of one store."""
+    store = dist.HashStore()
+    monkeypatch.setattr(distributed, "_meetings", itertools.repeat(5))
+    monkeypatch.setattr(distributed, "PATIENCE", 0.2)
+    monkeypatch.setattr(distributed, "GIVE_UP", 1.0)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+    def come(stop, told=lambda: False):
+        return distributed.agree(stop, World(0, 2, CPU), told)
+
+    come.store = store
+    return come
+
+
+def test_alone_one_agrees_with_oneself():
+    assert distributed.agree(True, World(0, 1, CPU), lambda: False) is True
+    assert distributed.agree(False, World(0, 1, CPU), lambda: True) is False
+
+
+@pytest.mark.parametrize("votes", [(False, False), (True, False), (False, True), (True, True)])
+def test_ranks_that_meet_hear_the_same(meeting, votes):
+    for key in ("mae_fast/meeting4", "mae_fast/meeting4 held"):
+        meeting.store.set(key, "old")
+    with ThreadPoolExecutor(2) as pool:
+        heard = list(pool.map(meeting, votes))
+    assert heard == [any(votes)] * 2
+    assert not meeting.store.check(["mae_fast/meeting4 held"])
+    assert meeting.store.check(["mae_fast/meeting5 held"])
+    assert meeting.store.num_keys() == 2  # the last meeting's only: a run has millions
+
+
+def test_a_rank_told_to_stop_waits_for_the_others_a_while_only(meeting):
+    began = time.monotonic()
+    with pytest.raises(distributed.PeerLost, match=r"within 0\.2 s to agree"):
+        meeting(True, lambda: True)
+    assert 0.2 <= time.monotonic() - began < 0.9
+    # From when it is told: here after 0.3 s.
+    began = time.monotonic()
+    with pytest.raises(distributed.PeerLost, match=r"within 0\.2 s to agree"):
+        distributed._meet(
+            dist.HashStore(), False, World(0, 2, CPU), lambda: time.monotonic() - began > 0.3
+        )
+    assert 0.5 <= time.monotonic() - began
+
+
+def test_a_rank_that_is_not_told_waits_as_long_as_collectives_do(meeting):
+    began = time.monotonic()
+    with pytest.raises(distributed.PeerLost, match="next step within 1 s"):
+        meeting(False)
+    assert 1.0 <= time.monotonic() - began < 3
+
+
+def test_how_long_is_waited():
+    """torchrun kills after 30 s; torch's collectives give up after half an hour."""
+    assert (distributed.PATIENCE, distributed.GIVE_UP) == (10.0, 1800.0)
+
+
+def test_a_store_that_is_gone_is_a_lost_peer(meeting, monkeypatch):
+    def gone(*args):
+        raise dist.DistStoreError("gone away")
+
+    monkeypatch.setattr(distributed, "_meet", gone)
+    with pytest.raises(distributed.PeerLost, match="gone away"):
+        meeting(False)
+
+
+def test_what_counts_as_another_s_death():
+    assert distributed.lost_peer(dist.DistBackendError("x"))
+    assert distributed.lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc] closed"))
+    assert not distributed.lost_peer(RuntimeError("shape mismatch"))
