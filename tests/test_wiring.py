@@ -5,6 +5,7 @@ a case for each field: a field without one fails.
 """
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -528,6 +529,22 @@ def test_a_signal_saves_and_the_next_run_goes_on_as_if_nothing_was(
     assert [r["loss"] for r in by_hand.rows_of(cfg.output)] == pytest.approx(losses)
     steps = (Path(cfg.output) / "environment.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in steps] == [0, at]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_strict_is_the_reader_s(strict, index, tmp_path, monkeypatch):
+    """tests/data/test_odd_videos.py has what it does; here, that it arrives."""
+    seen, init = [], VideoReader.__init__
+
+    def watched(self, *args, **kwargs):
+        bound = inspect.signature(init).bind(self, *args, **kwargs)
+        seen.append((bound.arguments["decoder"], bound.arguments["strict"]))
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(VideoReader, "__init__", watched)
+    changes = {"data.strict": strict, "data.decoder": "pyav"}
+    pretrain(config(index, tmp_path / "run", **changes, **{"train.steps": 2}))
+    assert set(seen) == {("pyav", strict)}
 
 
 def test_more_steps_than_a_name_can_count_are_refused(index, tmp_path):

@@ -169,22 +169,21 @@ def statements(file: str) -> list[tuple[str, ast.Module, ast.stmt, bool]]:
     return [(file, tree, n, id(n) in inside) for n in found]
 
 
-def defects(file: str, tree: ast.Module, node: ast.stmt, in_function: bool) -> list[Defect]:
-    """All defects of one statement."""
-    swaps = [(node, new) for new in _of_whole(node, in_function)]
+def changes(node: ast.stmt, in_function: bool) -> list[tuple[ast.AST, ast.AST]]:
+    """(old, new) for each change of one statement."""
+    found = [(node, new) for new in _of_whole(node, in_function)]
     for inner in _of_statement(node):
-        swaps += [(inner, new) for new in _changed(inner)]
-    found = []
-    original = ast.unparse(tree)
-    for old, new in swaps:
-        changed = _Swap(old, new).visit(copy.deepcopy(tree, {id(old): old}))
-        text = ast.unparse(ast.fix_missing_locations(changed))
-        if text == original:
-            continue
-        words = [ast.unparse(x).splitlines()[0][:80] for x in (old, new)]
-        where = ast.unparse(node).splitlines()[0][:80]
-        found.append(Defect(file, node.lineno, f"{words[0]} -> {words[1]}   in: {where}", text))
-    return found
+        found += [(inner, new) for new in _changed(inner)]
+    return [(old, new) for old, new in found if ast.dump(old) != ast.dump(new)]
+
+
+def planted(file: str, tree: ast.Module, node: ast.stmt, old: ast.AST, new: ast.AST) -> Defect:
+    """The file with `old`, which lies in the statement `node`, changed to `new`."""
+    changed = _Swap(old, new).visit(copy.deepcopy(tree, {id(old): old}))
+    text = ast.unparse(ast.fix_missing_locations(changed))
+    words = [ast.unparse(x).splitlines()[0][:80] for x in (old, new)]
+    where = ast.unparse(node).splitlines()[0][:80]
+    return Defect(file, node.lineno, f"{words[0]} -> {words[1]}   in: {where}", text)
 
 
 def drawn(seed: int, count: int, only: str = "") -> list[Defect]:
@@ -194,9 +193,9 @@ def drawn(seed: int, count: int, only: str = "") -> list[Defect]:
     everything = [s for f in files for s in statements(f)]
     rng.shuffle(everything)
     chosen: list[Defect] = []
-    for statement in everything:
-        if len(chosen) < count and (possible := defects(*statement)):
-            chosen.append(rng.choice(possible))
+    for file, tree, node, in_function in everything:
+        if len(chosen) < count and (possible := changes(node, in_function)):
+            chosen.append(planted(file, tree, node, *rng.choice(possible)))
     return chosen
 
 
