@@ -9,9 +9,7 @@ import itertools
 import json
 import logging
 import math
-import os
 import signal
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -41,12 +39,10 @@ from mae_fast.masking import draw_ids, num_keep
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.dispatch import backends
 from mae_fast.optim import clipped_step, lr_at, make_optimizer, peak_lr
+from mae_fast.signals import Signals, Told
 
 log = logging.getLogger("mae_fast")
 Inputs = tuple[Tensor, Tensor, Tensor]  # video [B, C, T, H, W], ids_keep [B, K], ids_mask [B, M]
-
-# Each saves and leaves: the terminal's, the scheduler's, a closed session's, SLURM's warnings.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def pretrain(cfg: Config) -> dict[str, Any]:
@@ -58,16 +54,13 @@ def pretrain(cfg: Config) -> dict[str, Any]:
     """
     world = distributed.start(cfg.train.device)
     try:
-        with backends(**cfg.train.backends), metrics.sturdy_stderr():
-            row = Run(cfg, world).train()
+        heard = Signals(alone=world.size == 1)
+        with heard, backends(**cfg.train.backends), metrics.sturdy_stderr():
+            row = Run(cfg, world, heard).train()
         distributed.gather(None, world)  # ranks leave together, when the writer has written
         return row
     finally:
         distributed.finish()
-
-
-class _Told(Exception):
-    """Raised where this rank waits for a batch, and was told to stop."""
 
 
 class _Stop(Exception):
@@ -89,8 +82,8 @@ class Window:
 class Run:
     """The state of one run: model, optimizer, data, and the step it has reached."""
 
-    def __init__(self, cfg: Config, world: World) -> None:
-        self.cfg, self.world = cfg, world
+    def __init__(self, cfg: Config, world: World, signals: Signals) -> None:
+        self.cfg, self.world, self.signals = cfg, world, signals
         if not cfg.data.index:
             raise ConfigError("data.index is empty: make one with `mae-fast index FOLDER`")
         if cfg.mask.ratio == 0:
@@ -108,7 +101,6 @@ class Run:
         self.optimizer = make_optimizer(self.model, cfg.train)
         self.lr = torch.zeros((), device=world.device)
         self.step, self.nonfinite, self.run = 0, 0, uuid.uuid4().hex
-        self.stop_signal, self.pressed = 0, 0.0  # and when Ctrl-C was, if it was
         self.fault: DataError | None = None  # why this rank cannot go on
         self.whole = True  # false from an update's begin until its step is counted
         self._open_folder()
@@ -121,11 +113,10 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Run every step that is left; leaves a checkpoint of the last and curves.png."""
-        if self.step >= self.total:
-            log.warning("%s: all %d steps are done already", self.folder, self.total)
-            return metrics.last(self.folder / "metrics.jsonl") or {"step": self.step}
-        handlers = self._hear_signals()
         try:
+            if self.step >= self.total:
+                log.warning("%s: all %d steps are done already", self.folder, self.total)
+                return metrics.last(self.folder / "metrics.jsonl") or {"step": self.step}
             if not self.world.writer:
                 return self._steps(None)
             with metrics.Metrics(self.cfg, self.total, self.step) as sink:
@@ -149,8 +140,6 @@ class Run:
                 f"cannot write into {self.folder}: {e}; its checkpoints are as they were"
             ) from e
         finally:
-            for s, handler in handlers.items():
-                signal.signal(s, handler or signal.SIG_DFL)
             self._unlock()
 
     def _steps(self, sink: metrics.Metrics | None) -> dict[str, Any]:
@@ -189,14 +178,17 @@ class Run:
 
     def _leave(self, window: Window, sink: metrics.Metrics | None) -> NoReturn:
         """Every rank is here, before the same step, as one was told to stop or cannot go on."""
-        reasons = distributed.gather((self.stop_signal, str(self.fault or "")), self.world)
+        reasons = distributed.gather((self.signals.told, str(self.fault or "")), self.world)
         self._report(window, sink, held_out=False)
         told = next((signum for signum, _ in reasons if signum), 0)
         if not told:
             raise self.fault or DataError(next(text for _, text in reasons if text))
+        name = signal.Signals(told).name
+        if not self.step:
+            raise Interrupted(f"stopped by {name} before the first step")
         raise Interrupted(
-            f"stopped by {signal.Signals(told).name} after step {self.step}, which is saved; the "
-            f"same command goes on from there"
+            f"stopped by {name} after step {self.step}, which is saved; the same command goes on "
+            f"from there"
         )
 
     def _graphed(self) -> graph.GraphedStep | None:
@@ -246,19 +238,19 @@ class Run:
         Nothing of a step has changed the state until then, so that it can be left here.
         """
         before, batch = time.perf_counter(), None
-        if not self.stop_signal:
+        if not self.signals.told:
             try:
                 batch = next(batches)
                 window.bad += batch.bad
                 window.paths[-1] += batch.paths
-            except _Told:
+            except Told:
                 pass
             except DataError as e:
                 self.fault = e
                 window.bad += getattr(e, "bad", [])
         window.waited += time.perf_counter() - before
-        stop = bool(self.stop_signal or self.fault)
-        if distributed.agree(stop, self.world, lambda: bool(self.stop_signal)):
+        stop = bool(self.signals.told or self.fault)
+        if distributed.agree(stop, self.world, lambda: bool(self.signals.told)):
             raise _Stop
         return batch
 
@@ -318,8 +310,8 @@ class Run:
             return {}
         try:
             device = self.world.device
-            return held_out_loss(self.model, self.val_rows, self.cfg, device, self._look_up)
-        except _Told:
+            return held_out_loss(self.model, self.val_rows, self.cfg, device, self.signals.look_up)
+        except Told:
             return {}
 
     def _note_bad(self, bad: list[tuple[str, str]]) -> DataError | None:
@@ -362,7 +354,7 @@ class Run:
             steps=(self.total - self.step) * accum,
             rank=self.world.rank,
             world=self.world.size,
-            waiting=self._look_up,
+            waiting=self.signals.look_up,
         )
 
     def _save(self) -> None:
@@ -431,31 +423,6 @@ class Run:
         if self.lock:
             with contextlib.suppress(OSError):  # of a full disk
                 self.lock.close()
-
-    def _hear_signals(self) -> dict[int, Any]:
-        """Take over the signals that save and leave; returns their handlers until now."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}  # only there can they be set
-        # Under nohup a run is to outlive its session.
-        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        return {s: signal.signal(s, self._on_signal) for s in _SIGNALS if s not in deaf}
-
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        self.stop_signal = self.stop_signal or signum
-        if signum != signal.SIGINT:
-            return
-        now = time.monotonic()
-        # One press may come twice: from the terminal, and handed on by torchrun.
-        if self.pressed and now - self.pressed > 0.5:
-            if self.world.size > 1:
-                os._exit(130)  # whatever the group waits for
-            raise KeyboardInterrupt
-        self.pressed = self.pressed or now
-
-    def _look_up(self) -> None:
-        """Called while a batch is waited for."""
-        if self.stop_signal:
-            raise _Told
 
 
 def _videos_per_step(cfg: Config, world: int) -> int:

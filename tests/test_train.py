@@ -470,7 +470,7 @@ def test_a_signal_is_heard_in_the_held_out_loss(index, tmp_path, monkeypatch):
         return true(model, *args)
 
     monkeypatch.setattr(train, "held_out_loss", loss)
-    with pytest.raises(Interrupted, match="SIGUSR1 after step 0"):
+    with pytest.raises(Interrupted, match="SIGUSR1 before the first step"):
         pretrain(cfg)
 
 
@@ -780,6 +780,20 @@ def test_a_rank_that_is_told_to_stop_does_not_wait_for_ever(tmp_path, monkeypatc
     monkeypatch.setattr(distributed, "GIVE_UP", 0.2)
     with pytest.raises(PeerLost, match="next step"):
         distributed._meet(store, False, world, lambda: False)
+
+
+def test_a_signal_before_the_first_step_is_heard_when_it_comes(index, tmp_path, monkeypatch):
+    """While the model is made, or a checkpoint read: killed there, a rank takes others along."""
+    real = train.make_optimizer
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train, "make_optimizer", signalled)
+    with pytest.raises(Interrupted, match="SIGTERM before the first step"):
+        pretrain(_config(index, tmp_path / "run"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("name", ["SIGTERM"])

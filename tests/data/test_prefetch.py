@@ -146,7 +146,7 @@ def test_a_run_with_copies_ahead_is_the_run_without(folder, tmp_path, request):
     def stopped_in_the_third(self, *args):
         one_step(self, *args)
         log.append(("step", self.step, None))
-        self.stop_signal = signal.SIGTERM if self.step == 2 and not resumed else 0
+        self.signals.told = signal.SIGTERM if self.step == 2 and not resumed else 0
 
     resumed = False
     with mock.patch.object(Run, "_one_step", stopped_in_the_third):
