@@ -42,9 +42,8 @@ side = config.image_size // config.patch_size
 grid = (config.num_frames // config.tubelet_size, side, side)
 size = dict(num_frames=config.num_frames, batch_size=2, steps=args.steps, rank=rank, world=world)
 rows = mae_fast.data.read_index(args.index)
-for step, batch in enumerate(
-    mae_fast.data.make_loader(rows, mae_fast.DataConfig(), seed=0, **size)
-):
+loader = mae_fast.data.make_loader(rows, mae_fast.DataConfig(), seed=0, **size)
+for step, batch in enumerate(loader):
     keep, _ = mae_fast.masking.draw_ids("tube", grid, 0.9, seed=0, step=step, samples=batch.samples)
     mask = mae_fast.masking.mask_from_keep(keep, grid[0] * side * side).bool()
     clips = batch.to(device, non_blocking=True).video(config.image_size).transpose(1, 2)
