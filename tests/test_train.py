@@ -28,6 +28,7 @@ from mae_fast.errors import (
     NonFiniteError,
 )
 from mae_fast.masking import STRATEGIES
+from mae_fast.signals import Signals
 from mae_fast.train import Run, Window, pretrain, total_steps
 
 MODEL = dict(
@@ -342,7 +343,8 @@ def test_a_step_makes_no_host_wait(strategy, index, tmp_path):
     """From the batch's arrival to the update. On a CPU this sees operators, not copies."""
     cfg = _config(index, tmp_path / "run", accum_steps=2, steps=2)
     mask = MaskConfig(strategy=strategy, ratio=0.5)
-    run, waits = Run(Config(**{**vars(cfg), "mask": mask}), World(0, 1, torch.device("cpu"))), []
+    world, cfg = World(0, 1, torch.device("cpu")), Config(**{**vars(cfg), "mask": mask})
+    run, waits = Run(cfg, world, Signals(alone=True)), []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
