@@ -303,14 +303,13 @@ class Fused:
         try:
             with _same_conditions(device), _reparametrize_module(self.model, params):
                 outputs = _tensors(forward(args, kwargs))
+                roots = [t for t in outputs if t.requires_grad]
+                asked = {n: p for n, p in params.items() if p.requires_grad}
+                if roots and asked:  # in here: a reentrant checkpoint reads the parameters again
+                    cotangents = [noise_like(t) / t.numel() ** 0.5 for t in roots]
+                    torch.autograd.backward(roots, cotangents)
         finally:
             vars(self.model).update(before)
-        roots = [t for t in outputs if t.requires_grad]
-        asked = {n: p for n, p in params.items() if p.requires_grad}
-        if not roots or not asked:
-            return outputs, {}
-        cotangents = [noise_like(t) / t.numel() ** 0.5 for t in roots]
-        torch.autograd.backward(roots, cotangents)  # reentrant checkpoints know no autograd.grad
         return [t.detach() for t in outputs], {n: p.grad for n, p in asked.items()}
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.dropout import _DropoutNd
 
 from mae_fast.forward import Affine, Block, Layer, OwnBlock, apply_layer
 
+_PLAIN = (nn.Parameter, Tensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -95,9 +97,10 @@ def _between_hooks(module: nn.Module, read: Callable, x: Tensor, y: Tensor | Non
 
 def linear(layer: nn.Module) -> Layer:
     """The layer's weight and bias, or the layer itself where it is more than they say."""
-    if type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor):
-        return Affine(layer.weight, layer.bias)
-    return layer
+    if type(layer) is not nn.Linear:
+        return layer
+    weight = layer.weight
+    return Affine(weight, layer.bias) if type(weight) in _PLAIN else layer
 
 
 def products(
@@ -127,8 +130,8 @@ def product(qkv: nn.Module) -> tuple[Layer, Layer | None, Layer | None]:
 
 def probability(module: nn.Module) -> float:
     """Of dropout or stochastic depth; 0 of other modules."""
-    drop = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None
-    return (getattr(module, "drop_prob", None) if drop is None else drop) or 0.0
+    have = vars(module)  # a missing attribute costs an exception
+    return have.get("p" if isinstance(module, _DropoutNd) else "drop_prob") or 0.0
 
 
 def drops(module: nn.Module, *names: str) -> list[nn.Module | None]:
@@ -138,11 +141,10 @@ def drops(module: nn.Module, *names: str) -> list[nn.Module | None]:
 
 def dropped(layer: Layer, *after: nn.Module | None, before: nn.Module | None = None) -> Layer:
     """The layer with the model's own dropout and stochastic depth around it, where they act."""
-    before, *after = (
-        [m] if m is not None and m.training and probability(m) else [] for m in (before, *after)
-    )
-    around = [*before, layer, *(m for found in after for m in found)]
-    return layer if len(around) == 1 else around
+    acts = [m for m in after if m is not None and m.training and probability(m)]
+    if before is not None and before.training and probability(before):
+        return [before, layer, *acts]
+    return [layer, *acts] if acts else layer
 
 
 def attention_dropout(drop: nn.Module | float | None, scores: bool) -> Callable | None:
