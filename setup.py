@@ -95,7 +95,9 @@ def cpu_kernels() -> dict:
             # No Python in them: they are loaded by torch.ops.load_library.
             py_limited_api=True,
         )
+        # make gpu has no use for the others, and no time.
         for name, flags in CAPABILITIES.items()
+        if not os.environ.get("MAE_FAST_ONLY_CUDA")
     ]
 
     extensions += cuda_kernels()

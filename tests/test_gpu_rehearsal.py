@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installe
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import device, engines, predict, records
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages import attention, compile, kernels, profile, tune
+from benchmarks.gpu.stages import attention, checks, compile, kernels, profile, steps, tune
 from mae_fast.bench.calls import Call, cost
 from mae_fast.errors import BackendError
 
@@ -64,24 +65,38 @@ def tools(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def run_gpu(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+def run_gpu(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST"))}
-    return subprocess.run(command, cwd=ROOT, env=clean | env, capture_output=True, text=True)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST", "OUT"))}
+    return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True)
+
+
+def bare_checkout(folder: Path) -> Path:
+    """The files that git has, alone: nothing is built, nothing installed."""
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def test_rehearsal_runs_every_stage(tmp_path, tools):
-    """Every stage, on a machine with torch, triton, numpy and pytest."""
+    """Every stage, of a bare checkout, on a machine with torch, triton, numpy and pytest; OUT is
+    not set."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(BLOCKER)
-    env = {"OUT": str(tmp_path / "out"), "PYTHONPATH": str(tmp_path / "site")}
-    run = run_gpu("--rehearse", **env)
+    checkout = bare_checkout(tmp_path / "checkout")
+    run = run_gpu("--rehearse", cwd=checkout, PYTHONPATH=str(tmp_path / "site"))
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
 
-    files = [p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    out = checkout / "build/gpu-rehearsal"
+    files = [p.relative_to(out) for p in out.rglob("*") if p.is_file()]
     assert len(files) <= 8
     assert all(len(f.parts) <= 3 and re.fullmatch("[A-Za-z0-9._-]+", f.name) for f in files)
-    (path,) = (tmp_path / "out").rglob("*.jsonl")
+    (path,) = out.rglob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     by_stage: dict[str, dict[str, dict]] = {}
     for row in rows:
@@ -90,13 +105,20 @@ def test_rehearsal_runs_every_stage(tmp_path, tools):
     for row in rows:
         assert row["status"] in (records.MEASURED, records.DECLINED), row
         assert row["environment"]["torch"] and row["sources"]
-    checks = by_stage["checks"]
-    assert checks["tests of the ops"]["counts"]["PASSED"] >= 2
-    assert "0 errors" in checks["compute-sanitizer"]["told"]
-    assert checks["golden mae_st_tiny"]["errors"]["loss"] < 1e-5
-    steps = by_stage["steps"].values()
-    assert {r["engine"] for r in steps} == engines.ENGINES.keys() - {"mae_fast_encode_all"}
-    for row in steps:
+    checked = by_stage["checks"]
+    assert checked["tests of the ops"]["counts"]["PASSED"] >= 2
+    # What the smoke has recorded is run again under it, not passed over as "recorded before".
+    assert checked["compute-sanitizer"]["told"].startswith("1 item ran, ")
+    assert "0 errors" in checked["compute-sanitizer"]["told"]
+    smoke = by_stage["smoke"]
+    assert smoke["golden mae_st_tiny"]["errors"]["loss"] < 1e-5
+    train = smoke["train.py with and without a CUDA graph"]
+    assert train["stand_ins"] == ["av", "rich", "safetensors"]
+    assert smoke["train.py saves and resumes"]["tensors"] > 100
+    assert smoke["train.py with one rank of NCCL"]["backend"] == "gloo"
+    taken = [*by_stage["steps"].values(), *by_stage["rungs"].values()]
+    assert {r["engine"] for r in taken} == engines.ENGINES.keys() - {"mae_fast_encode_all"}
+    for row in taken:
         assert len(row["step_seconds"][row["engine"]]) == 2
         assert abs(row["losses"][row["engine"]] / row["losses"]["mae_fast"] - 1) < 1e-2
         assert row["conditions"][0]["power.draw"] == "351.20 W"
@@ -140,9 +162,49 @@ def test_a_stage_that_hangs_is_ended_and_recorded(tmp_path):
         gpu.wait(process, gpu.STAGES[0], began, found)
     (row,) = found.all()
     assert time.time() - began < 10 and process.poll() is not None
-    assert (row["stage"], row["status"]) == ("checks", records.NOT_REACHED)
+    assert (row["stage"], row["status"]) == (gpu.STAGES[0].name, records.NOT_REACHED)
     gpu.wait(subprocess.Popen(["false"]), gpu.STAGES[1], time.time() + 10, found)
     assert [r["status"] for r in found.all()] == [records.NOT_REACHED, records.FAILED]
+
+
+def test_what_a_stage_started_ends_with_it():
+    """A tool in a process group of its own would stay on the GPU."""
+    code = (
+        "import os, subprocess, time;"
+        "print(subprocess.Popen(['sleep', '100'], preexec_fn=os.setpgrp).pid, flush=True);"
+        "time.sleep(100)"
+    )
+    command = [sys.executable, "-c", code]
+    stage = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    child = int(stage.stdout.readline())
+    gpu.end_session(stage)
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rsplit(") ", 1)[1][0] == "Z"
+
+
+def test_a_process_that_is_late_ends_with_what_it_started():
+    code = "import subprocess; p = subprocess.Popen(['sleep', '100']); print(p.pid, flush=True)"
+    command = [sys.executable, "-c", code + "; p.wait()"]
+    process = subprocess.Popen(command, preexec_fn=os.setpgrp, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    assert checks.end_by([process], 0.0) == 1
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().rsplit(") ", 1)[1][0] == "Z"
+
+
+def test_a_sanitizer_under_which_nothing_runs_is_a_failure(tmp_path, tools):
+    (tools / "compute-sanitizer").write_text("#!/bin/sh\necho 'ERROR SUMMARY: 0 errors'\n")
+    setting = Setting.make(True, time.time() + 60, tmp_path / "a.jsonl")
+    with pytest.raises(AssertionError, match="nothing ran under it"):
+        checks.sanitizer(setting)
+
+
+def test_what_decides_comes_first():
+    names = [s.name for s in gpu.STAGES]
+    assert names[:5] == ["smoke", "steps", "profile", "attention", "tune"]
+    first = [(m, b, e) for m, b, engines in steps.PLAN for e in engines]
+    assert [e for m, b, e in first if (m, b) == ("vit_large", 64)] == list(steps.FIRST)
+    assert "official_sdpa_compile" in steps.FIRST
 
 
 def test_an_item_that_fails_does_not_lose_the_others(tmp_path):

@@ -9,6 +9,7 @@ variable OUT names. A run goes on where the last one on the same sources and dev
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -46,16 +47,20 @@ class Stage:
 
 
 STAGES = (
-    Stage("checks", 115, "tests of the ops, golden figures, CUDA graphs, equal bits", True),
-    Stage("tune", 65, "the sizes of every kernel -> kernels/measured.json", True),
-    Stage("attention", 35, "attention by every backend -> kernels/measured_attention.json", True),
-    Stage("steps", 140, "training steps against the official code"),
-    Stage("kernels", 55, "each op against its limit and against torch, inductor, libraries", True),
-    Stage("ratios", 35, "masking ratios from 0 to 95%"),
-    Stage("profile", 20, "one step, kernel by kernel"),
+    Stage(
+        "smoke", 95, "golden figures, equal bits, train.py: 20 s, and what is built meanwhile", True
+    ),
+    Stage("steps", 120, "training steps of B and L at 64 clips, against the bar"),
+    Stage("profile", 25, "one step, kernel by kernel"),
+    Stage("attention", 40, "attention by every backend -> kernels/measured_attention.json", True),
+    Stage("tune", 50, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
+    Stage("checks", 75, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
+    Stage("rungs", 30, "training steps of the other rungs and sizes"),
+    Stage("kernels", 20, "each op against its limit and against torch, inductor, libraries", True),
+    Stage("ratios", 15, "masking ratios from 0 to 95%"),
 )
-# Compiles what `steps` will time while the tests run, into torch's cache on disk.
-BACKGROUND = Stage("compile", 115, "torch.compile of the baselines")
+# Beside the smoke: the CUDA library, and the bar's torch.compile into torch's cache on disk.
+BACKGROUND = Stage("compile", 95, "the CUDA library; torch.compile of the bar")
 REHEARSAL_SECONDS = 600.0  # a CPU has no hurry, and must reach everything
 
 
@@ -66,7 +71,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only items whose name holds this")
     parser.add_argument("--deadline", type=float, default=math.inf, help="in seconds since 1970")
     parser.add_argument("--records", type=Path, help="the file that the stage writes")
+    parser.add_argument("--alone", action="store_true", help="whatever is recorded elsewhere")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     reason = why_no_device()
     if reason and not args.rehearse:
         print(SKIPPED.format(reason))
@@ -88,14 +95,23 @@ def run_all(rehearse: bool) -> int:
     device = Cpu.NAME if rehearse else torch.cuda.get_device_name()
     found = records.open_records(device, rehearse)
     print(f"records: {found.path}", flush=True)
-    background = start(BACKGROUND, rehearse, end_of(BACKGROUND, began, rehearse), found)
-    for stage in STAGES:
-        end = end_of(stage, began, rehearse)
-        print(f"\n== {stage.name}: {stage.what} ({end - time.time():.0f} s)", flush=True)
-        wait(start(stage, rehearse, end, found), stage, end, found)
-        if background:  # nothing else runs while something is timed
-            wait(background, BACKGROUND, end_of(BACKGROUND, began, rehearse), found)
-            background = None
+    running = []
+
+    def begin(stage: Stage) -> subprocess.Popen:
+        running.append(start(stage, rehearse, end_of(stage, began, rehearse), found))
+        return running[-1]
+
+    try:
+        background = begin(BACKGROUND)
+        for stage in STAGES:
+            end = end_of(stage, began, rehearse)
+            print(f"\n== {stage.name}: {stage.what} ({end - time.time():.0f} s)", flush=True)
+            wait(begin(stage), stage, end, found)
+            if stage is STAGES[0]:  # nothing else runs while something is timed
+                wait(background, BACKGROUND, end_of(BACKGROUND, began, rehearse), found)
+    finally:  # also where this process is interrupted
+        for process in running:
+            end_session(process)
     return summary(found, time.time() - began)
 
 
@@ -134,14 +150,18 @@ def wait(process: subprocess.Popen, stage: Stage, deadline: float, found: record
 
 
 def end_session(process: subprocess.Popen) -> None:
-    """Kill a stage and what it started; each was started in a session of its own."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """Kill a stage and all that it started, whatever their process groups: each stage has a session
+    of its own. What has ended is left."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(int(entry.name)) == process.pid:
+                os.kill(int(entry.name), signal.SIGKILL)
     process.wait()
 
 
 def run_stage(args: argparse.Namespace) -> int:
     """One stage, in this process."""
-    setting = Setting.make(args.rehearse, args.deadline, args.records)
+    setting = Setting.make(args.rehearse, args.deadline, args.records, args.alone)
     module = import_module(f"benchmarks.gpu.stages.{args.stage}")
     items = (item for item in module.items(setting) if args.only in item.name)
     records.work(args.stage, items, setting.records, setting.deadline)

@@ -74,9 +74,11 @@ class Records:
             f.write("\n" * cut + json.dumps(record) + "\n")
 
 
-def open_records(device: str, rehearsal: bool, path: Path | None = None) -> Records:
+def open_records(
+    device: str, rehearsal: bool, path: Path | None = None, alone: bool = False
+) -> Records:
     """`path`, or else <$OUT, or benchmarks/results/gpu>/<device>/<date>-<commit>.jsonl. A rehearsal
-    without OUT writes to build/."""
+    without OUT writes to build/. alone: what is recorded in the usual place does not count."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", device).strip("-")
     here = ROOT / "build/gpu-rehearsal" if rehearsal else RESULTS
     folder = Path(os.environ.get("OUT") or here) / name
@@ -85,7 +87,7 @@ def open_records(device: str, rehearsal: bool, path: Path | None = None) -> Reco
     found = sorted(folder.glob(f"*-{version}.jsonl"))
     new = folder / f"{time.strftime('%Y-%m-%d')}-{version}.jsonl"
     path = path or next(iter(found), new)
-    return Records(path, hash_of_sources(), (here / name,))
+    return Records(path, hash_of_sources(), () if alone else (here / name,))
 
 
 def hash_of_sources() -> str:

@@ -46,12 +46,15 @@ class Setting:
     deadline: float
 
     @classmethod
-    def make(cls, rehearse: bool, deadline: float, path: Path | None = None) -> "Setting":
+    def make(
+        cls, rehearse: bool, deadline: float, path: Path | None = None, alone: bool = False
+    ) -> "Setting":
         device = Cpu() if rehearse else Cuda()
         if rehearse:  # Triton's interpreter does not round or multiply bf16 by itself
             sys.path.append(str(ROOT / "tests/ops"))
             import_module("interpreter")
-        return cls(device, open_records(device.name(), rehearse, path), rehearse, deadline)
+        found = open_records(device.name(), rehearse, path, alone)
+        return cls(device, found, rehearse, deadline)
 
     def cfg(self, model: str) -> ModelConfig:
         return TINY if self.tiny else model_of(model)

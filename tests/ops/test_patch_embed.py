@@ -240,6 +240,7 @@ def test_patch_embed_twice_gives_the_same_bits(backend):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the reference's own index would abort")
 def test_patch_embed_refuses_on_the_reference():
     args = make("vit_b_of_64_pixels")
     with mae_fast.backends(patch_embed="reference"), pytest.raises(IndexError, match="hold -"):

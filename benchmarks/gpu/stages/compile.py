@@ -40,7 +40,7 @@ def compiled(setting: Setting, model: str, batch: int) -> dict:
 
 
 def start_nvcc() -> subprocess.Popen | str:
-    """setup.py's build into the checkout, without pip; or why not."""
+    """setup.py's build of the CUDA library alone, into the checkout, without pip; or why not."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if cpp_extension.CUDA_HOME is None:
@@ -48,7 +48,7 @@ def start_nvcc() -> subprocess.Popen | str:
     if importlib.util.find_spec("setuptools") is None:
         return "setuptools is not installed"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    env = {**os.environ, "MAX_JOBS": str(JOBS)}
+    env = {**os.environ, "MAX_JOBS": str(JOBS), "MAE_FAST_ONLY_CUDA": "1"}
     log().parent.mkdir(exist_ok=True)
     with log().open("w") as out:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)

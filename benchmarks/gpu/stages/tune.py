@@ -51,7 +51,8 @@ def compile_all(setting: Setting) -> dict:
     device = ["--rehearse"] if setting.tiny else []
     command = [sys.executable, "-m", "benchmarks.gpu.stages.tune"]
     running = [
-        subprocess.Popen([*command, str(i), str(count), *device], cwd=ROOT) for i in range(count)
+        subprocess.Popen([*command, str(i), str(count), *device], cwd=ROOT, preexec_fn=os.setpgrp)
+        for i in range(count)
     ]
     late = end_by(running, end)
     failed = sum(p.returncode not in (0, -9) for p in running)
