@@ -27,7 +27,7 @@ from mae_fast.ops import OPS, dispatch
 GOLDEN = "mae_st_tiny"  # what the sanitizer watches; the smoke runs it without
 AFTER_TESTS = 30.0  # seconds left to what follows the tests
 # Its table of addresses holds for one batch: it refuses to be captured.
-NOT_IN_A_GRAPH = {\"crop_resize_patchify_gather\"}
+NOT_IN_A_GRAPH = {"crop_resize_patchify_gather"}
 # What the rehearsal runs of the op tests, in Triton's interpreter.
 REHEARSED = ("tests/ops/test_layer_norm.py", "-k", "f32 and (one_row or prime)")
 OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", re.M)

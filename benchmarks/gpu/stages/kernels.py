@@ -34,8 +34,6 @@ def items(setting: Setting) -> Iterator[Item]:
     found = [case for case in cases(setting, MODELS, BATCH) if case.call.op != "attention"]
     for case in found:
         yield Item(case.name, lambda case=case: measure(setting, case, limits, own(case.call)))
-    for model in setting.some(MODELS):
-        yield Item(f"{model} adamw", lambda model=model: adamw(setting, model, limits))
     for case in setting.some(found, 2):
 
         def beside_inductor(case=case) -> dict:

@@ -21,6 +21,7 @@ from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.checks import end_by, own_backend
+from benchmarks.gpu.stages.kernels import adamw
 from mae_fast.bench.calls import Call, Run
 from mae_fast.bench.timing import interleave
 from mae_fast.kernels import configs
@@ -36,6 +37,9 @@ def items(setting: Setting) -> Iterator[Item]:
     yield Item("compile the candidates", lambda: compile_all(setting))
     for case in cases_in_order(setting):
         yield Item(case.name, lambda call=case.call: tune(setting, call))
+    limits = setting.device.limits()
+    for model in setting.some(MODELS):  # of one size a kernel: its backends beside each other
+        yield Item(f"{model} adamw", lambda model=model: adamw(setting, model, limits))
     write_table(setting)
 
 
