@@ -47,9 +47,7 @@ class Stage:
 
 
 STAGES = (
-    Stage(
-        "smoke", 95, "golden figures, equal bits, train.py: 20 s, and what is built meanwhile", True
-    ),
+    Stage("smoke", 95, "golden figures, equal bits, train.py: 20 s, then what is built"),
     Stage("steps", 120, "training steps of B and L at 64 clips, against the bar"),
     Stage("profile", 25, "one step, kernel by kernel"),
     Stage("attention", 40, "attention by every backend -> kernels/measured_attention.json", True),
