@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mae_fast.errors import ConfigError
+from mae_fast.fields import check_fields, require, shown, typed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,11 +21,28 @@ else:
 
 Variant = Literal["mae_st", "slowfast"]
 MaskStrategy = Literal["random", "tube", "frame", "block", "running_cell"]
+Grid = tuple[int, int, int]
+_MOST = 2**31 - 1  # of every number but a seed: beyond it indices and counts overflow
+_WORKERS = 1024  # processes on one machine: more is a slip of the hand
 
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def _check(cfg: Any, section: str, positive: str = "", not_negative: str = "") -> None:
+    """Types, then ranges of the numbers named; every number is at most _MOST."""
+    check_fields(cfg, section)
+    for names, ok, words in (
+        (positive, lambda v: v > 0, "be positive"),
+        (not_negative, lambda v: v >= 0, "not be negative"),
+    ):
+        for name in names.split():
+            require(ok(getattr(cfg, name)), f"{section}.{name} must {words}", getattr(cfg, name))
+    for name, value in vars(cfg).items():
+        if isinstance(value, int | float) and name != "seed":
+            require(value <= _MOST, f"{section}.{name} must be at most {_MOST}", value)
 
 
 @dataclass(frozen=True)
@@ -58,42 +76,51 @@ class ModelConfig:
     trunc_init: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size", "in_chans", "num_frames", "t_patch_size"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("depth", "decoder_depth"):
-            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        sizes = "img_size patch_size in_chans num_frames t_patch_size pred_t_dim embed_dim depth"
+        decoder = "num_heads decoder_embed_dim decoder_depth decoder_num_heads mlp_ratio"
+        _check(self, "model", positive=f"{sizes} {decoder}")
         _require(
             self.img_size % self.patch_size == 0,
-            f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}",
+            f"model.img_size {self.img_size} is not divisible by patch_size {self.patch_size}",
         )
         _require(
             self.num_frames % self.t_patch_size == 0,
-            f"num_frames {self.num_frames} is not divisible by t_patch_size {self.t_patch_size}",
+            f"model.num_frames {self.num_frames} is not divisible by t_patch_size "
+            f"{self.t_patch_size}",
         )
         for width, heads in (
             ("embed_dim", "num_heads"),
             ("decoder_embed_dim", "decoder_num_heads"),
         ):
             w, h = getattr(self, width), getattr(self, heads)
-            _require(w > 0 and h > 0 and w % h == 0, f"{width} {w} is not divisible by {heads} {h}")
+            _require(w % h == 0, f"model.{width} {w} is not divisible by {heads} {h}")
+            _require(
+                int(w * self.mlp_ratio) > 0,
+                f"model.mlp_ratio {self.mlp_ratio} leaves no channel of {width} {w}",
+            )
         _require(
-            0 < self.pred_t_dim <= self.num_frames,
-            f"pred_t_dim {self.pred_t_dim} must be between 1 and num_frames {self.num_frames}",
+            self.pred_t_dim <= self.num_frames,
+            f"model.pred_t_dim {self.pred_t_dim} is more than num_frames {self.num_frames}",
+        )
+        _require(
+            self.num_patches <= _MOST,
+            f"model.img_size {self.img_size} and num_frames {self.num_frames} make "
+            f"{self.num_patches} patches, more than {_MOST}",
         )
         _require(
             self.t_patch_size * self.pred_t_dim % self.num_frames == 0,
-            f"pred_t_dim {self.pred_t_dim} is not a whole number of frames for each of the "
+            f"model.pred_t_dim {self.pred_t_dim} is not a whole number of frames for each of the "
             f"{self.grid[0]} time steps (num_frames {self.num_frames})",
         )
         if self.variant == "slowfast":
             _require(
                 self.pred_t_dim == self.grid[0],
-                f"slowfast predicts one frame a time step: pred_t_dim must be {self.grid[0]}, "
-                f"got {self.pred_t_dim}",
+                f"slowfast predicts one frame a time step: model.pred_t_dim must be "
+                f"{self.grid[0]}, got {self.pred_t_dim}",
             )
 
     @property
-    def grid(self) -> tuple[int, int, int]:
+    def grid(self) -> Grid:
         """Time steps, rows and columns of patches (t, h, w)."""
         side = self.img_size // self.patch_size
         return self.num_frames // self.t_patch_size, side, side
@@ -156,10 +183,14 @@ _DECODER_HEAD_DIM = {"mae_st": 32, "slowfast": 64}
 def preset(name: str, variant: Variant = "mae_st", **changes: Any) -> ModelConfig:
     """The model called `name` (vit_tiny, vit_small, vit_base, vit_large, vit_huge) in one of the
     two official variants, with any field changed. ConfigError on an unknown name or field."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(_unknown("model", name, PRESETS))
-    if variant not in _DECODER_HEAD_DIM:
-        raise ConfigError(_unknown("variant", variant, _DECODER_HEAD_DIM))
+    typed("model.variant", variant, Variant)
+    known = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
+    for key, value in changes.items():
+        if key not in known:
+            raise ConfigError(_unknown("field of ModelConfig", key, known))
+        changes[key] = typed(f"model.{key}", value, known[key])
     fields = dict(PRESETS[name], variant=variant)
     if variant == "slowfast":
         fields["patch_size"] = 16
@@ -167,12 +198,40 @@ def preset(name: str, variant: Variant = "mae_st", **changes: Any) -> ModelConfi
     fields["decoder_num_heads"] = max(1, width // _DECODER_HEAD_DIM[variant])
     # One predicted frame for each time step, unless the caller says otherwise.
     frames = changes.get("num_frames", ModelConfig.num_frames)
-    fields["pred_t_dim"] = frames // changes.get("t_patch_size", ModelConfig.t_patch_size)
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    for key in changes:
-        if key not in known:
-            raise ConfigError(_unknown("field of ModelConfig", key, known))
+    # What cannot be divided is refused by ModelConfig itself, with its name.
+    fields["pred_t_dim"] = frames // (changes.get("t_patch_size") or ModelConfig.t_patch_size) or 1
     return ModelConfig(**{**fields, **changes})
+
+
+def as_model(cfg: "ModelConfig | str") -> ModelConfig:
+    """The model meant by a ModelConfig or a preset's name. ConfigError for anything else."""
+    if isinstance(cfg, str):
+        return preset(cfg)
+    require(isinstance(cfg, ModelConfig), "a model is a ModelConfig or a preset's name", cfg)
+    return cfg
+
+
+def num_keep(strategy: str, grid: Grid, ratio: float) -> int:
+    """K, the patches kept of a clip whose grid is (t, h, w), for a masked share `ratio`.
+
+    random, block: int(L * (1 - ratio)), the official rule in Python floats (156 of 1568 at 0.9,
+    313 at 0.8). tube, running_cell: h * w - int(h * w * ratio) in every time step, VideoMAE's rule
+    (160 at 0.9). frame: t - round(t * ratio) whole time steps, PySlowFast's. Raises ConfigError, a
+    ValueError, when nothing would be left, or the ratio is not in [0, 1).
+    """
+    typed("mask strategy", strategy, MaskStrategy)
+    if not 0 <= typed("mask ratio", ratio, float) < 1:
+        raise ConfigError(f"mask ratio must be in [0, 1), got {ratio}")
+    t, h, w = grid
+    if strategy in ("tube", "running_cell"):
+        keep = t * (h * w - int(h * w * ratio))
+    elif strategy == "frame":
+        keep = (t - round(t * ratio)) * h * w
+    else:
+        keep = int(t * h * w * (1 - ratio))
+    if keep < 1:
+        raise ConfigError(f"mask ratio {ratio} leaves none of {t}x{h}x{w} patches ({strategy})")
+    return keep
 
 
 @dataclass(frozen=True)
@@ -183,7 +242,8 @@ class MaskConfig:
     ratio: float = 0.9
 
     def __post_init__(self) -> None:
-        _require(0 <= self.ratio < 1, f"mask.ratio must be in [0, 1), got {self.ratio}")
+        _check(self, "mask")
+        require(0 <= self.ratio < 1, "mask.ratio must be in [0, 1)", self.ratio)
 
 
 @dataclass(frozen=True)
@@ -217,19 +277,16 @@ class DataConfig:
     max_bad_share: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("sampling_rate", "target_fps", "repeat_aug"):
-            value = getattr(self, name)
-            _require(value > 0, f"data.{name} must be positive, got {value}")
-        for name in ("span_seconds", "short_side", "workers"):
-            value = getattr(self, name)
-            _require(value >= 0, f"data.{name} must not be negative, got {value}")
+        counts = "span_seconds short_side workers"
+        _check(self, "data", positive="sampling_rate target_fps repeat_aug", not_negative=counts)
         for name in ("flip", "max_bad_share"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"data.{name} must be in [0, 1], got {value}")
+            require(0 <= value <= 1, f"data.{name} must be in [0, 1]", value)
+        require(self.workers <= _WORKERS, f"data.workers must be at most {_WORKERS}", self.workers)
         lo, hi = self.crop_area
-        _require(0 < lo <= hi <= 1, f"data.crop_area must rise within (0, 1], got {self.crop_area}")
+        require(0 < lo <= hi <= 1, "data.crop_area must rise within (0, 1]", self.crop_area)
         lo, hi = self.crop_aspect
-        _require(0 < lo <= hi, f"data.crop_aspect must rise from above 0, got {self.crop_aspect}")
+        require(0 < lo <= hi, "data.crop_aspect must rise from above 0", self.crop_aspect)
 
 
 @dataclass(frozen=True)
@@ -269,28 +326,31 @@ class TrainConfig:
     backends: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accum_steps", "log_every", "save_every", "keep", "blr"):
-            value = getattr(self, name)
-            _require(value > 0, f"train.{name} must be positive, got {value}")
-        for name in ("steps", "warmup_steps", "warmup_epochs", "min_lr", "weight_decay"):
-            value = getattr(self, name)
-            _require(value >= 0, f"train.{name} must not be negative, got {value}")
-        for name in ("clip_grad", "max_nonfinite", "seed"):
-            value = getattr(self, name)
-            _require(value >= 0, f"train.{name} must not be negative, got {value}")
-        _require(
-            self.steps > 0 or self.epochs > 0, f"train.epochs must be positive, got {self.epochs}"
+        counts = "steps warmup_steps epochs warmup_epochs min_lr weight_decay clip_grad"
+        _check(
+            self,
+            "train",
+            positive="batch_size accum_steps log_every save_every keep blr eps",
+            not_negative=f"{counts} max_nonfinite seed",
         )
+        require(all(0 <= b < 1 for b in self.betas), "train.betas must be in [0, 1)", self.betas)
+        require(self.seed < 2**63, "train.seed must be below 2^63", self.seed)
         if self.steps:
             _require(
                 self.warmup_steps <= self.steps,
                 f"train.warmup_steps {self.warmup_steps} is more than train.steps {self.steps}",
             )
-        else:
-            _require(
-                self.warmup_epochs <= self.epochs,
-                f"train.warmup_epochs {self.warmup_epochs} is more than train.epochs {self.epochs}",
-            )
+            return
+        require(self.epochs > 0, "train.epochs must be positive", self.epochs)
+        _require(
+            self.warmup_epochs <= self.epochs,
+            f"train.warmup_epochs {self.warmup_epochs} is more than train.epochs {self.epochs}",
+        )
+        _require(
+            self.warmup_steps == 0,
+            f"train.warmup_steps {self.warmup_steps} goes with train.steps; with epochs it is "
+            f"warmup_epochs",
+        )
 
 
 @dataclass(frozen=True)
@@ -303,6 +363,24 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", as_model(self.model))
+        check_fields(self)
+        _require(self.output != "", "output is empty: it is the run's folder")
+        kept = num_keep(self.mask.strategy, self.model.grid, self.mask.ratio)
+        t, h, w = self.model.grid
+        _require(
+            kept < t * h * w,
+            f"mask.ratio {self.mask.ratio} leaves nothing to predict of {t}x{h}x{w} patches",
+        )
+        require(
+            self.model.in_chans == 3,
+            "model.in_chans must be 3 to train on video",
+            self.model.in_chans,
+        )
+
+
+_SECTIONS = {"model": ModelConfig, "mask": MaskConfig, "data": DataConfig, "train": TrainConfig}
 
 # mae_st: PRETRAIN.md of the official repository. The defaults above are the same, so that a run
 # without a recipe trains the same way; here they are pinned by name.
@@ -328,37 +406,47 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 def load_config(path: str | Path) -> Config:
     """Read a run's TOML file. Raises ConfigError, naming the key and the nearest known one."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
+        return config_from_dict(tomllib.loads(text))
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from e
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{path}: {e}") from e
-    try:
-        return config_from_dict(tree)
-    except ConfigError as e:
-        raise ConfigError(f"{path}: {e}") from e
+    except UnicodeDecodeError as e:
+        said = f"byte {e.object[e.start]:#x} at {e.start}: save it as UTF-8"
+        raise ConfigError(f"{path}: not UTF-8, {said}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{path}: nested too deeply") from e
+    except ValueError as e:  # of TOML, of the configuration, or a path with a null character
+        raise ConfigError(f"{path}: {' '.join(str(e).split())}") from e
+
+
+def as_config(cfg: "Config | str | Path") -> Config:
+    """The run meant by a Config or by the path of its TOML file. ConfigError for anything else."""
+    if isinstance(cfg, str | Path):
+        return load_config(cfg)
+    require(isinstance(cfg, Config), "a run is a Config or the path of a TOML file", cfg)
+    return cfg
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
     """Build a Config from nested tables. `recipe` at the top and `preset` in [model] fill in
     what the tables leave out."""
-    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    require(isinstance(tree, dict), "a configuration must be a table", tree)
+    tree = dict(tree)
     recipe = tree.pop("recipe", "mae_st")
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ConfigError(_unknown("recipe", recipe, RECIPES))
-    for section, values in RECIPES[recipe].items():
-        tree[section] = {**values, **tree.get(section, {})}
-    model = tree.pop("model", {})
-    name = model.pop("preset", "vit_large")
-    _check_keys("model", model, ModelConfig)
     _check_keys("", tree, Config)
-    sections = {}
-    for key, cls in (("mask", MaskConfig), ("data", DataConfig), ("train", TrainConfig)):
-        values = tree.pop(key)
-        _check_keys(key, values, cls)
-        sections[key] = cls(**values)
+    tables = {}
+    for key, cls in _SECTIONS.items():
+        values = tree.pop(key, {})
+        preset_like = key == "model" and isinstance(values, str)
+        hint = f', as in [model] preset = "{values}"' if preset_like else ""
+        require(isinstance(values, dict), f"[{key}] must be a table{hint}", values)
+        tables[key] = {**RECIPES[recipe].get(key, {}), **values}
+        _check_keys(key, tables[key], cls, also=("preset",) if key == "model" else ())
+    model = tables.pop("model")
+    name = model.pop("preset", "vit_large")
+    sections = {key: _SECTIONS[key](**values) for key, values in tables.items()}
     return Config(model=preset(name, **model), **sections, **tree)
 
 
@@ -369,45 +457,21 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 def model_from_dict(values: dict[str, Any]) -> ModelConfig:
     """The inverse of to_dict for a ModelConfig."""
+    require(isinstance(values, dict), "[model] must be a table", values)
     _check_keys("model", values, ModelConfig)
     return ModelConfig(**values)
 
 
-def _check_keys(section: str, values: Any, cls: type) -> None:
-    """Refuse unknown keys and values of the wrong kind; lists become the tuples they stand for."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"[{section}] must be a table, got {values!r}")
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in values.items():
-        where = f"{section}.{key}" if section else key
-        if key not in known:
-            raise ConfigError(
-                _unknown("key", where, [f"{section}.{k}" if section else k for k in known])
-            )
-        values[key] = _coerce(where, value, known[key].type)
+def _check_keys(section: str, values: dict, cls: type, also: tuple[str, ...] = ()) -> None:
+    """Refuse unknown keys."""
+    prefix = f"{section}." if section else ""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known and key not in also:
+            raise ConfigError(_unknown("key", f"{prefix}{key}", [prefix + k for k in known]))
 
 
-def _coerce(where: str, value: Any, kind: Any) -> Any:
-    from typing import get_args, get_origin
-
-    if get_origin(kind) is Literal:
-        _require(value in get_args(kind), f"{where} must be one of {get_args(kind)}, got {value!r}")
-    elif get_origin(kind) is tuple:
-        ok = isinstance(value, list | tuple) and len(value) == len(get_args(kind))
-        _require(ok, f"{where} must hold {len(get_args(kind))} numbers, got {value!r}")
-        return tuple(_coerce(where, v, k) for v, k in zip(value, get_args(kind), strict=True))
-    elif get_origin(kind) is dict:
-        ok = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-        _require(ok, f"{where} must be a table of strings, got {value!r}")
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif kind in (int, float, str, bool):
-        ok = type(value) is kind
-        _require(ok, f"{where} must be {kind.__name__}, got {value!r}")
-    return value
-
-
-def _unknown(what: str, name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+def _unknown(what: str, name: Any, known) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint} (known: {', '.join(known)})"
+    return f"unknown {what} {shown(name)}{hint} (known: {', '.join(known)})"

@@ -6,38 +6,16 @@ order is t * h * w major: idx = (t * H + row) * W + column.
 """
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int, int]
-STRATEGIES = ("random", "tube", "frame", "block", "running_cell")
+from mae_fast.config import Grid, MaskStrategy, num_keep
+
+STRATEGIES = get_args(MaskStrategy)
 _CELL = (2, 2)  # running cell, as in VideoMAE V2
 _CUBES = 64  # more than enough cubes to cover any share of the clip that block masking hides
-
-
-def num_keep(strategy: str, grid: Grid, ratio: float) -> int:
-    """K, the patches kept of a clip whose grid is (t, h, w), for a masked share `ratio`.
-
-    random, block: int(L * (1 - ratio)), the official rule in Python floats (156 of 1568 at 0.9,
-    313 at 0.8). tube, running_cell: h * w - int(h * w * ratio) in every time step, VideoMAE's rule
-    (160 at 0.9). frame: t - round(t * ratio) whole time steps, PySlowFast's. Raises ValueError
-    when nothing would be left, or the ratio is not in [0, 1).
-    """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"mask strategy must be one of {STRATEGIES}, got {strategy!r}")
-    if not 0 <= ratio < 1:
-        raise ValueError(f"mask ratio must be in [0, 1), got {ratio}")
-    t, h, w = grid
-    if strategy in ("tube", "running_cell"):
-        keep = t * (h * w - int(h * w * ratio))
-    elif strategy == "frame":
-        keep = (t - round(t * ratio)) * h * w
-    else:
-        keep = int(t * h * w * (1 - ratio))
-    if keep < 1:
-        raise ValueError(f"{strategy} masking at ratio {ratio} leaves none of {t}x{h}x{w} patches")
-    return keep
 
 
 def ids_from_noise(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -54,9 +32,9 @@ def ids_from_keep(ids_keep: Tensor, num_patches: int) -> Tensor:
 
     Raises ValueError on an id out of range or twice in one row.
     """
-    if ids_keep.dim() != 2 or ids_keep.is_floating_point():
+    if ids_keep.dim() != 2 or ids_keep.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"ids_keep must be an integer [B, K], got {ids_keep.dtype} {list(ids_keep.shape)}"
+            f"ids_keep must be int32 or int64 [B, K], got {ids_keep.dtype} {list(ids_keep.shape)}"
         )
     ids = ids_keep.long()
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_patches):

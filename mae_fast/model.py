@@ -9,9 +9,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mae_fast.config import ModelConfig
+from mae_fast.config import ModelConfig, as_model
 from mae_fast.forward import Affine, Block, Norm, Params, Spec, forward
 from mae_fast.masking import ids_from_keep, ids_from_noise, mask_from_keep, num_keep
+from mae_fast.ops.dispatch import check_device, check_ids
 from mae_fast.ops.masked_mse import unpatchify
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225
@@ -74,9 +75,10 @@ class MaskedAutoencoder(nn.Module):
     loss, pred, mask = model(video, mask_ratio=0.9)
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig | str) -> None:
+        """A preset's name stands for its ModelConfig."""
         super().__init__()
-        self.cfg = cfg
+        self.cfg = cfg = as_model(cfg)
         dim, dec = cfg.embed_dim, cfg.decoder_embed_dim
         own_cls = cfg.cls_embed and cfg.variant == "mae_st"
         if cfg.cls_embed:
@@ -177,17 +179,30 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(
                 f"video must be [B, {', '.join(map(str, expected))}], got {list(video.shape)}"
             )
+        if not (video.dtype == torch.uint8 or video.is_floating_point()):
+            raise ValueError(f"video must be uint8, or float and normalised, got {video.dtype}")
         batch, length = video.shape[0], cfg.num_patches
+        given = {"video": video, "noise": noise, "ids_keep": ids_keep, "ids_mask": ids_mask}
+        given["parameters"] = self.mask_token
+        check_device("MaskedAutoencoder", **given)
         if ids_keep is None:
+            if ids_mask is not None:
+                raise ValueError("ids_mask is given without ids_keep")
             if noise is None:
                 noise = torch.rand(batch, length, device=video.device, generator=generator)
             if noise.shape != (batch, length):
                 raise ValueError(f"noise must be [{batch}, {length}], got {list(noise.shape)}")
-            ids_keep, ids_mask = ids_from_noise(noise, num_keep("random", cfg.grid, mask_ratio))
-        elif ids_mask is None:
+            kept = num_keep("random", cfg.grid, mask_ratio)
+            if kept == length:
+                raise ValueError(f"mask_ratio {mask_ratio} leaves nothing to predict")
+            ids_keep, ids_mask = ids_from_noise(noise, kept)
+        check_ids(ids_keep)
+        if ids_mask is None:
             ids_mask = ids_from_keep(ids_keep, length)
-        if ids_keep.shape[0] != batch:
-            raise ValueError(f"ids_keep has {ids_keep.shape[0]} rows for {batch} clips")
+        check_ids(ids_mask)
+        if not (ids_keep.shape[0] == ids_mask.shape[0] == batch):
+            rows = f"{ids_keep.shape[0]} and {ids_mask.shape[0]}"
+            raise ValueError(f"ids_keep and ids_mask have {rows} rows for {batch} clips")
         loss, pred = forward(self.params(), self.spec, video, ids_keep, ids_mask, full_pred)
         return loss, pred, mask_from_keep(ids_keep, length)
 

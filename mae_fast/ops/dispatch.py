@@ -127,11 +127,24 @@ def why_not_dtype(*dtypes: torch.dtype) -> str | None:
     return None
 
 
+def check_device(what: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError on tensors of several devices: a kernel would read what is not there."""
+    where = {name: str(t.device) for name, t in tensors.items() if t is not None}
+    if len(set(where.values())) > 1:
+        said = ", ".join(f"{name} on {device}" for name, device in where.items())
+        raise ValueError(f"{what}: its tensors must be on one device, got {said}")
+
+
 def check_ids(*ids: Tensor) -> None:
     """Raises ValueError on ids that are not int32 or int64 [B, n]."""
     for t in ids:
         if t.dim() != 2 or t.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"ids must be int32 or int64 [B, n], got {t.dtype} {list(t.shape)}")
+            hint = ""
+            if t.dtype == torch.bool:
+                hint = "; kept of a mask, True where hidden: (~mask).nonzero()[:, 1].view(B, -1)"
+            raise ValueError(
+                f"ids must be int32 or int64 [B, n], got {t.dtype} {list(t.shape)}{hint}"
+            )
 
 
 def check_range(ids: Tensor, length: int) -> None:
