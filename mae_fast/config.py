@@ -346,11 +346,6 @@ class TrainConfig:
             self.warmup_epochs <= self.epochs,
             f"train.warmup_epochs {self.warmup_epochs} is more than train.epochs {self.epochs}",
         )
-        _require(
-            self.warmup_steps == 0,
-            f"train.warmup_steps {self.warmup_steps} goes with train.steps; with epochs it is "
-            f"warmup_epochs",
-        )
 
 
 @dataclass(frozen=True)

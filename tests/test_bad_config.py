@@ -132,7 +132,6 @@ def test_python_is_held_to_the_same_as_toml(section, how):
         (lambda: TrainConfig(batch_size=2.5), "train.batch_size must be int, got 2.5"),
         (lambda: TrainConfig(betas=(0.9, 1.0)), r"train.betas must be in \[0, 1\), got \(0.9, 1"),
         (lambda: TrainConfig(blr=float("inf")), "train.blr must be finite, got inf"),
-        (lambda: TrainConfig(warmup_steps=3), "train.warmup_steps 3 goes with train.steps"),
         (lambda: preset("vit_tiny", t_patch_size=0), "model.t_patch_size must be positive, got 0"),
         (lambda: preset("vit_tiny", num_frames="x"), "model.num_frames must be int, got 'x'"),
         (lambda: preset(["vit_tiny"]), r"unknown model \['vit_tiny'\]"),
@@ -235,3 +234,15 @@ def test_a_ratio_that_a_run_takes_hides_some_and_leaves_some(strategy):
         keep = masking.num_keep(strategy, model.grid, cfg.mask.ratio)
         assert 0 < keep < model.num_patches
     assert taken
+
+
+def test_pretrain_takes_the_path_of_a_file(tmp_path):
+    from mae_fast import pretrain
+
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\npreset = "vit_tiny"\n')
+    for said in (path, str(path)):
+        with pytest.raises(ConfigError, match=r"data\.index is empty"):  # the file's, read
+            pretrain(said)
+    with pytest.raises(ConfigError, match=r"the path of a TOML file, got {'model': 3}"):
+        pretrain({"model": 3})

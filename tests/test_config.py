@@ -152,7 +152,7 @@ def test_a_preset_s_other_fields_follow_a_change():
     assert preset("vit_base", decoder_num_heads=4).decoder_num_heads == 4
     for wrong, words in (
         (("vit_bass",), r"unknown model 'vit_bass'; did you mean 'vit_base'.*vit_tiny"),
-        (("vit_base", "slow_fast"), r"unknown variant 'slow_fast'; did you mean 'slowfast'"),
+        (("vit_base", "slow_fast"), r"model.variant must be mae_st or slowfast, got 'slow_fast'"),
     ):
         with pytest.raises(ConfigError, match=words):
             preset(*wrong)
@@ -317,7 +317,7 @@ def test_a_file_s_values_arrive_in_their_kinds(tmp_path):
         variant = "slowfast"
         depth = 2
         [mask]
-        ratio = 0
+        ratio = 0.5
         [data]
         crop_area = [0.25, 1]
         [train]
@@ -328,7 +328,7 @@ def test_a_file_s_values_arrive_in_their_kinds(tmp_path):
     )
     cfg = load_config(tmp_path / "c.toml")
     assert cfg.output == "there" and cfg.model == preset("vit_tiny", "slowfast", depth=2)
-    assert cfg.mask.ratio == 0 and type(cfg.mask.ratio) is float
+    assert cfg.mask.ratio == 0.5 and type(MaskConfig(ratio=0).ratio) is float
     assert cfg.data.crop_area == (0.25, 1.0) and type(cfg.data.crop_area[1]) is float
     assert cfg.train.betas == (0.5, 0.75) and cfg.train.backends == {"attention": "sdpa"}
     assert type(cfg.train.blr) is float and cfg.train.weight_decay == 0.05

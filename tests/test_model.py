@@ -206,3 +206,53 @@ def test_bf16_autocast_keeps_an_fp32_loss(tiny_cfg):
     loss.backward()
     assert loss.dtype == torch.float32 and model.norm.weight.grad.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+
+
+def test_a_preset_s_name_stands_for_its_configuration():
+    with torch.device("meta"):
+        assert MaskedAutoencoder("vit_tiny").cfg == preset("vit_tiny")
+    with pytest.raises(ValueError, match="unknown model 'vit_tny'; did you mean 'vit_tiny'"):
+        MaskedAutoencoder("vit_tny")
+    with pytest.raises(ValueError, match="a model is a ModelConfig or a preset's name, got 3"):
+        MaskedAutoencoder(3)
+
+
+@pytest.mark.parametrize("which", ["noise", "ids_keep", "ids_mask"])
+def test_ids_on_another_device_are_refused_with_both_devices(tiny_cfg, which):
+    """They gave numbers that nobody wrote. The meta device stands in for another."""
+    model, video = MaskedAutoencoder(tiny_cfg), torch.zeros(1, 3, 8, 16, 16)
+    ids = torch.arange(tiny_cfg.num_patches, dtype=torch.int32)[None]
+    given = {"ids_keep": ids[:, :4], "ids_mask": ids[:, 4:]}
+    if which == "noise":
+        given = {"noise": torch.rand(1, tiny_cfg.num_patches)}
+    given[which] = given[which].to("meta")
+    with pytest.raises(ValueError, match=f"on one device, got video on cpu.*{which} on meta"):
+        model(video, **given)
+
+
+def test_natural_mistakes_of_a_call_are_named(tiny_cfg):
+    model, video = MaskedAutoencoder(tiny_cfg), torch.zeros(2, 3, 8, 16, 16)
+    length = tiny_cfg.num_patches
+    with pytest.raises(ValueError, match="mask_ratio 0 leaves nothing to predict"):
+        model(video, mask_ratio=0)
+    with pytest.raises(ValueError, match=r"video must be uint8, or float.*got torch.int64"):
+        model(video.long())
+    mask = torch.zeros(2, length, dtype=torch.bool)
+    mask[:, 4:] = True
+    with pytest.raises(ValueError, match=r"got torch.bool .*\(~mask\).nonzero\(\)"):
+        model(video, ids_keep=mask)
+    B = len(mask)
+    ids = (~mask).nonzero()[:, 1].view(B, -1)  # as the message has it
+    assert torch.equal(model(video, ids_keep=ids)[2], mask.float())
+    with pytest.raises(ValueError, match="ids_mask is given without ids_keep"):
+        model(video, ids_mask=ids)
+
+
+def test_load_model_takes_a_preset_s_name(tmp_path):
+    small = dict(depth=1, decoder_depth=1, img_size=32)
+    with pytest.raises(ConfigError, match="unknown model 'vit_tny'; did you mean 'vit_tiny'"):
+        load_model(tmp_path / "none.pth", "vit_tny")
+    path = tmp_path / "weights.pth"
+    torch.save({"model": MaskedAutoencoder(preset("vit_tiny", **small)).state_dict()}, path)
+    with pytest.raises(CheckpointError, match="does not fit the model"):  # it is vit_tiny, whole
+        load_model(path, "vit_tiny")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mae_fast import checkpoint
-from mae_fast.config import ModelConfig, model_from_dict
+from mae_fast.config import ModelConfig, as_model, model_from_dict
 from mae_fast.convert.families import identify, read, strip
 from mae_fast.convert.translate import Name, Report, Size, translate
 from mae_fast.errors import CheckpointError, ConfigError
@@ -105,12 +105,14 @@ def load_weights(path: str | Path) -> tuple[ModelConfig | None, dict[str, Tensor
     return cfg, {**table, **rest}
 
 
-def load_model(path: str | Path, cfg: ModelConfig | None = None) -> MaskedAutoencoder:
+def load_model(path: str | Path, cfg: ModelConfig | str | None = None) -> MaskedAutoencoder:
     """The model of a checkpoint, in eval mode on the CPU.
 
-    `cfg` is needed for files that do not hold their configuration. Raises ConfigError without it,
-    and CheckpointError naming every key that is missing, left over, or of another shape.
+    `cfg`, or a preset's name, is needed for files that do not hold their configuration. Raises
+    ConfigError without it, and CheckpointError naming every key that is missing, left over, or of
+    another shape.
     """
+    cfg = None if cfg is None else as_model(cfg)
     stored, weights = load_weights(path)
     cfg = stored or cfg
     if cfg is None:
