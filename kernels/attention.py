@@ -186,8 +186,8 @@ def _dq_block(
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, stat_ptr, Sq, Sk, H, do_batch, do_row,
-    do_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, stat_ptr, Sq, Sk, H, stat_row, do_batch,
+    do_row, do_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
@@ -209,9 +209,9 @@ def _attention_bwd_dq_kernel(
         delta += tl.sum(do2.to(tl.float32) * out2.to(tl.float32), 1)
     rows = first + tl.arange(0, BLOCK_Q)
     lse = tl.load(lse_ptr + tl.cast(head, tl.int64) * Sq + rows, mask=rows < Sq, other=0.0) * LOG2E
-    stat_ptr += tl.cast(head, tl.int64) * 2 * Sq + rows
-    tl.store(stat_ptr, lse, mask=rows < Sq)
-    tl.store(stat_ptr + Sq, delta, mask=rows < Sq)
+    stat_ptr += tl.cast(head, tl.int64) * 2 * stat_row + rows
+    tl.store(stat_ptr, lse, mask=rows < stat_row)
+    tl.store(stat_ptr + stat_row, delta, mask=rows < stat_row)
 
     q, q2 = _load(q_ptr, first, q_row, Sq, BLOCK_Q, D, WIDE, REST, True)
     dq, dq2 = _zeros(BLOCK_Q, WIDE, REST)
@@ -236,7 +236,7 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_block(
-    dk, dk2, dv, dv2, k, k2, v, v2, q_ptr, do_ptr, stat_ptr, first, Sq, q_row, do_row,
+    dk, dk2, dv, dv2, k, k2, v, v2, q_ptr, do_ptr, stat_ptr, first, Sq, stat_row, q_row, do_row,
     D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr
 ):  # fmt: skip
@@ -245,10 +245,10 @@ def _dkv_block(
     rows = first + tl.arange(0, BLOCK)
     if MASKED:
         lse = tl.load(stat_ptr + rows, mask=rows < Sq, other=0.0)
-        delta = tl.load(stat_ptr + Sq + rows, mask=rows < Sq, other=0.0)
+        delta = tl.load(stat_ptr + stat_row + rows, mask=rows < Sq, other=0.0)
     else:
         lse = tl.load(stat_ptr + rows)
-        delta = tl.load(stat_ptr + Sq + rows)
+        delta = tl.load(stat_ptr + stat_row + rows)
     q, q2 = _load(q_ptr, first, q_row, Sq, BLOCK, D, WIDE, REST, MASKED)
     do, do2 = _load(do_ptr, first, do_row, Sq, BLOCK, D, WIDE, REST, MASKED)
     p = tl.exp2(_dot_t(k, k2, q, q2, REST) * SCALE - lse[None, :])  # [BLOCK_K, BLOCK]
@@ -260,9 +260,9 @@ def _dkv_block(
 
 @triton.jit
 def _attention_bwd_dkv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, stat_ptr, dk_ptr, dv_ptr, Sq, Sk, H, do_batch, do_row, do_head,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, D: tl.constexpr,
-    WIDE: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, TAIL: tl.constexpr,
+    do_ptr, q_ptr, k_ptr, v_ptr, stat_ptr, dk_ptr, dv_ptr, Sq, Sk, H, stat_row, do_batch, do_row,
+    do_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     blocks = tl.cdiv(Sk, BLOCK_K)
@@ -275,7 +275,7 @@ def _attention_bwd_dkv_kernel(
     batch = tl.cast(Sk, tl.int64) * H * D
     dk_ptr = _head(dk_ptr, head, H, batch, D)
     dv_ptr = _head(dv_ptr, head, H, batch, D)
-    stat_ptr += tl.cast(head, tl.int64) * 2 * Sq
+    stat_ptr += tl.cast(head, tl.int64) * 2 * stat_row
 
     k, k2 = _load(k_ptr, first, k_row, Sk, BLOCK_K, D, WIDE, REST, True)
     v, v2 = _load(v_ptr, first, v_row, Sk, BLOCK_K, D, WIDE, REST, True)
@@ -286,13 +286,13 @@ def _attention_bwd_dkv_kernel(
         tl.assume(whole > 0)  # else the wgmma of a loop that may be empty are serialised
         for query in range(0, whole, BLOCK_Q):
             dk, dk2, dv, dv2 = _dkv_block(
-                dk, dk2, dv, dv2, k, k2, v, v2, q_ptr, do_ptr, stat_ptr, query, Sq, q_row, do_row,
-                D, WIDE, REST, BLOCK_Q, False
+                dk, dk2, dv, dv2, k, k2, v, v2, q_ptr, do_ptr, stat_ptr, query, Sq, stat_row,
+                q_row, do_row, D, WIDE, REST, BLOCK_Q, False
             )  # fmt: skip
     if TAIL:
         dk, dk2, dv, dv2 = _dkv_block(
-            dk, dk2, dv, dv2, k, k2, v, v2, q_ptr, do_ptr, stat_ptr, whole, Sq, q_row, do_row,
-            D, WIDE, REST, TAIL, True
+            dk, dk2, dv, dv2, k, k2, v, v2, q_ptr, do_ptr, stat_ptr, whole, Sq, stat_row,
+            q_row, do_row, D, WIDE, REST, TAIL, True
         )  # fmt: skip
     dk *= D**-0.5
     if REST:
@@ -352,16 +352,17 @@ def attention_bwd(
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    # log-sum-exp to base 2, and delta
-    stat = torch.empty((batch, heads, 2, queries), dtype=torch.float32, device=q.device)
+    # log-sum-exp to base 2, and delta: whole blocks of 16, so that both rows of a head are aligned
+    row = triton.cdiv(queries, 16) * 16
+    stat = torch.empty((batch, heads, 2, row), dtype=torch.float32, device=q.device)
     strides = [n for t in (dout, q, k, v) for n in t.stride()[:3]]
     sizes = _sizes("attention_bwd_dq", k, "BLOCK_K", keys)
     _attention_bwd_dq_kernel[(batch * heads * triton.cdiv(queries, sizes["BLOCK_Q"]),)](
         dout, q, k, v, out.contiguous(), lse.contiguous(), dq, stat, queries, keys, heads,
-        *strides, **sizes
+        row, *strides, **sizes
     )  # fmt: skip
     sizes = _sizes("attention_bwd_dkv", k, "BLOCK_Q", queries)
     _attention_bwd_dkv_kernel[(batch * heads * triton.cdiv(keys, sizes["BLOCK_K"]),)](
-        dout, q, k, v, stat, dk, dv, queries, keys, heads, *strides, **sizes
+        dout, q, k, v, stat, dk, dv, queries, keys, heads, row, *strides, **sizes
     )  # fmt: skip
     return dq, dk, dv

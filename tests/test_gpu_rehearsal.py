@@ -23,6 +23,7 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import attention, checks, compile, kernels, profile, steps, tune
 from mae_fast.bench.calls import Call, cost
 from mae_fast.errors import BackendError
+from mae_fast.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a machine with a GPU may lack, and what nothing there may import.
@@ -127,7 +128,7 @@ def test_rehearsal_runs_every_stage(tmp_path, tools):
         assert row["declined"]["flash_attn_4"]
     table = json.loads(path.with_name("measured_attention.json").read_text())["90"]
     assert table.keys() == {f"d32-s{n}-bfloat16-{d}" for n in (4, 32) for d in ("forward", "both")}
-    assert json.loads(path.with_name("measured.json").read_text())["90"]
+    assert json.loads(path.with_name("measured.json").read_text())[configs.TRITON]["90"]
     (steps_profile,) = by_stage["profile"].values()
     assert sum(steps_profile["shares"].values()) == pytest.approx(1)
 

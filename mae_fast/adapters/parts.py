@@ -144,7 +144,8 @@ class Parts:
 
     def weight(self, part: str, rows: int, columns: int) -> bool:
         """A layer of which the model reads the weight and calls nothing, of whatever kind."""
-        shape = tuple(getattr(self.model.get_submodule(part), "weight", torch.empty(0)).shape)
+        weight = getattr(self.model.get_submodule(part), "weight", None)
+        shape = () if weight is None else tuple(weight.shape)
         return self.need(part, shape == (columns, rows), f"has a weight {list(shape)}")
 
     def drops(self, part: str, *names: str) -> bool:

@@ -5,7 +5,10 @@ launch is compiled in place of being run. Registers, spills, shared memory, the 
 accesses and tensor-core instructions are read from the machine code by Triton's own tools.
 """
 
+import ast
 import contextlib
+import functools
+import hashlib
 import json
 import multiprocessing
 import re
@@ -18,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from cases import DTYPES, ON_TRITON, calls, launcher
 from triton.backends.compiler import GPUTarget
@@ -38,9 +42,11 @@ class Limits(NamedTuple):
 
 
 ARCHS = {80: Limits(shared=164 * 1024), 90: Limits(), 100: Limits()}
+TABLES = Path(__file__).with_name("aot")  # a file for each version of Triton: 3.8.jsonl
+# Bytes a thread that a Triton without a table may spill: a few are its assembler's choice.
+MAY_SPILL = 32
 MODELS = ("vit_b", "vit_l")  # whose kernels every run of the tests compiles
 MORE_MODELS = ("vit_h", "vit_b_two_clips", "vit_l_slowfast", "heads_of_128")
-TABLE = Path(__file__).with_name("aot.jsonl")
 # Instructions of tensor cores: mma of sm_80, wgmma of sm_90, tcgen05 of sm_100.
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTC[A-Z]*MMA")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
@@ -77,9 +83,9 @@ class Row:
     def key(self) -> tuple:
         return self.operator, self.kernel, self.dtype, self.arch, self.sizes
 
-    def broken(self) -> list[str]:
+    def broken(self, may_spill: int = 0) -> list[str]:
         """The rules that hold on any version of Triton and that this kernel breaks."""
-        wrong = [f"{self.spilled} bytes are spilled"] if self.spilled else []
+        wrong = [f"{self.spilled} bytes are spilled"] if self.spilled > may_spill else []
         if self.dots and not self.tensor_core:
             wrong.append(f"{self.dots} dots, and no tensor-core instruction")
         if self.waits >= max(self.tensor_core, 1):
@@ -256,27 +262,93 @@ def rows(op: str, arch: int, everything: bool = False) -> list[Row]:
     return [row for _, row in found.values()]
 
 
-def committed() -> tuple[str, list[Row]]:
-    """(the version of Triton that the committed table is of, its rows)."""
-    first, *lines = TABLE.read_text().splitlines()
-    return json.loads(first)["triton"], [Row(**json.loads(line)) for line in lines]
+@functools.cache
+def _meaning(path: Path) -> str:
+    """A source without its comments, docstrings and layout."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                del body[0]
+    return ast.dump(tree)
 
 
-def main(ops: Sequence[str]) -> None:
-    """Write the table, or its rows of some ops: every candidate, on every architecture."""
+def sources(op: str) -> list[Path]:
+    """The files that an op's machine code and its rows follow from, beside what is launched."""
+    folder, found, todo = Path(configs.__file__).parent, set(), [op, "configs"]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            text = (folder / f"{name}.py").read_text()
+            todo += re.findall(r"^from mae_fast\.kernels\.(\w+) import", text, re.M)
+    return [*sorted(folder / f"{name}.py" for name in found), Path(__file__)]
+
+
+def launched(op: str) -> list[str]:
+    """What an op's launchers ask for at the shapes of MODELS: kernels, dtypes, numbers, sizes."""
+    asked = []
+
+    def note(self, *args, grid, warmup, **sizes):
+        shown = [f"{a.dtype}+{a.storage_offset()}" if torch.is_tensor(a) else a for a in args]
+        asked.append(f"{self.__name__} {shown} {sizes}")
+
+    with compiling(90):
+        JITFunction.run = note
+        for dtype in DTYPES:
+            for _ in launch(op, dtype, MODELS):
+                pass
+    return asked
+
+
+@functools.cache
+def digest(op: str) -> str:
+    """Of sources and launches: where it is the table's, this Triton compiles the same again."""
+    parts = [*map(_meaning, sources(op)), *launched(op)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def versions() -> list[str]:
+    """The versions of Triton that have a committed table, oldest first."""
+    found = [path.stem for path in TABLES.glob("*.jsonl")]
+    return sorted(found, key=lambda version: [*map(int, version.split("."))])
+
+
+def committed(version: str = configs.TRITON) -> tuple[dict, list[Row]]:
+    """A version's table: what it is of ({"triton": "3.8.0", "sources": {op: digest}}) and its rows;
+    nothing where the version has none."""
+    table = TABLES / f"{version}.jsonl"
+    lines = map(json.loads, table.read_text().splitlines() if table.exists() else [])
+    of = next(lines, {"triton": None, "sources": {}})
+    return of, [Row(**line) for line in lines]
+
+
+def proved(op: str) -> bool:
+    """Whether this very Triton compiled these very sources for the table."""
+    of, _ = committed()
+    return of["triton"] == triton.__version__ and of["sources"].get(op) == digest(op)
+
+
+def main(ops: Sequence[str], candidates: bool) -> None:
+    """Write this Triton's table, or its rows of some ops: what configs.pick chooses for MODELS, or
+    every candidate for all models, on every architecture."""
     ops = ops or ON_TRITON
+    of, before = committed()
+    assert of["triton"] in (None, triton.__version__) or set(ops) == set(ON_TRITON)
     jobs = [(op, arch) for op in ops for arch in ARCHS]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(rows, *zip(*jobs, strict=True), [True] * len(jobs))
+        found = pool.map(rows, *zip(*jobs, strict=True), [candidates] * len(jobs))
         made = [row for part in found for row in part]
-    if TABLE.exists():
-        version, before = committed()
-        assert version == triton.__version__ or set(ops) == set(ON_TRITON)
-        made += [row for row in before if row.op in ON_TRITON and row.op not in ops]
+    made += [row for row in before if row.op in ON_TRITON and row.op not in ops]
     made.sort(key=lambda row: (row.key, row.cases))
-    lines = [json.dumps({"triton": triton.__version__}), *(json.dumps(asdict(r)) for r in made)]
-    TABLE.write_text("\n".join(lines) + "\n")
+    compiled = of["sources"] | {op: digest(op) for op in ops}
+    of = {"triton": triton.__version__, "sources": {op: compiled[op] for op in sorted(compiled)}}
+    TABLES.mkdir(exist_ok=True)
+    lines = [json.dumps(of), *(json.dumps(asdict(row)) for row in made)]
+    (TABLES / f"{configs.TRITON}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    words = sys.argv[1:]
+    main([word for word in words if word != "--candidates"], "--candidates" in words)

@@ -1,8 +1,10 @@
 """Planted defects are caught: a few here, all by `python tests/kernels/mutations.py`."""
 
+import aot
 import pytest
 from mutations import MUTATIONS, ROOT, TIERS, caught
 
+from mae_fast.kernels import configs
 from mae_fast.ops import dispatch
 
 if dispatch.interpreting():
@@ -27,4 +29,6 @@ def test_every_tier_and_enough_defects():
 @pytest.mark.parametrize("what", FEW)
 def test_mutation_is_caught(what):
     (mutation,) = (m for m in MUTATIONS if m.what == what)
+    if mutation.tier == "aot" and configs.TRITON not in aot.versions():
+        pytest.skip(f"Triton {configs.TRITON} has no table of machine code")
     assert caught(mutation)

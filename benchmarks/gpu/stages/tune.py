@@ -214,7 +214,8 @@ def write_table(setting: Setting) -> None:
         return
     for (arch, kernel, shape), sizes in found.items():
         table.setdefault(arch, {}).setdefault(kernel, {})[shape] = sizes
-    text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+    others = {} if setting.tiny else configs.read_measured()
+    text = json.dumps(others | {configs.TRITON: table}, indent=1, sort_keys=True) + "\n"
     paths = [setting.records.path.with_name("measured.json")]
     if not setting.tiny:
         paths.append(configs.MEASURED)
