@@ -207,19 +207,19 @@ class ClipDataset(Dataset):
 class Loader:
     """The batches of make_loader, in order. Raises DataError when a worker fails or is lost."""
 
-    def __init__(self, dataset: ClipDataset, draws: list[range], waiting: Callable[[], None]):
-        self._dataset, self._draws, self._waiting = dataset, draws, waiting
+    def __init__(self, dataset: ClipDataset, firsts: range, size: int, waiting):
+        self._dataset, self._firsts, self._size, self._waiting = dataset, firsts, size, waiting
 
     def __len__(self) -> int:
-        return len(self._draws)
+        return len(self._firsts)
 
     def __iter__(self) -> Iterator[Batch]:
-        make = functools.partial(_batch, self._dataset)
-        return produce(make, self._draws, self._dataset.cfg.workers, self._waiting)
+        make = functools.partial(_batch, self._dataset, self._size)
+        return produce(make, self._firsts, self._dataset.cfg.workers, self._waiting)
 
 
-def _batch(dataset: ClipDataset, draws: range) -> Batch:
-    return join([dataset[g] for g in draws])
+def _batch(dataset: ClipDataset, size: int, first: int) -> Batch:
+    return join([dataset[g] for g in range(first, first + size)])
 
 
 def make_loader(
@@ -241,9 +241,11 @@ def make_loader(
     starts in mid-epoch, or is split over ranks, draws the same samples. cfg.workers processes.
     `waiting` is called while a batch is waited for, ten times a second; it may raise.
     """
-    firsts = ((step * world + rank) * batch_size for step in range(start, start + steps))
-    draws = [range(first, first + batch_size) for first in firsts]
-    return Loader(ClipDataset(rows, cfg, num_frames, seed), draws, waiting)
+    # A range, not a list: a bench asks for a thousand million steps.
+    stride = world * batch_size
+    first = start * stride + rank * batch_size
+    firsts = range(first, first + steps * stride, stride)
+    return Loader(ClipDataset(rows, cfg, num_frames, seed), firsts, batch_size, waiting)
 
 
 class BadVideos:
