@@ -138,7 +138,7 @@ def save_png(panels: list[Panel], output: str, model: MaskedAutoencoder, name: s
     frames = panels[0].rows.shape[1]
     lines = len(panels) * len(ROWS)
     figure = Figure(figsize=(1.25 * frames + 0.3, 1.42 * lines + 0.5), layout="constrained")
-    figure.suptitle(_caption(model, name), fontsize=9)
+    figure.suptitle(_caption(model, name), fontsize=9, parse_math=False)
     axes = figure.subplots(lines, 1, squeeze=False)[:, 0]
     for i, axis in enumerate(axes):
         panel = panels[i // len(ROWS)]
@@ -161,7 +161,7 @@ def save_movie(panels: list[Panel], output: str, model: MaskedAutoencoder, name:
     drawn = []
     for t in range(panels[0].rows.shape[1]):
         figure = Figure(figsize=(9.6, 2.6 * len(panels) + 0.4), layout="constrained", dpi=100)
-        figure.suptitle(_caption(model, name), fontsize=8)
+        figure.suptitle(_caption(model, name), fontsize=8, parse_math=False)
         axes = figure.subplots(len(panels), len(ROWS), squeeze=False)
         for line, panel in zip(axes, panels, strict=True):
             for axis, title, row in zip(line, ROWS, panel.rows, strict=True):

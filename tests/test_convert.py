@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mae_fast import MaskedAutoencoder, ModelConfig, cli
-from mae_fast.convert import Size, load_model, translate
+from mae_fast.convert import Size, load_model, load_weights, translate
 from mae_fast.convert.families import FAMILIES, identify, read, strip
 from mae_fast.convert.positions import sincos
 from mae_fast.errors import CheckpointError, ConfigError
@@ -350,7 +350,9 @@ def test_decoders_cls_tokens_differ_and_that_is_said():
     assert any(line.startswith("decoder_cls_token: zero") for line in report.made)
 
 
-@pytest.mark.parametrize("wrapped", ["_orig_mod.", "module.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize(
+    "wrapped", ["_orig_mod.", "module.", "module._orig_mod.", "model.", "backbone."]
+)
 def test_prefixes_of_wrappers_are_stripped(wrapped):
     state = make("mae_st").state_dict()
     again, _ = translate({wrapped + n: t for n, t in state.items()}, "mae_st")
@@ -530,3 +532,11 @@ def test_a_pickle_that_needs_more_is_refused_with_the_way_out(tmp_path):
     torch.save({"model": make("mae_st").state_dict(), "args": print}, tmp_path / "more.pth")
     with pytest.raises(CheckpointError, match=r"\(print\).*weights_only=False.*save_file"):
         load_model(tmp_path / "more.pth")
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "net", "ema", "model_ema"])
+def test_weights_are_found_under_the_key_that_a_script_gave_them(key, tmp_path):
+    state = make("mae_st").state_dict()
+    torch.save({key: state, "epoch": 3}, tmp_path / "run.pth")
+    _, weights = load_weights(tmp_path / "run.pth")
+    assert all(torch.equal(weights[name], t) for name, t in state.items())

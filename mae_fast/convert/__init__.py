@@ -24,7 +24,10 @@ from mae_fast.model import MaskedAutoencoder
 __all__ = ["Report", "Size", "convert", "load_model", "load_weights", "to_mae_st", "translate"]
 
 # Where training scripts put the weights in what they save.
-_TABLES = ("model", "model_state", "module", "state_dict")
+_TABLES = (
+    *("model", "model_state", "model_state_dict", "module", "state_dict", "net"),
+    *("model_ema", "ema"),  # averaged weights, where there are no others
+)
 
 
 def convert(

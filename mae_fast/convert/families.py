@@ -138,7 +138,7 @@ def strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     plain = {}
     for name, value in state.items():
         name = re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", "", name)
-        name = re.sub(r"^((module|model)\.)+", "", name)
+        name = re.sub(r"^((module|model|backbone)\.)+", "", name)
         if name in plain:
             raise CheckpointError(f"two tensors are called {name} without their wrappers' prefixes")
         plain[name] = value
