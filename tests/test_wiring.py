@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from mae_fast import metrics
+from mae_fast import checkpoint, distributed, metrics
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
 from mae_fast.data import VideoReader, VideoRow, read_index, write_index
 from mae_fast.errors import ConfigError, DataError, Interrupted, NonFiniteError
@@ -545,6 +545,40 @@ def test_strict_is_the_reader_s(strict, index, tmp_path, monkeypatch):
     changes = {"data.strict": strict, "data.decoder": "pyav"}
     pretrain(config(index, tmp_path / "run", **changes, **{"train.steps": 2}))
     assert set(seen) == {("pyav", strict)}
+
+
+@pytest.mark.parametrize("after", [0, 2], ids=["at_once", "later"])
+def test_a_lost_peer_leaves_what_is_whole(after, index, tmp_path, monkeypatch):
+    """Two micro-steps a step meet; before any update there is nothing to save, and no traceback."""
+    meetings = itertools.count()
+
+    def lost(stop, world, told):
+        if next(meetings) == 2 * after:
+            raise distributed.PeerLost("it died")
+        return stop
+
+    monkeypatch.setattr(distributed, "agree", lost)
+    cfg = config(index, tmp_path / "run", **{"train.save_every": 99})
+    with pytest.raises(Interrupted, match=rf"it died\) after step {after}"):
+        pretrain(cfg)
+    assert [p.name[11:19] for p in (tmp_path / "run").glob("checkpoint-*")] == [
+        f"{after:08d}" for _ in range(after and 1)
+    ]
+
+
+def test_a_step_is_saved_once(index, tmp_path, monkeypatch):
+    """A run that must leave right after a checkpoint does not write it again."""
+    written, save, meetings = [], checkpoint.save, itertools.count()
+
+    def watched(folder, step, *rest):
+        written.append(step)
+        return save(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", watched)
+    monkeypatch.setattr(distributed, "agree", lambda stop, *_: next(meetings) == 4)
+    with pytest.raises((Interrupted, DataError, StopIteration)):
+        pretrain(config(index, tmp_path / "run"))
+    assert written == [1, 2]
 
 
 def test_more_steps_than_a_name_can_count_are_refused(index, tmp_path):
