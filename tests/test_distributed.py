@@ -149,8 +149,12 @@ def test_a_rank_told_to_stop_waits_for_the_others_a_while_only(meeting):
 
 def test_a_rank_that_is_not_told_waits_as_long_as_collectives_do(meeting):
     began = time.monotonic()
+
+    def told():
+        assert time.monotonic() - began < 3, "it waits for ever"
+
     with pytest.raises(distributed.PeerLost, match="next step within 1 s"):
-        meeting(False)
+        meeting(False, told)
     assert 1.0 <= time.monotonic() - began < 3
 
 
