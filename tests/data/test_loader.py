@@ -386,6 +386,19 @@ def test_batch_moves_as_one_block(rows):
     assert batch.to("meta").boxes.device.type == "cpu"
 
 
+@pytest.mark.parametrize("clips_each", [1, 3])
+def test_a_joined_batch_is_one_block_and_is_not_copied_again(rows, clips_each):
+    (batch,) = load(rows, config(repeat_aug=clips_each), batch_size=1, steps=1)
+    flat = loader._flat(batch.frames)
+    assert flat.numel() == sum(f.numel() for f in batch.frames)
+    assert flat.data_ptr() == batch.frames[0].data_ptr()
+    assert clips([batch.to("cpu")]) == clips([batch])
+    # Out of order, or from elsewhere, they are copied.
+    for frames in (batch.frames[::-1], [batch.frames[0], batch.frames[-1].clone()]):
+        wanted = torch.cat([f.reshape(-1) for f in frames])
+        assert torch.equal(loader._flat(frames), wanted)
+
+
 @LINUX
 def test_memory_of_a_worker_is_flat_over_2000_decodes(tmp_path, video):
     """In a process of its own, as in a worker: growth over the last 1500 decodes under 8 MB."""
