@@ -11,6 +11,7 @@ failure. Python and torch are imported once: a defect's tests run in a fork.
 import argparse
 import ast
 import copy
+import functools
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -215,36 +216,52 @@ def _tests(folder: str, tests: list[str], report: int) -> None:
     os._exit(code)
 
 
-def attempt(defect: Defect) -> tuple[str, float]:
-    """(what caught a defect, or an empty string; seconds)."""
+def _run(defect: Defect | None, tests: Iterable[str]) -> tuple[int | None, str]:
+    """(exit code, output) of tests in a copy of the tree with a defect; None: they did not end."""
     began = time.time()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as report:
         copy_tree(Path(folder), libraries=True)
-        (Path(folder) / defect.file).write_text(defect.text)
-        tests = [t for t in FILES[defect.file] if (ROOT / t).exists()]
+        if defect:
+            (Path(folder) / defect.file).write_text(defect.text)
         child = os.fork()
         if child == 0:
             try:
-                _tests(folder, tests, report.fileno())
+                _tests(folder, list(tests), report.fileno())
             finally:
                 os._exit(4)
-        status = None
-        while status is None:
+        done = 0
+        while not done:
+            time.sleep(0.2)
             done, status = os.waitpid(child, os.WNOHANG)
-            if not done:
-                status = None
-                time.sleep(0.2)
             if not done and time.time() - began > SECONDS:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return f"nothing ended within {SECONDS} s", time.time() - began
-        seconds = time.time() - began
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
-            return "", seconds
+                return None, ""
         report.seek(0)
-        text = report.read()
-        who = re.search(r"^(?:FAILED|ERROR) (\S+(?: - .*)?)", text, re.M)
-        return (who[1][:150] if who else text.strip().splitlines()[-1][:150]), seconds
+        return os.waitstatus_to_exitcode(status), report.read()
+
+
+@functools.cache
+def _passes(test: str) -> bool:
+    """Whether a test passes, alone, where nothing is planted."""
+    return _run(None, [test])[0] == 0
+
+
+def attempt(defect: Defect) -> tuple[str, float]:
+    """(what caught a defect, or an empty string; seconds). Only a test that passes without the
+    defect catches it; tests that did not end are no catch either, but are said."""
+    began = time.time()
+    code, text = _run(defect, (t for t in FILES[defect.file] if (ROOT / t).exists()))
+    seconds = time.time() - began
+    if code is None:
+        print(f"nothing ended within {SECONDS} s: {defect.what}", flush=True)
+    if not code:
+        return "", seconds
+    who = re.search(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", text, re.M)
+    if who and "::" in who[1] and not _passes(who[1]):
+        print(f"fails without any defect: {who[1]}", flush=True)
+        return "", seconds
+    return (who[1] if who else text.strip().splitlines()[-1])[:150], seconds
 
 
 def _preload() -> None:
