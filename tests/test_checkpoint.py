@@ -264,3 +264,13 @@ def test_restoring_copies_and_needs_every_tensor(tmp_path):
     del tensors["model.bias"]
     with pytest.raises(RuntimeError, match="bias"):
         checkpoint.restore(tensors, again)
+
+
+def test_what_is_set_aside_takes_the_first_free_name_and_says_it(tmp_path):
+    names = []
+    for content in ("one", "two", "three"):
+        (tmp_path / "a").write_text(content)
+        names.append(checkpoint.set_aside(tmp_path / "a", "broken").name)
+    assert names == ["a.broken", "a.broken2", "a.broken3"]
+    assert [(tmp_path / name).read_text() for name in names] == ["one", "two", "three"]
+    assert not (tmp_path / "a").exists()
