@@ -21,8 +21,7 @@ args = parser.parse_args()
 
 TINY = dict(image_size=64, hidden_size=96, num_hidden_layers=2, num_attention_heads=3)
 TINY |= dict(intermediate_size=384, decoder_num_hidden_layers=1)
-# ImageNet's, which VideoMAE takes.
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1)  # ImageNet's, as VideoMAE takes
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1)
 
 
@@ -52,7 +51,8 @@ if args.accelerate:
     model = mae_fast.accelerate(model)  # the one line
 
 settings = dict(max_steps=args.steps, learning_rate=1e-3, max_grad_norm=0.1, logging_steps=1)
-quiet = dict(save_strategy="no", report_to=[], disable_tqdm=True)
+cpu = not torch.cuda.is_available()  # where bf16 must be asked for so
+quiet = dict(save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=cpu)
 trainer = VideoTrainer(model, TrainingArguments("trainer", bf16=True, **settings, **quiet))
 trainer.train()
 for entry in trainer.state.log_history[:-1]:

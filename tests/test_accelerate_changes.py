@@ -103,7 +103,7 @@ def test_whatever_the_own_forward_reads(tiny_cfg, family):
                 ignored.append((names.get(holder, type(holder).__name__), name, value, ours))
             vars(holder)[name] = vars(twin)[name] = before
     assert not ignored, [i[:3] for i in ignored]
-    assert tried > 50
+    assert tried > 40  # 48 in the smallest family
     assert _agree(_outputs(fast, args), _outputs(own, args))
 
 
