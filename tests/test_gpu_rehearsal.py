@@ -137,7 +137,7 @@ def test_a_second_run_skips_what_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     found = records.open_records(device.Cpu.NAME, rehearsal=True, alone=True)
     found.add("profile", "vit_base 64 clips", records.MEASURED)
-    run = run_gpu("--rehearse", "--stage", "profile")
+    run = run_gpu("--rehearse", "--stage", "profile", OUT=str(tmp_path))
     assert "vit_base 64 clips: recorded before" in run.stdout, run.stdout + run.stderr
     assert len(list(found.all())) == 1
 
