@@ -9,7 +9,8 @@ for batch in make_loader(rows, DataConfig(), num_frames=16, batch_size=2, seed=0
     video = batch.to("cuda", non_blocking=True).video(224)  # [8, 3, 16, 224, 224], normalised
 """
 
-from mae_fast.data.decode import BadVideo, VideoReader, decoders, probe
+from mae_fast.data.container import BadVideo
+from mae_fast.data.decode import VideoReader, decoders, probe
 from mae_fast.data.index import IndexSummary, VideoRow, build_index, read_index, write_index
 from mae_fast.data.loader import BadVideos, Batch, ClipDataset, Loader, join, make_loader
 from mae_fast.data.sampling import clip_indices, crop_box, draw, shrink

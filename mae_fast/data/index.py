@@ -368,7 +368,8 @@ class _Prober:
 
 def _answer() -> None:
     """The loop of a probing process: what to probe a line in, a JSON object a line out."""
-    from mae_fast.data.decode import BadVideo, probe
+    from mae_fast.data.container import BadVideo
+    from mae_fast.data.decode import probe
 
     print("ready", flush=True)
     for line in sys.stdin:

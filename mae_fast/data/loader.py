@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mae_fast.config import DataConfig
-from mae_fast.data.decode import BadVideo, VideoReader
+from mae_fast.data.container import BadVideo
+from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, end_last_line
 from mae_fast.data.sampling import clip_indices, crop_box, draw
 from mae_fast.data.timeline import Access

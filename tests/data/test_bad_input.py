@@ -5,7 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from mae_fast.data.decode import BadVideo, VideoReader, decoders, probe
+from mae_fast.data.container import BadVideo
+from mae_fast.data.decode import VideoReader, decoders, probe
 
 
 def noise(k, height, width):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mae_fast.data import decode
-from mae_fast.data.decode import BadVideo, VideoReader, decoders, probe
+from mae_fast.data.container import BadVideo
+from mae_fast.data.decode import VideoReader, decoders, probe
 from mae_fast.data.timeline import Access
 from mae_fast.errors import ConfigError
 
@@ -86,8 +87,8 @@ def test_number_outside_the_video_is_refused(files, index):
 
 def count_decoded(reader, wanted):
     """How many frames the codec gave for one read."""
-    given, frames = [], reader._frames
-    reader._frames = lambda start: (given.append(f) or f for f in frames(start))
+    given, frames = [], reader._frames._decoded
+    reader._frames._decoded = lambda start: (given.append(f) or f for f in frames(start))
     reader.read(wanted)
     return len(given)
 
@@ -108,12 +109,12 @@ def test_seeks_instead_of_decoding_the_whole_file(tmp_path, video):
 def test_seek_that_lands_late_starts_earlier(files, video):
     """A container may seek past the frame wanted; it must not be taken for missing."""
     with VideoReader(files("bframes.mp4")) as reader:
-        frames = reader._frames
+        frames = reader._frames._decoded
 
         def late(start):
             return itertools.islice(frames(start), 4, None) if start else frames(start)
 
-        reader._frames = late
+        reader._frames._decoded = late
         assert [video.number(f) for f in reader.read([21, 12])] == [21, 12]
 
 
@@ -236,8 +237,9 @@ def test_a_seek_between_keyframes_gives_no_torn_frames(files, video):
     the codec and are not."""
     with VideoReader(files("mpeg4.mp4")) as reader:
         want = reader.read([25])
-        real, step = reader._container, reader._pts[1] - reader._pts[0]
-        reader._container = Shim(
+        frames = reader._frames
+        real, step = frames.container, frames.pts[1] - frames.pts[0]
+        frames.container = Shim(
             real,
             seek=lambda pts, stream: real.seek(pts + 3 * step, stream=stream, any_frame=True),
         )
@@ -291,7 +293,7 @@ def test_one_thread(files):
         reader.read([0])
         before = threads()
         reader.read(range(40))
-        assert reader._stream.codec_context.thread_count == 1
+        assert reader._frames.stream.codec_context.thread_count == 1
         assert threads() == before
 
 

@@ -15,7 +15,9 @@ import torch
 
 from mae_fast.config import DataConfig
 from mae_fast.data import decode, timeline
-from mae_fast.data.decode import BadVideo, VideoReader, probe
+from mae_fast.data.container import BadVideo
+from mae_fast.data.decode import VideoReader, probe
+from mae_fast.data.frames import Frames
 from mae_fast.data.index import VideoRow, build_index, read_index
 from mae_fast.data.loader import ClipDataset
 
@@ -73,7 +75,7 @@ def test_the_decoders_frames_in_its_order(name, decoder, strict):
 
 def test_plain_files_are_not_decoded_at_index(monkeypatch, tmp_path, video):
     path = video.write(tmp_path / "a.mp4")
-    monkeypatch.setattr(VideoReader, "_decode_all", None)
+    monkeypatch.setattr(Frames, "_decode_all", None)
     assert probe(path)["frames"] == 40
     with pytest.raises(TypeError):
         probe(VIDEOS / "midgop.ts")
@@ -85,7 +87,7 @@ def test_what_was_found_is_kept_in_the_index(tmp_path, monkeypatch):
     assert {n: rows[n].total for n in GIVEN} == {n: len(g) for n, (g, _) in GIVEN.items()}
     assert rows["midgop.ts"].hidden == "0-8" and rows["hflip.mp4"].mirrored
     assert not rows["rawm2v.mp4"].ordered and {r.damaged for r in rows.values()} == {0}
-    monkeypatch.setattr(VideoReader, "_decode_all", None)
+    monkeypatch.setattr(Frames, "_decode_all", None)
     data = ClipDataset(list(rows.values()), DataConfig(workers=0, max_bad_share=0), 8, seed=0)
     assert [data[g].bad for g in range(len(rows))] == [[]] * len(rows)
 

@@ -1,0 +1,105 @@
+"""A video file opened: its container and the stream of its pictures, or what is wrong with it."""
+
+import errno
+import os
+import stat
+
+from mae_fast.data import timeline
+
+# Text that names other files; FFmpeg would open those.
+_PLAYLISTS = ("concat", "hls", "dash", "imf")
+
+
+class BadVideo(Exception):
+    """A file that cannot give the frames asked of it. `path`, and `reason` in one line, which
+    begins with its kind: "truncated: 30 of 100 frames". lasting: other frames of it, or another
+    try, would fail as well."""
+
+    def __init__(self, path, reason: str, lasting: bool = True):
+        super().__init__(os.fspath(path), reason, lasting)
+        self.path, self.reason, self.lasting = os.fspath(path), reason, lasting
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def open_video(path: str):
+    """(container, stream of its pictures) of a file, by PyAV. Raises BadVideo."""
+    import av
+
+    # PyAV counts the errors that FFmpeg logs at any level but None; at this one it prints none.
+    if av.logging.get_level() is None:
+        av.logging.set_level(av.logging.PANIC)
+
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadVideo(path, "not a regular file")
+        if status.st_size == 0:
+            raise BadVideo(path, "empty: 0 bytes")
+        # The prefix and the list keep a name or a playlist from opening anything else.
+        container = av.open(
+            f"file:{path}",
+            mode="r",
+            options={"protocol_whitelist": "file"},
+            metadata_errors="replace",
+        )
+    except FileNotFoundError:
+        raise BadVideo(path, "missing: no such file") from None
+    except OSError as e:
+        lasting = e.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
+        raise BadVideo(path, f"cannot be opened: {e.strerror}", lasting) from None
+    except av.error.FFmpegError as e:
+        raise BadVideo(path, _why_not_opened(path, e)) from None
+    try:
+        stream = _picture_stream(path, container)
+        stream.codec_context.thread_count = 1
+    except BaseException:
+        container.close()
+        raise
+    return container, stream
+
+
+def refuse_if_cut(path: str, container, stream, packets: int) -> None:
+    """A file shorter than it says itself is truncated; counts in its tags prove nothing."""
+    size, stated = os.path.getsize(path), packets
+    if "mp4" in container.format.name:
+        entries = stream.index_entries
+        if len(entries) > packets and max(e.pos + e.size for e in entries) > size:
+            stated = len(entries)
+    elif claimed := timeline.claimed_bytes(path, container.format.name):
+        stated = round(packets * claimed / size)
+    if stated - packets > max(2, 0.01 * stated):
+        raise BadVideo(path, f"truncated: {packets} of {stated} frames")
+
+
+def _picture_stream(path: str, container):
+    import av
+
+    if container.format.name in _PLAYLISTS:
+        raise BadVideo(path, f"not a video: a {container.format.name} playlist")
+    videos = container.streams.video
+    moving = [s for s in videos if not s.disposition & av.stream.Disposition.attached_pic]
+    if not moving:
+        other = "only a cover picture" if videos else "no video stream"
+        kinds = ", ".join(sorted({s.type for s in container.streams if s not in videos}))
+        raise BadVideo(path, f"no video: {other}" + (f" ({kinds})" if kinds else ""))
+    best = container.streams.best("video")
+    stream = best if best in moving else moving[0]
+    if stream.codec_context is None:
+        raise BadVideo(path, "unknown codec: FFmpeg has no decoder for it")
+    return stream
+
+
+def _why_not_opened(path: str, error: Exception) -> str:
+    try:
+        with open(path, "rb") as f:
+            head = f.read(512)
+    except OSError as e:
+        return f"cannot be opened: {e.strerror}"
+    for name, mark in (("MP4", b"ftyp"), ("AVI", b"AVI LIST"), ("Matroska", b"matroska")):
+        if mark in head[:64]:
+            return f"truncated: begins as {name}, but its header or index is missing or damaged"
+    if all(c >= 32 or c in b"\t\n\r" for c in head):
+        return "not a video: the file holds text"
+    return f"not a video: {error.strerror}"
