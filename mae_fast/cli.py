@@ -6,6 +6,7 @@ arguments are those of the function: names, types, defaults and help come from i
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from typing import Annotated
@@ -91,10 +92,14 @@ def index(
 
 def pretrain(args: list[str]) -> None:
     """Pre-train as CONFIG.toml says. Every option below overrides one key of the file; the
-    defaults shown are the file's when it is given, the official recipe's when it is not."""
+    defaults shown are the file's when it is given, the official recipe's when it is not.
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save and leave with exit code 75. torchrun hands
+    on the last two only with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 (or
+    that in PET_SIGNALS_TO_HANDLE), and leaves with 1."""
     from mae_fast.config import Config, load_config
 
-    options = dict(prog="mae-fast pretrain CONFIG.toml", description=pretrain.__doc__)
+    options = dict(prog="mae-fast pretrain CONFIG.toml", description=inspect.getdoc(pretrain))
     if args[:1] in ([], ["-h"], ["--help"]):
         tyro.cli(Config, args=["--help"], **options)
     if args[0].startswith("-"):

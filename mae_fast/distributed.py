@@ -97,7 +97,18 @@ def agree(stop: bool, world: World, told: Callable[[], bool]) -> bool:
     try:
         return _meet(dist.distributed_c10d._get_default_store(), stop, world, told)
     except dist.DistError as e:
-        raise PeerLost(f"the ranks' store is gone: {e}") from e
+        raise PeerLost(_without_store(e)) from e
+
+
+def _without_store(error: dist.DistError) -> str:
+    """torchrun has the store, and dies of a signal that it does not hand on to its ranks."""
+    heard = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")  # set by torchrun, whatever it was
+    if not heard:
+        return f"the ranks' store is gone: {error}"
+    return (
+        f"torchrun is gone, and the ranks' store with it; it hands on {heard} and ends at once by "
+        f"any other signal: see its --signals-to-handle"
+    )
 
 
 _meetings = itertools.count()  # of this process: a store may outlive a run

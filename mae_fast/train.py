@@ -129,10 +129,8 @@ class Run:
             if self.whole:
                 self._save()
             if self.whole and (isinstance(e, PeerLost) or distributed.lost_peer(e)):
-                raise Interrupted(
-                    f"another process was lost ({str(e).splitlines()[0]}) after step {self.step}, "
-                    f"which is saved; the same command goes on from there"
-                ) from e
+                lost = f"another process was lost ({str(e).splitlines()[0]})"
+                raise self._interrupted(self.signals.told, lost) from e
             raise
         except OSError as e:
             raise CheckpointError(
@@ -182,12 +180,16 @@ class Run:
         told = next((signum for signum, _ in reasons if signum), 0)
         if not told:
             raise self.fault or DataError(next(text for _, text in reasons if text))
-        name = signal.Signals(told).name
+        raise self._interrupted(told)
+
+    def _interrupted(self, told: int, lost: str = "") -> Interrupted:
+        """What ended the run: a signal, a lost process, or both, of which one may be the cause."""
+        stopped = f"stopped by {signal.Signals(told).name}" if told else ""
+        why = ", and ".join(filter(None, [stopped, lost]))
         if not self.step:
-            raise Interrupted(f"stopped by {name} before the first step")
-        raise Interrupted(
-            f"stopped by {name} after step {self.step}, which is saved; the same command goes on "
-            f"from there"
+            return Interrupted(f"{why} before the first step")
+        return Interrupted(
+            f"{why} after step {self.step}, which is saved; the same command goes on from there"
         )
 
     def _graphed(self) -> graph.GraphedStep | None:

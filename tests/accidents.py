@@ -69,12 +69,13 @@ def prepare(folder: Path, frames: int = 40, size: int = 64) -> None:
     build_index([folder / "videos"], folder / "index.jsonl", progress=False)
 
 
-def command(folder: Path, name: str, *options: str, workers: int = 2, ranks: int = 1) -> list[str]:
+def command(
+    folder: Path, name: str, *options: str, workers: int = 2, launch: tuple[str, ...] = ()
+) -> list[str]:
     path = folder / f"{name}.toml"
     path.write_text(CONFIG.format(output=name, workers=workers))
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    return [sys.executable, "-m", *(launch if ranks > 1 else []), "mae_fast", "pretrain", str(path),
-            *options]  # fmt: skip
+    launch = ("torch.distributed.run", *launch, "-m") if launch else ()
+    return [sys.executable, "-m", *launch, "mae_fast", "pretrain", str(path), *options]
 
 
 def start(argv: list[str], folder: Path, **options) -> subprocess.Popen:
@@ -181,13 +182,21 @@ def signals(folder: Path, seed: int) -> Iterator[tuple[str, bool]]:
 
 
 def torchrun(folder: Path, seed: int) -> Iterator[tuple[str, bool]]:
-    heard = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"}
-    for name, stopped in (("SIGTERM", False), ("SIGUSR1", False), ("SIGTERM", True)):
-        run = folder / f"two{name}{stopped}"
-        options = [*LONG[:-1], "80000"]  # no meeting to log
-        process = start(command(folder, run.name, *options, ranks=2), folder, env=heard)
+    """Signals to torchrun alone, which hands on those it is told to, and dies of the others."""
+    two = ("--standalone", "--nproc-per-node=2")
+    handed = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2")
+    options = [*LONG[:-1], "80000"]  # no meeting to log
+    for name, launch, stopped in (
+        ("SIGTERM", two, False),
+        ("SIGTERM", two, True),
+        ("SIGUSR1", (*two, *handed), False),
+        ("SIGUSR2", (*two, *handed), True),
+        ("SIGUSR1", two, False),
+    ):
+        run = folder / f"two{name}{stopped}{len(launch)}"
+        process = start(command(folder, run.name, *options, launch=launch), folder)
         wait_for(lambda run=run: (run / "metrics.jsonl").exists())
-        time.sleep(2.0)
+        time.sleep(5.0)
         if stopped:
             for child in children(children(process.pid)[1]):
                 os.kill(child, signal.SIGSTOP)
@@ -195,11 +204,14 @@ def torchrun(folder: Path, seed: int) -> Iterator[tuple[str, bool]]:
         process.send_signal(signal.Signals[name])
         began = time.monotonic()
         text = process.communicate(timeout=60)[1]
-        step = checkpoint.latest(run)[0]["step"]
-        good = text.count(f"stopped by {name} after step {step}, which is saved") == 2
         took = time.monotonic() - began
+        step = checkpoint.latest(run)[0]["step"]
+        dies = name == "SIGUSR1" and launch == two
+        words = "see its --signals-to-handle)" if dies else f"error: stopped by {name}"
+        good = text.count(f"{words} after step {step}, which is saved") == 2 and took < 25
         where = ", one rank's workers stopped" if stopped else ""
-        yield f"{name} to torchrun{where}: {took:.1f} s, step {step} saved", good and took < 25
+        fate = ", of which it dies" if dies else ""
+        yield f"{name} to torchrun{fate}{where}: {took:.1f} s, step {step} saved", good
 
 
 def worker(folder: Path, seed: int) -> Iterator[tuple[str, bool]]:

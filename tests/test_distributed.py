@@ -172,6 +172,19 @@ def test_a_store_that_is_gone_is_a_lost_peer(meeting, monkeypatch):
         meeting(False)
 
 
+def test_torchrun_s_own_death_says_what_it_hands_on(meeting, monkeypatch):
+    """It dies of SIGUSR1, which SLURM sends, unless it is told to hand that on."""
+
+    def gone(*args):
+        raise dist.DistNetworkError("recv failed")
+
+    monkeypatch.setattr(distributed, "_meet", gone)
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT")
+    words = r"hands on SIGTERM,SIGINT .*--signals-to-handle"
+    with pytest.raises(distributed.PeerLost, match=words):
+        meeting(False)
+
+
 def test_what_counts_as_another_s_death():
     assert distributed.lost_peer(dist.DistBackendError("x"))
     assert distributed.lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc] closed"))

@@ -80,11 +80,6 @@ def _command(cfg: Config, path: Path) -> list[str]:
     return [sys.executable, "-m", "mae_fast", "pretrain", _toml(cfg, path)]
 
 
-def _torchrun(command: list[str]) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return [command[0], *launcher, *command[1:]]
-
-
 def _weights(folder) -> dict[str, torch.Tensor]:
     return checkpoint.latest(folder)[1]
 
@@ -170,9 +165,9 @@ def test_two_processes_are_one_with_twice_the_batch(index, tmp_path):
     one = _config(index, tmp_path / "one", batch_size=4, steps=10)
     two = _config(index, tmp_path / "two", batch_size=2, steps=10)
     pretrain(one)
-    command = _command(two, tmp_path / "two.toml")
+    python, *command = _command(two, tmp_path / "two.toml")
     run = subprocess.run(
-        _torchrun(command),
+        [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -798,22 +793,52 @@ def test_a_signal_before_the_first_step_is_heard_when_it_comes(index, tmp_path, 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize("name", ["SIGTERM"])
-def test_torchrun_hands_signals_on_and_both_ranks_save(name, index, tmp_path):
-    """Long before the ranks would meet to log."""
+_RANK = """
+import os, sys
+from pathlib import Path
+from mae_fast import cli, train
+
+def loss(self, *inputs, true=train.Run._loss):
+    if self.step == 2:
+        Path(__file__).with_name("ready" + os.environ["RANK"]).touch()
+    return true(self, *inputs)
+
+train.Run._loss = loss
+code = cli.main(sys.argv[1:])
+Path(__file__).with_name("code" + os.environ["RANK"]).write_text(str(code))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SIGTERM", []),
+        ("SIGUSR1", ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"]),
+    ],
+    ids=["SIGTERM", "SIGUSR1"],
+)
+def test_torchrun_hands_signals_on_and_both_ranks_save(name, options, index, tmp_path):
+    """Long before the ranks would meet to log. TORCHELASTIC_SIGNALS_TO_HANDLE is no way to ask for
+    it: torchrun writes its own over it."""
     cfg = _config(index, tmp_path / "run", steps=90_000, log_every=80_000, save_every=80_000)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2",
-    }
-    command = _torchrun(_command(cfg, tmp_path / "run.toml"))
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    _wait_for(tmp_path / "run" / "metrics.jsonl", 120)
-    time.sleep(5.0)  # the other rank is on its way
+    (tmp_path / "rank.py").write_text(_RANK)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    toml = _toml(cfg, tmp_path / "run.toml")
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launcher, str(tmp_path / "rank.py"), "pretrain", toml],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGUSR2"},
+    )
+    for rank in (0, 1):
+        _wait_for(tmp_path / f"ready{rank}", 120)
     process.send_signal(signal.Signals[name])
+    began = time.monotonic()
     _, text = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 1 and time.monotonic() - began < 25
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
     step = _saved(tmp_path / "run")
     assert text.count(f"error: stopped by {name} after step {step}, which is saved") == 2
     assert [r["step"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")] == [step]
+    assert len(checkpoint.checkpoints(tmp_path / "run")) == 1
