@@ -4,12 +4,15 @@ videos/ holds files whose frames carry their number as bits, and its complement 
 gives of each (`-vsync passthrough`) was written down with ffmpeg 5.1 and PyAV 18.1.
 """
 
+import shutil
 import struct
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
+import odd_videos
 import pytest
 import torch
 
@@ -71,6 +74,16 @@ def test_the_decoders_frames_in_its_order(name, decoder, strict):
     # Opened with what was found, nothing is decoded before it is asked for.
     with VideoReader(VIDEOS / name, decoder, access, strict) as reader:
         assert bits(reader.read([7])[0]) == numbers[7]
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="there is no ffmpeg")
+@pytest.mark.parametrize("name", odd_videos.SAMPLE)
+def test_frames_are_ffmpegs(tmp_path, name):
+    try:
+        path = odd_videos.make(name, tmp_path, 40)
+    except subprocess.CalledProcessError as e:
+        pytest.skip(f"this ffmpeg cannot write it: {e.stderr.decode().strip()[-100:]}")
+    assert odd_videos.differences(path) == []
 
 
 def test_plain_files_are_not_decoded_at_index(monkeypatch, tmp_path, video):
