@@ -100,7 +100,7 @@ setup: $(READY)
 
 # READY is written last, so that a set-up that was interrupted is done again. The lock, on this
 # file, makes a second make wait for the first.
-$(READY): Makefile setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+$(READY): Makefile setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	@fail() { echo "error: $$*" >&2; exit 1; }
 	exec 9< Makefile
 	if command -v flock > /dev/null; then

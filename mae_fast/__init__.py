@@ -7,8 +7,27 @@ Names are loaded on first use: importing mae_fast imports nothing else.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # for editors and type checkers; below is what runs
+    from mae_fast import convert as convert
+    from mae_fast import data as data
+    from mae_fast import masking as masking
+    from mae_fast import reconstruct as reconstruct
+    from mae_fast.config import Config as Config
+    from mae_fast.config import DataConfig as DataConfig
+    from mae_fast.config import MaskConfig as MaskConfig
+    from mae_fast.config import ModelConfig as ModelConfig
+    from mae_fast.config import TrainConfig as TrainConfig
+    from mae_fast.config import preset as preset
+    from mae_fast.drop_in import accelerate as accelerate
+    from mae_fast.drop_in import explain as explain
+    from mae_fast.drop_in import restore as restore
+    from mae_fast.model import MaskedAutoencoder as MaskedAutoencoder
+    from mae_fast.ops.dispatch import backends as backends
+    from mae_fast.train import pretrain as pretrain
 
 _HOME = {
     "Config": "config",

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -17,9 +18,13 @@ import mae_fast
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
     ".ci",
+    ".github",
     ".gitignore",
     "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
+    "MANIFEST.in",
     "Makefile",
     "README.md",
     "benchmarks",
@@ -70,12 +75,38 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+def test_sdist_holds_what_a_build_needs(tmp_path):
+    """Made where neither torch nor CUDA can be imported, as in pip's isolated build."""
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode != 0 or not git.stdout:
+        pytest.skip("not a git checkout")
+    names = git.stdout.splitlines()
+    for name in names:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/torch.py").write_text("raise ImportError('no torch in an isolated build')")
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=tmp_path / "source",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    held = {name.partition("/")[2] for name in tarfile.open(path).getnames()}
+    built_of = ("csrc/", "kernels/", "benchmarks/baselines/", "mae_fast/", "setup.py", "pyproject")
+    assert {name for name in names if name.startswith(built_of)} <= held
+
+
 def test_wheel_holds_the_package_only(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"mae_fast"}
     assert "mae_fast/cli.py" in names
     assert "mae_fast/kernels/__init__.py" in names
+    assert "mae_fast/py.typed" in names
     assert "mae_fast/bench/baselines/__init__.py" in names
     assert not [name for name in names if name.endswith(".so")]
 
@@ -120,12 +151,22 @@ def test_metadata(wheel):
         assert [(e.name, e.value) for e in scripts] == [("mae-fast", "mae_fast.cli:main")]
 
 
+def test_editors_see_the_names_that_are_loaded_on_use():
+    text = (ROOT / "mae_fast/__init__.py").read_text()
+    seen = re.findall(r"^    from (mae_fast\S*) import (\w+) as (\w+)$", text, re.MULTILINE)
+    assert all(name == again for _, name, again in seen)
+    homes = {name: f"mae_fast.{home}" for name, home in mae_fast._HOME.items()}
+    want = {**homes, **dict.fromkeys(mae_fast._MODULES, "mae_fast")}
+    assert {name: home for home, name, _ in seen} == want
+    assert mae_fast.__all__ == sorted([*want, "__version__"])
+
+
 def test_constraints_pin_every_dependency():
     """Every dependency and development tool is pinned, but torch and triton."""
     pins = re.findall(r"^([a-z0-9-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    setup_py = (ROOT / "setup.py").read_text()
-    hard = re.search(r"DEPENDENCIES = \[(.*?)\n\]", setup_py, re.DOTALL)[1]
-    dev = re.search(r'"dev": \[(.*?)\]', setup_py, re.DOTALL)[1]
+    project = (ROOT / "pyproject.toml").read_text()
+    hard = re.search(r"^dependencies = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1]
+    dev = re.search(r"^dev = \[(.*?)^\]", project, re.DOTALL | re.MULTILINE)[1]
     needed = set(re.findall(r"[\"']([a-z0-9-]+)>=", hard + dev))
     assert len(needed) > 10
     assert needed - set(pins) == {"torch", "triton"}
