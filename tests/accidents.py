@@ -270,6 +270,7 @@ CASES = {f.__name__: f for f in (kills, signals, torchrun, worker, stderr, disk,
 
 def main(seed: int = 0, *names: str) -> int:
     bad, began = 0, time.monotonic()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup too
     print(f"seed {seed}", flush=True)
     for name in names or CASES:
         folder = Path(tempfile.mkdtemp(prefix="accidents-"))

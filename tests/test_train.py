@@ -406,7 +406,8 @@ def _saved(folder) -> int:
 def test_every_signal_saves_whatever_log_every_is_and_goes_on_the_same(
     name, index, tmp_path, monkeypatch
 ):
-    before = signal.getsignal(signal.Signals[name])
+    before = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    signal.signal(signal.Signals[name], before)  # the tests may run under nohup
     cfg = _config(index, tmp_path / "run", log_every=1000, save_every=1000)
     _at(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.Signals[name]))
     with pytest.raises(Interrupted, match=f"{name} after step 8"):
@@ -491,6 +492,20 @@ def test_only_a_second_ctrl_c_leaves_at_once(index, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pretrain(_config(index, tmp_path / "run"))
     assert _saved(tmp_path / "run") == 4
+
+
+def test_a_signal_while_saving_is_answered_when_it_is_written(index, tmp_path, monkeypatch):
+    written, true = [], checkpoint.save
+
+    def save(*args):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        written.append(true(*args))
+        return written[-1]
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(Interrupted, match="SIGUSR1 after step 10, which is saved"):
+        pretrain(_config(index, tmp_path / "run"))
+    assert len(written) == 1 and _saved(tmp_path / "run") == 10
 
 
 def test_a_killed_worker_loses_no_step_and_tears_none(index, tmp_path, monkeypatch):
@@ -625,6 +640,30 @@ def test_a_second_run_in_the_folder_is_refused(index, tmp_path):
     pretrain(_config(index, tmp_path / "run", steps=2))
     worker.kill()
     worker.join()
+
+
+def test_a_refused_resumption_leaves_the_folder_as_it_was_and_free(index, tmp_path):
+    """A broken checkpoint keeps its name, and the lock is given back while its error lives."""
+    folder = tmp_path / "run"
+    pretrain(_config(index, folder))
+    path = checkpoint.checkpoints(folder)[-1]
+    path.write_bytes(path.read_bytes()[:-1])
+    left = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"train\.blr") as refused:
+        pretrain(_config(index, folder, blr=0.2))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == left
+    with resume.lock(folder / "environment.jsonl"):
+        assert refused.value.exit_code == 2
+
+
+def test_a_run_gives_its_folder_back_and_sweeps_what_a_kill_left(index, tmp_path, monkeypatch):
+    folder, runs, init = tmp_path / "run", [], train.Run.__init__
+    monkeypatch.setattr(train.Run, "__init__", lambda self, *a: runs.append(self) or init(self, *a))
+    folder.mkdir()
+    (folder / "checkpoint-00000003.safetensors.tmp").touch()
+    pretrain(_config(index, folder, steps=2))
+    assert runs and not list(folder.glob("*.tmp"))
+    resume.lock(folder / "environment.jsonl").close()
 
 
 def test_a_file_system_without_locks_is_said_and_used(index, tmp_path, monkeypatch, caplog):
