@@ -55,15 +55,22 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except MaeFastError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
+        return _ended(f"error: {e}", e.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _ended("interrupted", 130)
     except BrokenPipeError:
         # Whoever read stdout is gone: leave nothing for the interpreter to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _ended(words: str, code: int) -> int:
+    """The code, whatever becomes of the words: a closed terminal's stderr takes none."""
+    from mae_fast.metrics import sturdy_stderr
+
+    with sturdy_stderr():
+        print(words, file=sys.stderr)
+    return code
 
 
 def index(
@@ -151,5 +158,4 @@ def _unknown_verb(argv: list[str]) -> int:
     said = " ".join(argv[:2]) if inner else argv[0]
     near = difflib.get_close_matches(said, [*VERBS, *inner], n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    print(f"error: unknown verb {said!r}{hint} (known: {', '.join(VERBS)})", file=sys.stderr)
-    return 2
+    return _ended(f"error: unknown verb {said!r}{hint} (known: {', '.join(VERBS)})", 2)

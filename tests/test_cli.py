@@ -224,3 +224,18 @@ def test_info_survives_a_broken_library(body, reason, tmp_path, monkeypatch):
     else:
         assert found["frail"].startswith("not used: 1.2 does not import: ")
         assert reason in found["frail"]
+
+
+@pytest.mark.parametrize("stderr", ["pipe", "/dev/full", "closed"])
+@pytest.mark.parametrize("words", ["pretrain nowhere.toml", "pretend"])
+def test_an_error_that_nobody_can_read_leaves_with_its_code(words, stderr):
+    """A terminal that was closed sends SIGHUP: the run saves, and must leave with 75."""
+    command = [sys.executable, "-m", "mae_fast", *words.split()]
+    if stderr == "closed":
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    with open("/dev/full", "w") as full:
+        where = full if stderr == "/dev/full" else subprocess.PIPE
+        process = subprocess.Popen(command, stderr=where, stdout=subprocess.PIPE)
+        if stderr == "pipe":
+            process.stderr.close()
+        assert process.stdout.read() == b"" and process.wait() == 2
