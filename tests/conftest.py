@@ -1,6 +1,7 @@
 """Fixtures of every test: golden figures of the official code, videos that say their number."""
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from mae_fast.model import MaskedAutoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)  # the tests run in two processes
+# Tests under nohup would ignore it, and so would the runs that they start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Golden:
