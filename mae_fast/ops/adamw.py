@@ -149,6 +149,8 @@ def adamw(
     copies: bf16 tensors by parameter, which get the new weights; ValueError where one does not fit.
     """
     copies = _checked(copies)
+    first = next(iter(_with_gradients(optimizer)), None)
+    dispatch.check_device("adamw", parameter=first, scale=scale, skip=skip)
     backend = OP.choose(optimizer)
     if backend == "triton":
         from mae_fast.kernels.adamw import adamw_step
@@ -186,6 +188,7 @@ def clipped_adamw(
 
 def _checked(copies: Mapping[Tensor, Tensor] | None) -> Mapping[Tensor, Tensor]:
     for p, copy in (copies or {}).items():
+        dispatch.check_device("adamw", parameter=p, copy=copy)
         if copy.dtype != torch.bfloat16 or copy.shape != p.shape or not copy.is_contiguous():
             raise ValueError(
                 f"the copy of a parameter {list(p.shape)} must be contiguous and bfloat16, got "

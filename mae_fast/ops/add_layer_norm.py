@@ -97,6 +97,7 @@ def add_layer_norm(
             f"add_layer_norm: x {list(x.shape)}, y {list(y.shape)}, weight {list(weight.shape)} "
             f"and bias {list(bias.shape)} do not fit"
         )
+    dispatch.check_device("add_layer_norm", x=x, y=y, weight=weight, bias=bias)
     wide = torch.promote_types(x.dtype, y.dtype)
     dtype = dtype or wide
     if OP.choose(x, y, weight, bias, dtype) == "reference":

@@ -154,6 +154,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise ValueError(
             f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit"
         )
+    dispatch.check_device("attention", q=q, k=k, v=v)
     backend = OP.choose(q, k, v)
     if backend in ("cpp", "triton"):
         return torch.ops.mae_fast.attention_fwd(q, k, v)[0]

@@ -66,6 +66,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """x [..., F], bias [F] -> [..., F]. Raises ValueError on shapes that do not fit."""
     if x.shape[-1:] != bias.shape:
         raise ValueError(f"bias_gelu: x {list(x.shape)} and bias {list(bias.shape)} do not fit")
+    dispatch.check_device("bias_gelu", x=x, bias=bias)
     if OP.choose(x, bias) == "reference":
         return bias_gelu_ref(x, bias)
     return torch.ops.mae_fast.bias_gelu_fwd(x, bias)

@@ -132,6 +132,9 @@ def crop_resize_patchify_gather(
             f"{_NAME}: boxes must be int32 and flips bool, got {boxes.dtype} and {flips.dtype}"
         )
     dispatch.check_ids(ids)
+    other = next((i for i, f in enumerate(frames) if f.device != ids.device), 0)
+    given = {f"frames[{other}]": frames[other], "boxes": boxes, "flips": flips, "ids": ids}
+    dispatch.check_device(_NAME, **given)
     tokens = count_tokens(_NAME, (length, size, size), t_patch, patch)
     args = (frames, boxes, flips, ids, size, t_patch, patch, mean, std, dtype, channel_last)
     if OP.choose(frames, boxes, flips, ids, dtype) == "reference":

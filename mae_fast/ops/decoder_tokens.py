@@ -148,6 +148,8 @@ def decoder_tokens(
         )
     dispatch.check_ids(ids_keep, ids_mask)
     args = (visible, cls, mask_token, pos, ids_keep, ids_mask)
+    names = ("visible", "cls", "mask_token", "pos", "ids_keep", "ids_mask")
+    dispatch.check_device("decoder_tokens", **dict(zip(names, args, strict=True)))
     if OP.choose(*args) == "reference":
         return decoder_tokens_ref(*args)
     for ids in (ids_keep, ids_mask):

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,10 +130,15 @@ def why_not_dtype(*dtypes: torch.dtype) -> str | None:
 
 def check_device(what: str, **tensors: Tensor | None) -> None:
     """Raises ValueError on tensors of several devices: a kernel would read what is not there."""
-    where = {name: str(t.device) for name, t in tensors.items() if t is not None}
-    if len(set(where.values())) > 1:
-        said = ", ".join(f"{name} on {device}" for name, device in where.items())
-        raise ValueError(f"{what}: its tensors must be on one device, got {said}")
+    first = None
+    for t in tensors.values():
+        if t is None:
+            continue
+        if first is None:
+            first = t.device
+        elif t.device != first:
+            where = (f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
+            raise ValueError(f"{what}: its tensors must be on one device, got {', '.join(where)}")
 
 
 def check_ids(*ids: Tensor) -> None:
@@ -209,6 +215,17 @@ def _on_its_device(launch: Callable) -> Callable:
     return guarded
 
 
+def _not_built(kernels: str, compiler: str) -> str:
+    """Why there is no library of kernels, as far as it can be told afterwards."""
+    if not shutil.which(compiler):
+        return f"the {kernels} kernels were not built: there is no compiler ({compiler})"
+    return (
+        f"the {kernels} kernels were not built, though {compiler} is here: install mae_fast again"
+        " (pip install --no-build-isolation), or run python setup.py build_ext --inplace in a"
+        " checkout, and read what it says"
+    )
+
+
 @constant
 def load_cuda() -> str | None:
     """Load the CUDA kernels; the reason if that cannot be done, else None."""
@@ -218,7 +235,8 @@ def load_cuda() -> str | None:
 
     library = Path(__file__).resolve().parent.parent / "_cuda.so"
     if not library.exists():
-        return "the CUDA kernels were not built (nvcc and a CUDA torch are needed at installation)"
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        return _not_built("CUDA", shutil.which("nvcc") or f"{home}/bin/nvcc")
     try:
         torch.ops.load_library(str(library))
     except OSError as e:  # built for another torch, most often
@@ -262,9 +280,7 @@ def _load_cpp() -> str | None:
     folder = Path(__file__).resolve().parent.parent
     built = sorted(p.stem.removeprefix("_cpu_") for p in folder.glob("_cpu_*.so"))
     if not built:
-        reason = (
-            "the C++ kernels were not built (a C++ compiler is needed when mae_fast is installed)"
-        )
+        reason = _not_built("C++", os.environ.get("CXX", "c++").split()[0])
     else:
         name = capability if capability in built else "default"
         if name not in built:

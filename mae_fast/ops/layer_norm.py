@@ -104,6 +104,7 @@ def layer_norm(
             f"layer_norm: x {list(x.shape)}, weight {list(weight.shape)} and bias "
             f"{list(bias.shape)} do not fit"
         )
+    dispatch.check_device("layer_norm", x=x, weight=weight, bias=bias)
     dtype = dtype or x.dtype
     if OP.choose(x, weight, bias, dtype) == "reference":
         return layer_norm_ref(x, weight, bias, eps, dtype)

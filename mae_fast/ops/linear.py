@@ -93,6 +93,7 @@ OP = dispatch.Op(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], weight [N, K], bias [N] or None -> [..., N]."""
+    dispatch.check_device("linear", x=x, weight=weight, bias=bias)
     if OP.choose(x, weight) == "reference":
         return linear_ref(x, weight, bias)
     return _OneDNNLinear.apply(x, weight, bias)

@@ -174,6 +174,7 @@ def masked_mse(
             f"{list(video.shape)} do not fit: a patch has {size} values"
         )
     dispatch.check_ids(ids)
+    dispatch.check_device("masked_mse", pred=pred, video=video, ids=ids)
     args = (pred, video, ids, frames, t_patch, patch, mean, std, norm_pix)
     if OP.choose(pred, video, ids, norm_pix) == "reference":
         rows, columns = video.shape[3] // patch, video.shape[4] // patch

@@ -151,8 +151,7 @@ def patch_embed(
             f"patch_embed: weight, bias and pos {shapes} do not fit {length} tokens of {values} "
             "values"
         )
-    if any(x.device != video.device for x in (weight, bias, pos) if x is not None):
-        raise ValueError(f"patch_embed: video is on {video.device}, a parameter elsewhere")
+    dispatch.check_device("patch_embed", video=video, weight=weight, bias=bias, pos=pos)
     device = video.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         if weight.dtype != torch.float64:  # autocast lets it be

@@ -116,8 +116,7 @@ def check_clip(op: str, video: Tensor, ids: Tensor, t_patch: int, patch: int) ->
             f"{op}: video {list(video.shape)} must be [B, C, T, H, W], and ids {list(ids.shape)} "
             "[B, K]"
         )
-    if ids.device != video.device:
-        raise ValueError(f"{op}: video is on {video.device} and ids on {ids.device}")
+    dispatch.check_device(op, video=video, ids=ids)
     dispatch.check_ids(ids)
     return count_tokens(op, video.shape[2:], t_patch, patch)
 
