@@ -240,7 +240,7 @@ def load_cuda() -> str | None:
     try:
         torch.ops.load_library(str(library))
     except OSError as e:  # built for another torch, most often
-        return f"the CUDA kernels do not load: {e}"
+        return f"the CUDA kernels do not load: {e.__cause__ or e}"
     kernels = torch.ops.mae_fast_cuda
     if not kernels.runs_here():
         return f"the CUDA kernels were not built for {torch.cuda.get_device_name()}"
@@ -294,7 +294,7 @@ def _load_cpp() -> str | None:
                     return None
                 reason = f"the C++ kernels are built from other sources: {missing[0]} is not there"
             except OSError as e:  # built for another torch, most often
-                reason = f"the C++ kernels do not load: {e}"
+                reason = f"the C++ kernels do not load: {e.__cause__ or e}"  # torch hides the words
     log.warning("%s; plain torch is used in their place", reason)
     return reason
 

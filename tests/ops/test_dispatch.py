@@ -116,6 +116,31 @@ def test_without_the_kernels_the_reference_runs_and_one_line_says_so():
     assert "reference; not cpp: the C++ kernels were not built" in run.stdout
 
 
+def test_what_is_not_built_says_whether_there_is_a_compiler(tmp_path, monkeypatch):
+    (tmp_path / "compiler").write_text("")
+    (tmp_path / "compiler").chmod(0o755)
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "mae_fast/ops/dispatch.py"))
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setenv("CXX", f"{tmp_path}/compiler -v")
+    assert dispatch._load_cpp().startswith(
+        f"the C++ kernels were not built, though {tmp_path}/compiler is here: install mae_fast"
+    )
+    monkeypatch.setenv("CXX", "clang++-0")
+    said = "the C++ kernels were not built: there is no compiler (clang++-0)"
+    assert dispatch._load_cpp() == said
+
+
+def test_a_library_that_does_not_load_says_so_in_the_loaders_words(tmp_path, monkeypatch):
+    """As one built for another torch, whose symbols are not there."""
+    (tmp_path / "mae_fast").mkdir()
+    for capability in ("avx512", "avx2", "default"):
+        (tmp_path / f"mae_fast/_cpu_{capability}.so").write_text("no library\n" * 9)
+    monkeypatch.setattr(dispatch, "__file__", str(tmp_path / "mae_fast/ops/dispatch.py"))
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    reason = dispatch._load_cpp()
+    assert re.fullmatch(r"the C\+\+ kernels do not load: .*_cpu_\w+\.so: \w.* header", reason)
+
+
 def test_nothing_is_loaded_by_an_import():
     code = "import torch, mae_fast.ops; assert not torch.ops.loaded_libraries, 1"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
