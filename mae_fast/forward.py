@@ -393,6 +393,4 @@ def _norm(x: Tensor, y: Tensor | None, p: Norm) -> tuple[Tensor, Tensor]:
 
 def _product_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts x to for a product; None where it lets x be."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else None
+    return None if x.dtype == torch.float64 else dispatch.autocast_dtype(x.device.type)

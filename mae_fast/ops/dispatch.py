@@ -162,17 +162,29 @@ def check_range(ids: Tensor, length: int) -> None:
 
 
 def constant(function: Callable) -> Callable:
-    """Evaluate a function without arguments once, also while torch.compile traces.
+    """Evaluate a function once for given constants, also while torch.compile traces.
 
     As torch.compiler.assume_constant_result, whose call would import torch's compiler: a second.
     """
     cached = functools.cache(function)
 
-    def once():
-        return cached()
+    def once(*constants):
+        return cached(*constants)
 
     once._dynamo_marked_constant = True
     return once
+
+
+@constant
+def _has_autocast(device: str) -> bool:
+    """Of torch 2.11, the compiler does not know torch.amp's function."""
+    return torch.amp.is_autocast_available(device)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts products on this type of device to, as it is now; None without."""
+    on = _has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 @constant

@@ -152,11 +152,9 @@ def patch_embed(
             "values"
         )
     dispatch.check_device("patch_embed", video=video, weight=weight, bias=bias, pos=pos)
-    device = video.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        if weight.dtype != torch.float64:  # autocast lets it be
-            dtype = torch.get_autocast_dtype(device)
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtype = dispatch.autocast_dtype(video.device.type)
+    if dtype is not None and weight.dtype != torch.float64:  # autocast lets that one be
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"patch_embed: weight is {weight.dtype} and bias {bias.dtype}")
     args = (video, ids, weight, bias, pos, t_patch, patch, mean, std)
