@@ -41,7 +41,7 @@ dispatch.LIBRARY.define(
 @torch.library.register_fake("mae_fast::decoder_tokens_fwd")
 def _(visible, cls, mask_token, pos, ids_keep, ids_mask):
     batch, kept, width = visible.shape
-    tokens = (cls is not None) + kept + ids_mask.shape[1]
+    tokens = int(cls is not None) + kept + ids_mask.shape[1]
     dtype = torch.promote_types(visible.dtype, pos.dtype)
     return visible.new_empty(batch, tokens, width, dtype=dtype)
 

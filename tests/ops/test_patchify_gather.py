@@ -141,7 +141,7 @@ BAD = {
     "width": ({"video": lambda v: v[..., 1:]}, ValueError, r"\(16, 64, 63\) cannot be cut"),
     "t_patch": ({"t_patch": lambda _: 0}, ValueError, "patches of 0x16x16"),
     "patch": ({"patch": lambda _: -16}, ValueError, "patches of 2x-16x-16"),
-    "meta_ids": ({"ids": lambda i: i.to("meta")}, ValueError, "on .* and ids on meta"),
+    "meta_ids": ({"ids": lambda i: i.to("meta")}, ValueError, "on .*, ids on meta"),
     "too_large": ({"ids": lambda i: i[:, :1].expand(-1, 2**58)}, RuntimeError, "."),
 }
 
