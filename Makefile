@@ -2,7 +2,7 @@
 # make test   run the tests; ARGS="-k mask" some of them
 # make lint   check style;  make setup  only the set-up;  make clean  remove what make made
 # make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, minutes
-# make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  README and docs/report.html
+# make bench  time the ops (ARGS=--benchmark-json=FILE); make tables  docs/results.md, report.html
 # make gpu    test and time all of it on a GPU, 8 minutes; make gpu-rehearsal  the same on a CPU
 # Each does its own set-up, in .venv, once. Its options are remembered there until `make clean`:
 #   PYTHON=python3.12  the interpreter, 3.10 or newer
