@@ -244,6 +244,7 @@ def test_nothing_but_bad_videos_is_an_error_that_lists_them(tmp_path, workers):
         load(table, config(workers=workers))
     assert f"{tmp_path / '0.mp4'}: missing: no such file" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    assert {path for path, _ in caught.value.bad} == {row.path for row in table}
 
 
 def test_no_rows_is_an_error():
@@ -266,6 +267,26 @@ def test_a_killed_worker_is_seen_where_a_batch_is_waited_for(rows, step):
         for _ in range(10):
             next(batches)
     assert not multiprocessing.active_children()
+
+
+@LINUX
+def test_what_is_sent_to_a_whole_job_ends_no_worker(rows):
+    """By a scheduler to every process, by a terminal to its group: the run answers, and ends them.
+    A stopped one too."""
+    options = {"num_frames": 8, "batch_size": 2, "seed": 0, "steps": 9}
+    batches = iter(make_loader(rows, config(workers=2), **options))
+    next(batches)
+    for worker in multiprocessing.active_children():
+        assert os.getsid(worker.pid) == worker.pid
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            os.kill(worker.pid, getattr(signal, name))
+    for _ in range(7):
+        next(batches)
+    stopped = multiprocessing.active_children()
+    for worker in stopped:
+        os.kill(worker.pid, signal.SIGSTOP)
+    batches.close()
+    assert len(stopped) == 2 and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("n", [0, 2])
