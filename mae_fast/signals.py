@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 # The terminal's, the scheduler's, a closed session's, SLURM's warnings.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Told(Exception):
@@ -28,7 +28,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             # Under nohup a run is to outlive its session.
             nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            heard = [s for s in _SIGNALS if not (nohup and s == signal.SIGHUP)]
+            heard = [s for s in SIGNALS if not (nohup and s == signal.SIGHUP)]
             self._before = {s: signal.signal(s, self._on_signal) for s in heard}
         return self
 

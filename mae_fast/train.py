@@ -188,9 +188,11 @@ class Run:
         why = ", and ".join(filter(None, [stopped, lost]))
         if not self.step:
             return Interrupted(f"{why} before the first step")
-        return Interrupted(
-            f"{why} after step {self.step}, which is saved; the same command goes on from there"
-        )
+        # Who was lost may be the one that saves.
+        sure = self.world.writer or not lost
+        saved = "which is saved; the same command goes on from there"
+        saved = saved if sure else "and the same command goes on from the last checkpoint"
+        return Interrupted(f"{why} after step {self.step}, {saved}")
 
     def _graphed(self) -> graph.GraphedStep | None:
         """The step as a CUDA graph, or None where it cannot be one."""

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 
-from mae_fast import checkpoint, distributed, metrics
+from mae_fast import checkpoint, distributed, metrics, train
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
 from mae_fast.data import VideoReader, VideoRow, read_index, write_index
+from mae_fast.distributed import World
 from mae_fast.errors import ConfigError, DataError, Interrupted, NonFiniteError
 from mae_fast.train import pretrain
 
@@ -569,6 +570,16 @@ def test_a_lost_peer_leaves_what_is_whole(after, told, index, tmp_path, monkeypa
     assert [p.name[11:19] for p in (tmp_path / "run").glob("checkpoint-*")] == [
         f"{after:08d}" for _ in range(after and 1)
     ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_who_saves_says_that_it_is_saved(rank):
+    """A rank that lost another may have lost the one that writes."""
+    run = object.__new__(train.Run)
+    run.step, run.world = 7, World(rank, 2, torch.device("cpu"))
+    assert "7, which is saved" in str(run._interrupted(signal.SIGTERM))
+    words = ("which is saved", "and the same command goes on from the last checkpoint")[rank]
+    assert str(run._interrupted(0, "lost")).startswith(f"lost after step 7, {words}")
 
 
 def test_a_step_is_saved_once(index, tmp_path, monkeypatch):

@@ -25,13 +25,12 @@ from typing import Any
 import torch
 
 from mae_fast.errors import DataError
+from mae_fast.signals import SIGNALS
 
 # Seconds that a step waits for its batch before whoever makes it counts as stuck.
 _STUCK = 900.0
 _TICK = 0.1
 _AHEAD = 2  # batches asked of each worker
-# What may reach a whole process group, or all of a job: the run answers it, and ends its workers.
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def produce(
@@ -150,7 +149,7 @@ def _kill(processes: list[multiprocessing.Process]) -> None:
 def _work(make: Callable[[Any], Any], conn: Connection, parent: int) -> None:
     """A worker: tasks in, batches or errors out, until the run ends it or is gone."""
     os.setsid()
-    for each in _IGNORED:
+    for each in SIGNALS:  # sent to a whole group or job: the run answers, and ends its workers
         signal.signal(each, signal.SIG_IGN)
     torch.set_num_threads(1)
     with contextlib.suppress(OSError, EOFError):
