@@ -15,10 +15,14 @@ from mae_fast.signals import Signals, Told
 ALL = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
 
+def _unheard(signum, frame):
+    """Whose a signal is that is not heard; SIG_DFL would end the tests."""
+
+
 @pytest.fixture(autouse=True)
-def unheard():
+def handlers():
     """The tests may run under nohup, and leave every handler as it was."""
-    before = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in ALL}
+    before = {name: signal.signal(getattr(signal, name), _unheard) for name in ALL}
     yield
     for name, handler in before.items():
         signal.signal(getattr(signal, name), handler)
@@ -37,7 +41,7 @@ def test_a_signal_is_told_and_raises_only_where_a_batch_is_waited_for(name):
         assert heard.told == getattr(signal, name)
         with pytest.raises(Told):
             heard.look_up()
-    assert signal.getsignal(getattr(signal, name)) is signal.SIG_DFL
+    assert signal.getsignal(getattr(signal, name)) is _unheard
 
 
 def test_what_came_first_is_what_is_told():
@@ -100,4 +104,4 @@ def test_in_another_thread_no_handler_is_set():
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert got == [[signal.SIG_DFL] * len(ALL)]
+    assert got == [[_unheard] * len(ALL)]
