@@ -1,5 +1,6 @@
 """Triton's interpreter, made to round fp32 to bf16 as a GPU does (it cuts the digits off), to
-multiply matrices of bf16 (it multiplies their bits), and to round an fma once (before 3.9, twice).
+multiply matrices of bf16 (it multiplies their bits), to round an fma once (before 3.9, twice), and
+to count with numpy 2.4 (before 3.8 it takes the number of an array [1], which that refuses).
 
 conftest.py imports it; it changes nothing where nothing is interpreted.
 """
@@ -10,6 +11,7 @@ from mae_fast.ops import dispatch
 
 if dispatch.interpreting():
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast = InterpreterBuilder.cast_impl
@@ -42,3 +44,11 @@ if dispatch.interpreting():
         return TensorHandle(exact.astype(np.float32), tl.float32)
 
     InterpreterBuilder.create_fma = fma_rounded_once
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index
