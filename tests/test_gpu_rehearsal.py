@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -131,6 +132,43 @@ def test_rehearsal_runs_every_stage(tmp_path, tools):
     assert json.loads(path.with_name("measured.json").read_text())[configs.TRITON]["90"]
     (steps_profile,) = by_stage["profile"].values()
     assert sum(steps_profile["shares"].values()) == pytest.approx(1)
+
+
+def test_every_item_of_the_real_plans_reaches_the_device(tmp_path):
+    """Of a bare checkout, where torch says that there is a GPU: no import, name or argument stops
+    an item before that GPU would be asked."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(BLOCKER)
+    command = [sys.executable, "tests/gpu_reach.py", str(tmp_path / "records.jsonl")]
+    run = subprocess.run(
+        command,
+        cwd=bare_checkout(tmp_path / "checkout"),
+        env={
+            **os.environ,
+            "PYTHONPATH": str(tmp_path / "site"),
+            "PATH": os.path.dirname(sys.executable),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    ends: dict[str, Counter] = {}
+    for line in run.stdout.splitlines():
+        if line.count(" | ") == 2:
+            stage, _, end = line.split(" | ")
+            ends.setdefault(stage, Counter())[end] += 1
+    others = {
+        ("compile", "Declined: it is not started"): 1,
+        ("tune", "StartedError: -m benchmarks.gpu.stages.tune 0"): 1,
+        ("checks", "StartedError: -m pytest -v"): 1,
+        ("checks", "Declined: compute-sanitizer is not installed"): 1,
+    }
+    for (stage, end), count in others.items():
+        assert ends[stage].pop(end, 0) == count, (stage, end, ends[stage])
+    assert ends.keys() == {s.name for s in (*gpu.STAGES, gpu.BACKGROUND)}
+    assert {end for of in ends.values() for end in of} == {"the device"}, ends
+    assert sum(of.total() for of in ends.values()) > 150
+    print({stage: of.total() for stage, of in ends.items()})
 
 
 def test_a_second_run_skips_what_is_recorded(tmp_path, monkeypatch):
