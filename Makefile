@@ -37,20 +37,26 @@ demo: setup
 	@$(BIN)/mae-fast demo $(ARGS)
 
 # As many threads in all as there are cores. The second run is of the Triton kernels, in Triton's
-# interpreter. ARGS may leave one of the two without a test, for which pytest's exit code is 5.
+# interpreter; the third, where there is a GPU, of the ops on it. ARGS may leave a run without a
+# test, for which pytest's exit code is 5, but not all of them.
 INTERPRETED := tests/ops tests/kernels tests/test_golden.py
 test: setup
 	@cores=$$(getconf _NPROCESSORS_ONLN)
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(((cores + $(WORKERS) - 1) / $(WORKERS)))}
 	parallel=
 	if $(BIN)/python -c 'import xdist' 2> /dev/null; then parallel='-n $(WORKERS)'; fi
-	first=0
-	$(BIN)/python -m pytest $$parallel $(ARGS) || first=$$?
-	[ $$first = 0 ] || [ $$first = 5 ] || exit $$first
-	second=0
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $$parallel -o 'testpaths=$(INTERPRETED)' $(ARGS) \
-	  || second=$$?
-	[ $$first = 0 ] && [ $$second = 5 ] || exit $$second
+	ran=5
+	run() {
+	  code=0
+	  env "$$@" $$parallel $(ARGS) || code=$$?
+	  case $$code in 0) ran=0 ;; 5) ;; *) exit $$code ;; esac
+	}
+	run $(BIN)/python -m pytest
+	run TRITON_INTERPRET=1 $(BIN)/python -m pytest -o 'testpaths=$(INTERPRETED)'
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+	  run MAE_FAST_TEST_DEVICE=cuda $(BIN)/python -m pytest -o testpaths=tests/ops
+	fi
+	exit $$ran
 
 lint: setup
 	@$(BIN)/ruff check .

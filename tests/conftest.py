@@ -1,6 +1,7 @@
 """Fixtures of every test: golden figures of the official code, videos that say their number."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,10 @@ from mae_fast.model import MaskedAutoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)  # the tests run in two processes
+# The tests are the CPU's, and neither they nor what they start see a GPU. Those of the ops run on
+# one where they are given it: by make test, which finds it, and make gpu.
+if os.environ.get("MAE_FAST_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Tests under nohup would ignore it, and so would the runs that they start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
