@@ -133,8 +133,8 @@ def crop_resize_patchify_gather(
         )
     dispatch.check_ids(ids)
     other = next((i for i, f in enumerate(frames) if f.device != ids.device), 0)
-    given = {f"frames[{other}]": frames[other], "boxes": boxes, "flips": flips, "ids": ids}
-    dispatch.check_device(_NAME, **given)
+    # The reference reads boxes and flips as numbers, from wherever they are.
+    dispatch.check_device(_NAME, **{f"frames[{other}]": frames[other], "ids": ids})
     tokens = count_tokens(_NAME, (length, size, size), t_patch, patch)
     args = (frames, boxes, flips, ids, size, t_patch, patch, mean, std, dtype, channel_last)
     if OP.choose(frames, boxes, flips, ids, dtype) == "reference":
