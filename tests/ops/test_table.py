@@ -1,5 +1,5 @@
 """Every op of the engine, so that a new one cannot be forgotten: opcheck, gradcheck, compile,
-autocast, functional_call, checkpointing; it has a test, a benchmark and a row in the README."""
+autocast, functional_call, checkpointing; it has a test, a benchmark, a row in docs/results.md."""
 
 from functools import partial
 from pathlib import Path
@@ -134,7 +134,7 @@ def test_op_has_its_home(op):
     ):
         assert (ROOT / path).exists(), path
     assert (f"{op}_fwd" in registered) == (op not in UNREGISTERED)
-    assert f"| `{op}` |" in (ROOT / "README.md").read_text()
+    assert f"| `{op}` |" in (ROOT / "docs/results.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
