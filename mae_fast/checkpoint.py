@@ -44,7 +44,6 @@ def save(
     written, NonFiniteError for a state that no run could go on from; earlier checkpoints are left
     as they were.
     """
-    folder = Path(folder)
     tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
@@ -236,6 +235,6 @@ def _written_by(path: Path, run: str | None) -> bool:
     return bool(state) and state.get("run") == run and path.name == _NAME.format(state["step"])
 
 
-def _last(folder: Path) -> str:
+def _last(folder: str | Path) -> str:
     left = [p.name for p in checkpoints(folder)]
     return f"the last good checkpoint is {left[-1] if left else 'none yet'}"

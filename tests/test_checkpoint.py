@@ -114,7 +114,7 @@ def _flip(path, at: int) -> None:
 
 
 def _save(folder, step, keep=3, run="mine", steps=2):
-    return checkpoint.save(folder, step, *_trained(steps), {"run": run}, keep)
+    return checkpoint.save(str(folder), step, *_trained(steps), {"run": run}, keep)
 
 
 def _names(folder):

@@ -641,7 +641,7 @@ def two(rows, index, tmp_path_factory):
     command = [sys.executable, str(script), str(folder / "cases.pickle"), str(folder)]
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path.cwd())]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     return {
         name: (cfg, *(json.loads((folder / f"{name}.{r}.json").read_text()) for r in (0, 1)))
