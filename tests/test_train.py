@@ -858,8 +858,9 @@ sys.exit(code)
     ids=["SIGTERM", "SIGUSR1"],
 )
 def test_torchrun_hands_signals_on_and_both_ranks_save(name, options, index, tmp_path):
-    """Long before the ranks would meet to log. TORCHELASTIC_SIGNALS_TO_HANDLE is no way to ask for
-    it: torchrun writes its own over it."""
+    """Long before the ranks would meet to log, and before it kills them, after 30 s: they leave
+    codes. TORCHELASTIC_SIGNALS_TO_HANDLE is no way to ask for it: torchrun writes its own over it.
+    """
     cfg = _config(index, tmp_path / "run", steps=90_000, log_every=80_000, save_every=80_000)
     (tmp_path / "rank.py").write_text(_RANK)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
@@ -873,9 +874,8 @@ def test_torchrun_hands_signals_on_and_both_ranks_save(name, options, index, tmp
     for rank in (0, 1):
         _wait_for(tmp_path / f"ready{rank}", 120)
     process.send_signal(signal.Signals[name])
-    began = time.monotonic()
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 1 and time.monotonic() - began < 25
+    assert process.returncode == 1
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["75", "75"]
     step = _saved(tmp_path / "run")
     assert text.count(f"error: stopped by {name} after step {step}, which is saved") == 2
