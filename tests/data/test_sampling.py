@@ -147,3 +147,10 @@ def test_each_video_once_an_epoch_and_epochs_flow_on():
     assert len({tuple(order(n, seed, e)) for e in range(4)}) == 4
     assert tuple(order(n, seed, 0)) != tuple(order(n, seed + 1, 0))
     assert order(n, seed, 2).tolist() == np.random.default_rng((seed, 2)).permutation(n).tolist()
+
+
+def test_a_crop_of_a_picture_one_pixel_wide_has_a_pixel():
+    """Where no box of the wanted aspect fits, and its nearest rounds to nothing."""
+    rng = np.random.default_rng(0)
+    assert crop_box(rng, 100, 1, (0.5, 1.0), (3.0, 4.0)) == (49, 0, 1, 1)
+    assert crop_box(rng, 1, 100, (0.5, 1.0), (0.25, 1 / 3)) == (0, 49, 1, 1)
