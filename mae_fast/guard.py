@@ -9,10 +9,10 @@ import argparse
 import dataclasses
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
-from operator import itemgetter
-from types import SimpleNamespace
+from operator import getitem, itemgetter
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,13 +28,23 @@ _ROOT |= {"_is_hf_initialized", *HOOKS}
 _TRACKERS = ("torch.utils.module_tracker", "torch.distributed._tools.mod_tracker")
 _MODULE = set(vars(nn.Module()))  # what every module has
 MODES = 8  # train, eval, with a hook, checkpointed ...
+# What a layer's own forward reads of its instance, beside parameters. Others may read anything.
+_LAYERS = {
+    nn.Linear: (),
+    nn.Identity: (),
+    nn.ModuleList: (),
+    nn.Sequential: (),
+    nn.GELU: ("approximate",),
+    nn.LayerNorm: ("normalized_shape", "eps"),
+    nn.Dropout: ("training", "p", "inplace"),
+}
 
 
 class Snapshot:
     """Every module of a model with its class, attributes, children, hooks and shapes.
 
-    Not the parameters, which are read at every call. A comparison is some thirty operations on
-    whole lists, in C: hundreds of modules take less time than a kernel's launch or two.
+    Not the parameters' values, which are read at every call. A comparison is some twenty operations
+    on whole lists, in C: a ViT's hundreds of modules take 40 to 60 us.
     `written`: attributes of the model itself that its forward writes.
     """
 
@@ -42,23 +52,28 @@ class Snapshot:
         self.modules = list(model.modules())
         self.number, self.verified = 0, set()  # of Guard, and under which conditions by verify
         self.own: str | None = None  # why the model's own forward runs
+        self.bare: frozenset[nn.Module] = frozenset()  # without hooks inside, of adapters.own
         self.types = [type(m) for m in self.modules]
         self.skipped = _ROOT | set(written)
-        inside = [vars(m) for m in self.modules[1:]]
-        self.reads = [(itemgetter("training", *(d.keys() - _MODULE)), d) for d in inside]
+        self.inside = [vars(m) for m in self.modules[1:]]
+        read = [(m, names) for m in self.modules[1:] if (names := _read(m))]
+        self.reads = [(itemgetter(*names), vars(m), m) for m, names in read]
         children = [vars(m)["_modules"] for m in self.modules]
-        hooks = [d[kind] for d in inside for kind in HOOKS]
+        hooks = [d[kind] for d in self.inside for kind in HOOKS]
         self.hooked = any(hooks)
-        self.tensors = [vars(m)[kind] for m in self.modules for kind in ("_parameters", "_buffers")]
+        tensors = [vars(m)[kind] for m in self.modules for kind in ("_parameters", "_buffers")]
+        self.tensors = [d for d in tensors if d]
         self.tables = [m for m in self.modules if vars(m)["_parameters"] and vars(m)["_modules"]]
         own = [v for m in self.modules for k, v in vars(m).items() if k not in _MODULE]
-        live = [*children, *hooks]
-        self.filled = [d for d in live if d] + _containers(own)
-        self.empty = [d for d in live if not d]
         self.classes = list({c: vars(c) for t in self.types for c in _own_classes(t)}.values())
+        self.spaces, self.words, tables = _globals(self.classes)
+        live = [*children, *hooks]
+        self.filled = [d for d in live if d] + _containers([*own, *tables])
+        self.empty = [d for d in [*live, *tensors] if not d]
         self.copies = [d.copy() for d in self.filled]
         self.members = [dict(c) for c in self.classes]
         self.lengths, self.names = self._lengths(), list(chain.from_iterable(self.tensors))
+        self.kinds, self.functions = self._kinds(), self._functions()
         self.hooks_of_all = hooks_of_all()
         self.values, self.shapes, self.root = self._values(), self._shapes(), self._of_root()
 
@@ -73,7 +88,9 @@ class Snapshot:
                 and not any(self.empty)
                 and hooks_of_all() == self.hooks_of_all
                 and self.classes == self.members
+                and self._functions() == self.functions
                 and list(chain.from_iterable(self.tensors)) == self.names
+                and self._kinds() == self.kinds
                 and self._shapes() == self.shapes
                 and self._of_root() == self.root
             )
@@ -81,15 +98,22 @@ class Snapshot:
             return False
 
     def _values(self) -> list[tuple]:
-        return [read(attributes) for read, attributes in self.reads]
+        return [read(attributes) for read, attributes, _ in self.reads]
 
     def _lengths(self) -> list[int]:
-        return [len(attributes) for _, attributes in self.reads]
+        return list(map(len, self.inside))
+
+    def _kinds(self) -> list[type]:
+        """Of every parameter and buffer: a Parameter, quantised, sharded, None."""
+        return list(map(type, chain.from_iterable(map(dict.values, self.tensors))))
 
     def _shapes(self) -> list[torch.Size | None]:
         """Those of tokens and tables of positions; a layer's weights are compared by its op."""
         tensors = (t for m in self.tables for t in vars(m)["_parameters"].values())
         return [None if t is None else t.shape for t in tensors]
+
+    def _functions(self) -> list[Any]:
+        return list(map(getitem, self.spaces, self.words))
 
     def _of_root(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self.modules[0]).items() if k not in self.skipped}
@@ -98,8 +122,7 @@ class Snapshot:
         """Names of attributes that have another value, as far as it lies in these."""
         names = {m: f"{name}." if name else "" for name, m in self.modules[0].named_modules()}
         found = [k for k, v in self._of_root().items() if not _equal(v, self.root.get(k, ...))]
-        before = zip(self.modules[1:], self.values, self.reads, strict=True)
-        for module, values, (read, attributes) in before:
+        for values, (read, attributes, module) in zip(self.values, self.reads, strict=True):
             try:
                 same = read(attributes) == values
             except Exception:
@@ -107,6 +130,13 @@ class Snapshot:
             if not same and module in names:
                 found.append(f"{names[module]}*")
         return ", ".join(found[:4]) or "modules"
+
+
+def _read(module: nn.Module) -> tuple[str, ...]:
+    """The attributes that the module's own forward may read of it."""
+    if type(module) in _LAYERS:
+        return _LAYERS[type(module)]
+    return tuple(vars(module).keys() - _MODULE | vars(module).keys() & {"training"})
 
 
 def hooks_of_all() -> list[Callable]:
@@ -131,6 +161,28 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _own_classes(kind: type) -> list[type]:
     return [c for c in kind.__mro__ if c not in (nn.Module, object)]
+
+
+def _globals(classes: list[Mapping]) -> tuple[list[dict], list[str], list[dict]]:
+    """Where the functions and classes stand that the classes' code names, in its own module or in
+    one that it names (F.gelu): (names' spaces, the names); and tables of such functions."""
+    found, tables = {}, {}
+    functions = [f for c in classes for f in c.values() if isinstance(f, FunctionType)]
+    for function in functions:
+        space, words = function.__globals__, function.__code__.co_names
+        for name in words:
+            value = space.get(name)
+            if isinstance(value, ModuleType):
+                inside = vars(value)
+                more = [w for w in words if callable(inside.get(w))]
+                found |= {(id(inside), w): (inside, w) for w in more}
+            elif callable(value):
+                found[id(space), name] = space, name
+            elif isinstance(value, Mapping) and hasattr(value, "__dict__"):
+                # transformers' ALL_ATTENTION_FUNCTIONS
+                tables |= {id(d): d for d in [*vars(value).values(), *vars(type(value)).values()]}
+    spaces, names = zip(*found.values(), strict=True) if found else ((), ())
+    return list(spaces), list(names), [d for d in tables.values() if isinstance(d, dict)]
 
 
 def _containers(values: list[Any], found: dict[int, Any] | None = None) -> list[Any]:
