@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mae_fast import adapters, wrapped
+from mae_fast.adapters.own import WRAPPED, is_bare, known_bare
 from mae_fast.adapters.parts import Finding, Pixels, Unfused, noise_like
 from mae_fast.errors import AccelerateError
 from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all
@@ -225,6 +225,7 @@ class Fused:
             raise AccelerateError(f"the model has changed:\n{_table(refused)}")
         written = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
         snapshot = Snapshot(self.model, written)
+        snapshot.bare = frozenset(filter(is_bare, snapshot.modules))
         own = tuple(f.part for f in findings if f.own)
         hooked = [f for f in _hooked(self.model) if not _is_in(f.part, own)]
         if hooked:  # strict=False
@@ -236,7 +237,10 @@ class Fused:
             raise AccelerateError("uint8 clips need accelerate(model, mean=..., std=...)")
         forward = adapters.FAMILIES[self.family].forward
         with forced(**self.backends) if self.backends else contextlib.nullcontext():
-            return forward(self.model, self.pixels, *args, **kwargs)
+            if torch.compiler.is_compiling() or not self.guard.known:  # traced; a replica
+                return forward(self.model, self.pixels, *args, **kwargs)
+            with known_bare(self.guard.known[0].bare):
+                return forward(self.model, self.pixels, *args, **kwargs)
 
     def _own(self, reason: str, args: tuple, kwargs: dict):
         if reason not in self.said:
@@ -265,7 +269,7 @@ class Fused:
 
         args, kwargs = _map(one, args), _map(one, kwargs)
         # Hooks inside may be of sharding, and gather and reduce the gradients of a backward.
-        wanted = torch.is_grad_enabled() and not snapshot.hooked
+        wanted = torch.is_grad_enabled() and not (snapshot.hooked or _has_views(self.model))
         try:
             with torch.set_grad_enabled(wanted), _disable_current_modes():
                 ours, theirs = (
@@ -273,6 +277,8 @@ class Fused:
                 )
         except Unfused:
             return False
+        if not all(t.isfinite().all() for t in theirs[0]):
+            return False  # nothing can be compared; at the next call, perhaps
         dtype = _coarsest(next(self.model.parameters()))
         limit = TOLERANCE[dtype]
         worst = [_difference(a, b) for a, b in zip(ours[0], theirs[0], strict=False)]
@@ -292,19 +298,21 @@ class Fused:
         self, forward: Callable, args: tuple, kwargs: dict
     ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
         """Outputs, and the gradients of a sum of them by name, of parameters that stand for the
-        model's: its own see no gradient and call no hook."""
+        model's: its own see no gradient and call no hook. Nor are its buffers written
+        (spectral_norm's, an observer's)."""
         written = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
         before = {k: v for k, v in vars(self.model).items() if k in written}
-        params = {}
+        others = {b: b.clone() for b in self.model.buffers()}
+        asked = {}
         if torch.is_grad_enabled():
-            named = self.model.named_parameters()
-            params = {n: p.detach().requires_grad_(p.requires_grad) for n, p in named}
+            for name, p in self.model.named_parameters():
+                others[p] = p.detach().requires_grad_(p.requires_grad)
+                asked |= {name: others[p]} if p.requires_grad else {}
         device = next(self.model.parameters()).device
         try:
-            with _same_conditions(device), _reparametrize_module(self.model, params):
+            with _same_conditions(device), _stand_ins(self.model, others):
                 outputs = _tensors(forward(args, kwargs))
                 roots = [t for t in outputs if t.requires_grad]
-                asked = {n: p for n, p in params.items() if p.requires_grad}
                 if roots and asked:  # in here: a reentrant checkpoint reads the parameters again
                     cotangents = [noise_like(t) / t.numel() ** 0.5 for t in roots]
                     torch.autograd.backward(roots, cotangents)
@@ -337,16 +345,39 @@ def _dtype_of_clip(args: tuple, kwargs: dict) -> torch.dtype | None:
     return next((t.dtype for t in _tensors([args, kwargs]) if t.dim() == 5), None)
 
 
+def _has_views(model: nn.Module) -> bool:
+    """Some weights are no parameters: views, as of FSDP 1's, whose gradients go elsewhere."""
+    values = (v for m in model.modules() for v in vars(m).values())
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+@contextlib.contextmanager
+def _stand_ins(model: nn.Module, others: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Every parameter and buffer of `others` replaced, also where several modules have it."""
+    held = [vars(m)[kind] for m in model.modules() for kind in ("_parameters", "_buffers")]
+    before = [d.copy() for d in held]
+    for d in held:
+        d.update({name: others.get(t, t) for name, t in d.items()})
+    try:
+        yield
+    finally:
+        for d, was in zip(held, before, strict=True):
+            d.clear()
+            d.update(was)
+
+
 @contextlib.contextmanager
 def _same_conditions(device: torch.device) -> Iterator[None]:
-    """The same random numbers inside and afterwards, no TF32, and no cast that autocast keeps."""
+    """The same random numbers inside and afterwards, no TF32, no cast that autocast keeps, and
+    nothing that a checkpoint or save_on_cpu around the call would see saved."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
     devices = [] if device.type == "cpu" else [device]
     random = torch.random.fork_rng(devices, device_type=device.type)
     cast = _autocast(device)
     how = dict(dtype=cast, enabled=cast is not None, cache_enabled=False)
-    with random, torch.autocast(device.type, **how):
+    saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with random, saved, torch.autocast(device.type, **how):
         try:
             matmul.fp32_precision = conv.fp32_precision = "ieee"
             yield
@@ -389,7 +420,7 @@ def _examine(model: nn.Module, strict: bool) -> tuple[ModuleType | None, list[Fi
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes an nn.Module, not a {type(model).__name__}")
     inside = [name for name, _ in model.named_children()]
-    if inside in (["module"], ["_orig_mod"]):
+    if len(inside) == 1 and inside[0] in ("module", *WRAPPED):
         wrapper = type(model).__name__
         why_not = (
             f"is a {wrapper}: accelerate the model inside (.{inside[0]}), before it is wrapped"

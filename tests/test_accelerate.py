@@ -138,8 +138,8 @@ def test_eval_and_train(model, video):
     assert trained[0].requires_grad
 
 
-def test_ddp_and_fsdp2(tiny_cfg, tmp_path):
-    # Before and after the model is wrapped, and with blocks that are sharded by themselves.
+def test_ddp_and_fsdp(tiny_cfg, tmp_path):
+    # Before and after the model is wrapped, and with blocks that are sharded by themselves; FSDP 1.
     context, store = get_context("spawn"), str(tmp_path / "store")
     workers = [context.Process(target=process, args=(r, tiny_cfg, store)) for r in range(2)]
     for worker in workers:
@@ -306,6 +306,63 @@ def test_one_clip_is_compared_once(model, video, monkeypatch):
     mae_fast.accelerate(model, verify=False)
     run(model, video)
     assert sizes == [1, 1]
+
+
+def _spectral(model):
+    nn.utils.parametrizations.spectral_norm(model.blocks[0].attn.q)
+
+
+def _old_spectral(model):
+    nn.utils.spectral_norm(model.blocks[0].attn.q)
+
+
+def _observed(model):
+    """An observer gives its buffers another shape at the first call."""
+    fc1 = model.blocks[1].mlp.fc1
+    fc1.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    model.blocks[1].mlp.fc1 = torch.ao.nn.qat.Linear.from_float(fc1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("change", [_spectral, _old_spectral, _observed])
+def test_the_comparison_writes_no_buffer(model, video, change):
+    """Layers whose forward writes what the next one reads: both forwards begin at the same."""
+    torch.manual_seed(0)
+    change(model)
+    plain = copy.deepcopy(model)
+    mae_fast.accelerate(model)
+    for _ in range(3):
+        assert_close(run(model, video), run(plain, video), 1e-4)
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+
+@pytest.mark.parametrize("what", ["parameter", "module"])
+def test_the_comparison_leaves_no_gradient_in_tied_parts(model, video, what):
+    if what == "module":
+        model.blocks[1] = model.blocks[0]
+    else:
+        model.blocks[1].attn.q.weight = model.blocks[0].attn.q.weight
+    before, kept = run(model, video), dict(model.named_parameters())
+    mae_fast.accelerate(model).zero_grad()
+    loss = model(video)[0]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p is kept[n] for n, p in model.named_parameters())
+    loss.backward()
+    assert_close(run(model, video), before)
+
+
+def test_outputs_that_are_not_finite_are_compared_later(model, video):
+    bias = model.norm.bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias[0] = float("nan")
+    assert mae_fast.accelerate(model)(video)[0].isnan()
+    with torch.no_grad():
+        bias.copy_(kept)
+    model.blocks[1] = Parallel(model.blocks[1])
+    with pytest.raises(AccelerateError, match="computes something else"):
+        model(video)
 
 
 def test_a_clip_of_another_size_is_refused(model, video):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES
 from foreign import assert_close, clips, make, run
+from torch.utils.checkpoint import checkpoint
 
 import mae_fast
 from mae_fast.adapters import mae_st
@@ -148,6 +149,64 @@ def test_a_replica_of_data_parallel_runs_its_own_weights(tiny_cfg, fused):
     model.blocks[0].attn.proj_drop.p, model.blocks[0].attn.scale = 0.5, 1.0
     with pytest.raises(AccelerateError, match=r"scale: is 1\.0"):
         model._replicate_for_data_parallel()
+
+
+def _checkpointed(block):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(block)
+
+
+def _compiled(block):
+    return torch.compile(block, backend="eager")
+
+
+def _wrap_inside(block):
+    block.mlp = _compiled(block.mlp)
+    return block
+
+
+@pytest.mark.parametrize("order", ["wrapped_first", "accelerated_first", "called_first"])
+@pytest.mark.parametrize("wrap", [_checkpointed, _compiled, _wrap_inside])
+def test_blocks_that_others_wrapped(tiny_cfg, wrap, order, fused, capsys):
+    """torchtitan's torch.compile of each block, and torch's activation checkpointing: the block
+    runs as it is, by name no part of a known family."""
+    model, video = make(tiny_cfg), clips(tiny_cfg)
+    before = run(model, video)
+    if order != "wrapped_first":
+        mae_fast.accelerate(model)
+        if order == "called_first":
+            run(model, video)
+    model.blocks[0] = wrap(model.blocks[0])
+    model.decoder_blocks[0] = wrap(model.decoder_blocks[0])
+    if order == "wrapped_first":
+        mae_fast.accelerate(model)
+    for _ in range(2):
+        after, grads = run(model, video)
+        names = {
+            n.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for n in grads
+        }
+        assert names == set(before[1])
+        assert_close((after, dict(zip(before[1], grads.values(), strict=True))), before)
+    assert fused
+    mae_fast.explain(model)
+    assert "runs itself   blocks.0: is a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first_call", "later_call"])
+def test_a_checkpoint_around_the_model(tiny_cfg, first):
+    """What the comparison of the first call saves is nothing that backward makes again."""
+    model, video = make(tiny_cfg), clips(tiny_cfg)
+    before = run(model, video)
+    mae_fast.accelerate(model)
+    if not first:
+        run(model, video)
+    model.zero_grad()
+    torch.manual_seed(3)
+    out = checkpoint(model, video, use_reentrant=False)
+    out[0].backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    assert_close((tuple(t.detach() for t in out), grads), before)
 
 
 @contextlib.contextmanager

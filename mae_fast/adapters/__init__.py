@@ -17,9 +17,10 @@ An adapter is a module:
         the model's own forward.
 """
 
+import operator
 from types import ModuleType
 
-from torch import nn
+from torch import Tensor, nn
 
 from mae_fast.adapters import (
     mae_st,
@@ -42,10 +43,17 @@ def find(model: nn.Module) -> tuple[ModuleType | None, list[Finding]]:
 
     Of several adapters the one that refuses the least.
     """
-    names = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
-    missing = {f: [p for p in a.PARTS if p not in names] for f, a in FAMILIES.items()}
+    missing = {f: [p for p in a.PARTS if not _has(model, p)] for f, a in FAMILIES.items()}
     found = [(FAMILIES[f], FAMILIES[f].check(model)) for f, parts in missing.items() if not parts]
     if not found:
         what = [Finding(f, f"there is no {', no '.join(p)}") for f, p in missing.items()]
         return None, what
     return min(found, key=lambda pair: sum(f.why_not is not None for f in pair[1]))
+
+
+def _has(model: nn.Module, part: str) -> bool:
+    """There is a module or parameter of this name, also where its block is wrapped by another."""
+    try:
+        return isinstance(operator.attrgetter(part)(model), nn.Module | Tensor)
+    except AttributeError:
+        return False

@@ -1,13 +1,17 @@
 """What of a block runs as the model's own modules, inside of the fused forward.
 
-A block with hooks runs whole as its own module; one sharded by fully_shard is fused, between its
-own hooks; a linear layer that is more than that (LoRA, quantised, parametrised ...) and dropout are
-called where they stand. Everything is read at each call: what changes is computed as it then is.
+A block with hooks, or wrapped by torch.compile or a checkpoint, runs whole as its own
+module; one sharded by fully_shard is fused, between its own hooks; a linear layer that is more than
+that (LoRA, quantised, parametrised ...) and dropout are called where they stand. Everything is read
+at each call: what changes is computed as it then is.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextvars import ContextVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,6 +21,21 @@ from mae_fast.forward import Affine, Block, Layer, OwnBlock, apply_layer
 
 _PLAIN = (nn.Parameter, Tensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Children by which a module is known to stand in place of another: torch.compile's, and torch's
+# checkpoint_wrapper's and FSDP 1's.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_BARE: ContextVar[Collection[nn.Module]] = ContextVar("bare", default=())
+
+
+@contextlib.contextmanager
+def known_bare(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Modules without a hook or forward of their own inside, until the end: a call does not walk
+    through blocks whose guard has just found them as they were."""
+    token = _BARE.set(modules)
+    try:
+        yield
+    finally:
+        _BARE.reset(token)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -30,6 +49,8 @@ def block(
     module: nn.Module, read: Callable[[nn.Module], Block], call: Callable | None = None
 ) -> Block | OwnBlock:
     """read(module), the block's parameters; or what runs it, by `call` in place of module()."""
+    if not torch.compiler.is_compiling() and module in _BARE.get():
+        return read(module)
     if why_itself(module):
         return functools.partial(_itself, call or module)
     return functools.partial(_between_hooks, module, read) if is_hooked(module) else read(module)
@@ -37,17 +58,19 @@ def block(
 
 def why_itself(module: nn.Module) -> str | None:
     """Why a block runs as its own module. What only gathers its parameters is no reason."""
-    if _is_bare(module):
+    if is_bare(module):
         return None
     inside = list(module.modules())
+    if wrappers := [m for m in inside if is_wrapper(m)]:
+        return f"is a {type(wrappers[0]).__name__}, or has one inside"
     if any(map(_has_forward, inside)):
         return "has a forward of its own"
     hooked = [m for m in inside if is_hooked(m)]
     return "has hooks" if hooked and not (hooked == [module] and _is_sharded(module)) else None
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """There is no hook and no forward on any instance inside. (At every call: it must be fast.)"""
+def is_bare(module: nn.Module) -> bool:
+    """There is no hook, no wrapper and no forward on any instance inside."""
     have = vars(module)
     if (
         have["_forward_hooks"]
@@ -55,12 +78,18 @@ def _is_bare(module: nn.Module) -> bool:
         or have["_backward_hooks"]
         or have["_backward_pre_hooks"]
         or "forward" in have
+        or is_wrapper(module)
     ):
         return False
     for child in have["_modules"].values():
-        if child is not None and not _is_bare(child):
+        if child is not None and not is_bare(child):
             return False
     return True
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """It calls the one module that it wraps."""
+    return any(name in vars(module)["_modules"] for name in WRAPPED)
 
 
 def _has_forward(module: nn.Module) -> bool:

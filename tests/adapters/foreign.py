@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import mae_fast
 from mae_fast.bench.baselines import OfficialMAE
@@ -104,7 +105,7 @@ def process(rank: int, cfg: ModelConfig, store: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for how in ("ddp", "ddp_then_accelerate", "fsdp2", "fsdp2_blocks"):
+    for how in ("ddp", "ddp_then_accelerate", "fsdp2", "fsdp2_blocks", "fsdp1"):
         without, with_it = (_losses(rank, how, cfg, line) for line in (False, True))
         torch.testing.assert_close(with_it, without, rtol=1e-5, atol=0, msg=how)
         assert len(set(with_it)) == len(without)
@@ -118,8 +119,14 @@ def _losses(rank: int, how: str, cfg: ModelConfig, line: bool) -> list[float]:
     if how == "fsdp2_blocks":
         for block in (*model.blocks, *model.decoder_blocks):
             _shard(block)
-    fsdp = how.startswith("fsdp2")
-    wrapped = _shard(model) if fsdp else nn.parallel.DistributedDataParallel(model)
+    if how == "fsdp1":
+        blocks = ModuleWrapPolicy({type(model.blocks[0])})
+        on = dict(device_id=torch.device("cpu"), use_orig_params=True)
+        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=blocks, **on)
+    elif how.startswith("fsdp2"):
+        wrapped = _shard(model)
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(model)
     if line and how == "ddp_then_accelerate":
         mae_fast.accelerate(wrapped.module)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1e-2)
