@@ -1,6 +1,7 @@
 """A model that changes after its first call: computed as it then is, or refused; never ignored."""
 
 import copy
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import mae_fast
 from mae_fast.errors import AccelerateError
+from mae_fast.guard import Guard, _guards_on
 
 
 def _outputs(model, args):
@@ -179,6 +181,14 @@ def _low_rank(model):
     _block(model).attn.q.load_state_dict(q.state_dict())
 
 
+def _no_bias(model):
+    _block(model).mlp.fc1.bias = None
+
+
+def _no_norm_bias(model):
+    model.norm.bias = None
+
+
 def _table(model):
     name = "pos_embed_temporal" if hasattr(model, "pos_embed_temporal") else "pos_embed"
     table = getattr(model, name)
@@ -199,6 +209,7 @@ def _loss(model):
 CHANGES = [
     *(_dropout, _scale, _tanh, _relu, _heads, _forward_of_a_block, _forward_inside, _class),
     *(_other_block, _hook, _pre_hook, _parametrized, _eps, _low_rank, _table, _loss),
+    *(_no_bias, _no_norm_bias),
 ]
 
 
@@ -216,21 +227,92 @@ def test_a_change_after_the_first_call(tiny_cfg, change):
     assert isinstance(ours, Exception) or not _agree(before, ours)  # the change was one
 
 
+def _gelu(x, approximate="none"):
+    return 0.5 * x
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_function_that_the_models_code_names(tiny_cfg, monkeypatch, compiled):
+    """Replaced after the first call, in the module that the code names (F.gelu)."""
+    model, args = FAMILIES["mae_st"](tiny_cfg)
+    torch.compiler.reset()
+    mae_fast.accelerate(model)
+    run_it = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    run_it(*args)
+    monkeypatch.setattr(nn.functional, "gelu", _gelu)
+    with pytest.raises(Exception, match="computes something else"):
+        run_it(*args)
+
+
+def test_a_function_of_transformers(tiny_cfg, monkeypatch):
+    """One that its module names, and one in its table of attentions."""
+    model, args = FAMILIES["transformers"](tiny_cfg)
+    module = importlib.import_module(type(model).__module__)
+    name = "eager_attention_forward"
+    if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("this transformers has no table of attentions")
+    mae_fast.accelerate(model)(*args)
+
+    def nothing(module, query, key, value, *args, **kwargs):
+        return 0 * value.transpose(1, 2), None
+
+    table = module.ALL_ATTENTION_FUNCTIONS
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, nothing)
+        model.config._attn_implementation = "eager"
+        with pytest.raises(AccelerateError, match="computes something else"):
+            model(*args)
+        model.config._attn_implementation = "sdpa"
+    model(*args)
+    with monkeypatch.context() as patch:
+        patch.setitem(table._global_mapping, "sdpa", nothing)
+        with pytest.raises(AccelerateError, match="computes something else"):
+            model(*args)
+    model(*args)
+
+
+def _hook_of_a_block(model):
+    _block(model).register_forward_hook(lambda module, args, out: 2 * out)
+
+
 # Those that the own forward reads at another time than the fused one, or never: a guard is needed.
-COMPILED = [_dropout, _scale, _tanh, _forward_inside, _class, _other_block, _low_rank, _loss, _hook]
+COMPILED = [_dropout, _scale, _tanh, _forward_inside, _class, _other_block, _low_rank, _loss]
+COMPILED += [_hook_of_a_block]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, _hook_of_a_block], ids=lambda f: f.__name__[1:])
+def test_our_guard_tells_torch_compile(tiny_cfg, change):
+    model, args = FAMILIES["mae_st"](tiny_cfg)
+    guard = mae_fast.accelerate(model).forward.guard
+    model(*args)
+    assert _guards_on(guard) == _guards_on(guard) == [1]
+    change(model)
+    assert _guards_on(guard) == [-1]
+
+
+def _only_ours(guards) -> list[bool]:
+    """Of what torch.compile compares before it runs compiled code: mae_fast.guard's."""
+    kept = [isinstance(g.value, Guard) and "OPAQUE" in g.guard_type for g in guards]
+    assert any(kept)
+    return kept
 
 
 @pytest.mark.parametrize(
     ("change", "when"),
-    [(c, "after") for c in COMPILED] + [(c, "before") for c in (_dropout, _low_rank, _loss, _hook)],
+    [(c, "after") for c in COMPILED]
+    + [(c, "before") for c in (_dropout, _low_rank, _loss, _hook_of_a_block)],
     ids=lambda x: x if isinstance(x, str) else x.__name__.strip("_"),
 )
 def test_a_change_under_torch_compile(tiny_cfg, change, when):
-    """Before the first call, after `accelerate`; or between two calls."""
+    """Before the first call, after `accelerate`; or between two calls, where torch.compile's other
+    guards see most changes too: they are off."""
     model, args = FAMILIES["mae_st"](tiny_cfg)
     own = copy.deepcopy(model)
     torch.compiler.reset()
-    compiled = torch.compile(mae_fast.accelerate(model), backend="eager", fullgraph=True)
+    options = dict(guard_filter_fn=_only_ours)
+    compiled = torch.compile(
+        mae_fast.accelerate(model), backend="eager", fullgraph=True, options=options
+    )
     if when == "after":
         assert _agree(_outputs(compiled, args), _outputs(own, args))
     for each in (model, own):
@@ -238,6 +320,18 @@ def test_a_change_under_torch_compile(tiny_cfg, change, when):
     ours = _outputs(compiled, args)
     refused = isinstance(ours, Exception) and "AccelerateError" in f"{type(ours)} {ours}"
     assert refused or _agree(ours, _outputs(own, args)), ours
+
+
+def test_our_guard_alone_sees_tube_masking(tiny_cfg):
+    """PySlowFast's setting, of the masks that its forward draws."""
+    model, args = FAMILIES["slowfast"](tiny_cfg)
+    own = copy.deepcopy(model)
+    torch.compiler.reset()
+    options = dict(guard_filter_fn=_only_ours)
+    compiled = torch.compile(mae_fast.accelerate(model), backend="eager", options=options)
+    for tube in (False, True, False):
+        model.cfg.AUG.MASK_TUBE = own.cfg.AUG.MASK_TUBE = tube
+        assert _agree(_outputs(compiled, args), _outputs(own, args)), tube
 
 
 @pytest.mark.parametrize("part", ["forward_loss", "random_masking"])

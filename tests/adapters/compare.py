@@ -35,11 +35,13 @@ def results(model: nn.Module, run: Run) -> dict[str, Tensor]:
     return found | {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """|ours - theirs| / |theirs| by name. One a million times smaller than the greatest gradient is
-    rounding of 0 (a key's bias), and held to that size."""
+def differences(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], least: float = 1e-6
+) -> dict[str, float]:
+    """|ours - theirs| / |theirs| by name. A gradient a million times smaller than the greatest is
+    rounding of 0 (a key's bias), and held to that size: `least` of the greatest."""
     assert ours.keys() == theirs.keys()
-    least = 1e-6 * max(float(t.norm()) for n, t in theirs.items() if not n.startswith("output"))
+    least *= max(float(t.norm()) for n, t in theirs.items() if not n.startswith("output"))
     found = {}
     for name, want in theirs.items():
         assert (ours[name].shape, ours[name].dtype) == (want.shape, want.dtype), name
