@@ -189,6 +189,15 @@ def _no_norm_bias(model):
     model.norm.bias = None
 
 
+def _setting(model):
+    model.norm_pix_loss = not model.norm_pix_loss
+
+
+def _other_name(model):
+    held = _block(model).mlp.fc1._parameters
+    held["shift"] = held.pop("bias")
+
+
 def _table(model):
     name = "pos_embed_temporal" if hasattr(model, "pos_embed_temporal") else "pos_embed"
     table = getattr(model, name)
@@ -209,7 +218,7 @@ def _loss(model):
 CHANGES = [
     *(_dropout, _scale, _tanh, _relu, _heads, _forward_of_a_block, _forward_inside, _class),
     *(_other_block, _hook, _pre_hook, _parametrized, _eps, _low_rank, _table, _loss),
-    *(_no_bias, _no_norm_bias),
+    *(_no_bias, _no_norm_bias, _other_name, _setting),
 ]
 
 
@@ -288,6 +297,16 @@ def test_our_guard_tells_torch_compile(tiny_cfg, change):
     assert _guards_on(guard) == _guards_on(guard) == [1]
     change(model)
     assert _guards_on(guard) == [-1]
+
+
+def test_our_guard_sees_a_class_patched(tiny_cfg, monkeypatch):
+    model, args = FAMILIES["mae_st"](tiny_cfg)
+    guard = mae_fast.accelerate(model).forward.guard
+    model(*args)
+    monkeypatch.setattr(type(_block(model).mlp), "forward", lambda self, x: 0 * x)
+    assert _guards_on(guard) == [-1]
+    with pytest.raises(AccelerateError, match="computes something else"):
+        model(*args)
 
 
 def _only_ours(guards) -> list[bool]:
