@@ -1,6 +1,5 @@
 """Where the videos of an index come from: folders, lists, and the files of known datasets."""
 
-import csv
 import json
 import os
 import re
@@ -8,14 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mae_fast.data.lists import VIDEO_SUFFIXES, Entry, read_list
 from mae_fast.errors import DataError
-
-_SUFFIXES = (
-    "mp4 m4v mov mkv webm avi mpg mpeg ts m2ts mts flv wmv asf 3gp ogv vob mxf gif h264 h265 y4m"
-)
-VIDEO_SUFFIXES = frozenset("." + s for s in _SUFFIXES.split())
-# A path up to its first video suffix, then a blank or a comma, then the label.
-_LINE = re.compile(rf"(.+?\.(?:{'|'.join(_SUFFIXES.split())}))(?:\s*[,\s]\s*(.*))?", re.IGNORECASE)
+from mae_fast.fields import shown
 
 
 class Source(NamedTuple):
@@ -26,20 +20,24 @@ class Source(NamedTuple):
     segment: tuple[float, float] | None = None
 
 
-def find_videos(sources: Iterable[str | Path]) -> list[Source]:
-    """All videos of folders, lists (.txt, .csv, .json) and single files, each once, in a fixed
-    order. A file named in a list need not exist. Raises DataError."""
+def find_videos(sources: Iterable[str | Path], root: str | Path | None = None) -> list[Source]:
+    """All videos of folders, lists (.txt, .csv, .tsv, .list, .json) and single files, each once, in
+    a fixed order. Relative paths in a list begin at `root`, by default at the list's own folder. A
+    file named in a list need not exist. Raises DataError."""
     found: dict[tuple, Source] = {}
+    if root is not None and not os.path.isdir(root):
+        raise DataError(f"{root}: no such folder")
     for source in sources:
         path = Path(os.path.abspath(source))
-        if not path.exists():
+        if not os.path.exists(path):
             raise DataError(f"{source}: no such file or folder")
+        below = path.parent if root is None else Path(os.path.abspath(root))
         if path.is_dir():
             videos = _folder(path)
         elif path.suffix.lower() == ".json":
-            videos = _something_something(path)
+            videos = _something_something(path, below)
         elif path.suffix.lower() in (".txt", ".csv", ".tsv", ".list"):
-            videos = _list(path)
+            videos = _list(path, below)
         else:
             videos = iter([Source(str(path))])
         for video in videos:
@@ -70,56 +68,49 @@ def _folder(root: Path) -> Iterator[Source]:
         yield Source(path, None if parent == str(root) else os.path.basename(parent))
 
 
-def _list(path: Path) -> Iterator[Source]:
-    """Lines `path label`, `path,label` or `path`, or the CSV of Kinetics."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: not a readable list: {e}") from e
-    if lines and "youtube_id" in lines[0].split(","):
-        yield from _kinetics(path, lines)
-        return
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line.startswith("#"):
-            continue
-        match = _LINE.fullmatch(line)
-        if not match:
-            raise DataError(f"{path}: line {number} names no video: {line[:80]!r}")
-        name, label = match.groups()
-        yield Source(os.path.join(path.parent, name), (label or "").strip() or None)
-
-
-def _stems(path: Path) -> dict[str, str]:
-    """Videos beside a dataset's file and below, by name without suffix."""
-    return {os.path.splitext(os.path.basename(p))[0]: p for p in _walk(path.parent)}
-
-
-def _kinetics(path: Path, lines: list[str]) -> Iterator[Source]:
-    """Columns [label,]youtube_id,time_start,time_end,split; files `<id>_<start>_<end>` as its tools
-    name them, or `<id>`."""
-    files = _stems(path)
-    for row in csv.DictReader(lines):
-        try:
-            name, begin, end = row["youtube_id"], float(row["time_start"]), float(row["time_end"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise DataError(f"{path}: not a Kinetics list: {e!r} in {row}") from e
-        label = row.get("label") or None
-        cut = files.get(f"{name}_{int(begin):06d}_{int(end):06d}")
-        if cut:
-            yield Source(cut, label)
+def _list(path: Path, root: Path) -> Iterator[Source]:
+    entries = read_list(path, root)
+    files = _stems(root) if any(e.youtube_id and not e.path for e in entries) else {}
+    for entry in entries:
+        if entry.path:
+            yield Source(os.path.join(root, entry.path), entry.label, entry.segment)
         else:
-            whole = files.get(name, os.path.join(path.parent, f"{name}.mp4"))
-            yield Source(whole, label, (begin, end))
+            yield _youtube(entry, files, root)
 
 
-def _something_something(path: Path) -> Iterator[Source]:
+def _stems(root: Path) -> dict[str, str]:
+    """Videos below a folder, by name without suffix."""
+    return {os.path.splitext(os.path.basename(p))[0]: p for p in _walk(root)}
+
+
+def _youtube(entry: Entry, files: dict[str, str], root: Path) -> Source:
+    """Of the CSV of Kinetics: a file `<id>_<start>_<end>`, as its tools name it, or `<id>`."""
+    name, segment = entry.youtube_id, entry.segment
+    if segment:
+        cut = files.get(f"{name}_{int(segment[0]):06d}_{int(segment[1]):06d}")
+        if cut:
+            return Source(cut, entry.label)
+    return Source(files.get(name, os.path.join(root, f"{name}.mp4")), entry.label, segment)
+
+
+def _something_something(path: Path, root: Path) -> Iterator[Source]:
     """A list of objects with `id` and, but for the test set, `template` or `label`."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        ids = [(str(e["id"]), e.get("template") or e.get("label")) for e in entries]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise DataError(f"{path}: not a Something-Something list of id and label: {e!r}") from e
-    files = _stems(path)
-    for name, label in ids:
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{path}: not a readable list: {' '.join(str(e).split())}") from e
+    kind = "a Something-Something list of id and label"
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: not {kind}: {shown(entries)}")
+    files = _stems(root)
+    for number, entry in enumerate(entries, 1):
+        name = entry.get("id") if isinstance(entry, dict) else None
+        label = (entry.get("template") or entry.get("label")) if name else None
+        if (
+            not isinstance(name, str | int)
+            or not isinstance(label, str | None)
+            or "\0" in str(name)
+        ):
+            raise DataError(f"{path}: not {kind}: entry {number} is {shown(entry)}")
         label = re.sub(r"[\[\]]", "", label) if label else None
-        yield Source(files.get(name, os.path.join(path.parent, f"{name}.webm")), label)
+        yield Source(files.get(str(name), os.path.join(root, f"{name}.webm")), label)
