@@ -1,4 +1,15 @@
-"""Errors a user can act on. Each carries the exit code with which the command line leaves."""
+"""Errors a user can act on. Each carries the exit code with which the command line leaves.
+
+0    done
+1    a defect of mae_fast: a traceback
+2    wrong arguments or configuration (ConfigError and its kinds)
+65   no usable videos, a damaged index or list (DataError)
+70   not finite too often (NonFiniteError)
+73   cannot write, or a checkpoint cannot be read (WriteError, CheckpointError)
+75   told to stop: saved, the same command goes on (Interrupted)
+130  Ctrl-C outside of a run
+141  whoever read the output is gone
+"""
 
 
 class MaeFastError(Exception):
@@ -31,6 +42,12 @@ class NonFiniteError(MaeFastError):
     """The loss was NaN or infinite more often than the run allows."""
 
     exit_code = 70
+
+
+class WriteError(MaeFastError):
+    """A file could not be written: a full or read-only disk, or something else in its place."""
+
+    exit_code = 73
 
 
 class CheckpointError(MaeFastError):

@@ -18,6 +18,7 @@ from mae_fast.bench.paper import PAPER
 from mae_fast.config import ModelConfig, Variant, load_config
 from mae_fast.config import preset as make_preset
 from mae_fast.errors import ConfigError
+from mae_fast.files import write_figure
 
 VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
 # One core's time for 16 frames, every fourth of a 30 fps video, without resizing: 57-88 ms seen.
@@ -300,8 +301,7 @@ def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str
     axis.set_title(f"{clips / 1e6:.0f} M clips; lines are predictions, loading not included")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
 
 
 def _model(name: str, variant: Variant) -> ModelConfig:

@@ -1,5 +1,6 @@
 """`mae-fast reconstruct`: draw what a checkpoint makes of a video it sees a tenth of."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,8 @@ from mae_fast.config import MaskStrategy, Variant, preset
 from mae_fast.convert import load_model
 from mae_fast.data import BadVideo, VideoReader, clip_indices, crop_resize
 from mae_fast.errors import ConfigError, DataError
+from mae_fast.fields import require
+from mae_fast.files import write, write_figure
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
@@ -51,10 +54,15 @@ def reconstruct(
     suffix = Path(output).suffix
     if suffix not in (".png", ".gif", ".mp4"):
         raise ConfigError(f"output must end in .png, .gif or .mp4, got {output!r}")
+    require(len(ratio) > 0, "ratio must name at least one", ratio)
+    for r in ratio:
+        require(0 <= r < 1, "ratio must be in [0, 1)", r)
+    require(0 <= at <= 1, "at must be in [0, 1]", at)
+    require(0 < sampling_rate < 2**31, "sampling_rate must be positive", sampling_rate)
+    require(0 <= seed < 2**63, "seed must be in [0, 2^63)", seed)
     net = load_model(checkpoint, preset(model, variant) if model else None)
     clip = load_clip(video, net, at, sampling_rate)
     panels = [draw_panel(net, clip, r, strategy, seed) for r in ratio]
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".png":
         save_png(panels, output, net, Path(video).name)
     else:
@@ -150,7 +158,7 @@ def save_png(panels: list[Panel], output: str, model: MaskedAutoencoder, name: s
             title += f"   ({panel.ratio:.0%} masked, loss {panel.loss:.3f})"
         axis.set_title(title, fontsize=8, loc="left", pad=2)
         axis.axis("off")
-    figure.savefig(output, dpi=120)
+    write_figure(output, figure, dpi=120)
 
 
 def save_movie(panels: list[Panel], output: str, model: MaskedAutoencoder, name: str) -> None:
@@ -172,18 +180,20 @@ def save_movie(panels: list[Panel], output: str, model: MaskedAutoencoder, name:
         canvas.draw()
         image = np.asarray(canvas.buffer_rgba())[..., :3]
         drawn.append(np.ascontiguousarray(image[: image.shape[0] // 2 * 2]))
+    content = io.BytesIO()
     if output.endswith(".gif"):
         from PIL import Image
 
         first, *rest = [Image.fromarray(d) for d in drawn]
-        first.save(output, save_all=True, append_images=rest, duration=170, loop=0)
-        return
+        first.save(content, "gif", save_all=True, append_images=rest, duration=170, loop=0)
+        return write(output, content.getvalue())
     import av
 
-    with av.open(output, "w") as container:
+    with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=6)
         stream.height, stream.width = drawn[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for image in drawn:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+    write(output, content.getvalue())

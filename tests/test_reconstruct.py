@@ -75,3 +75,35 @@ def test_what_cannot_be_drawn_is_said(trained, folder, tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     with pytest.raises(DataError, match=r"empty\.mp4"):
         reconstruct(trained[0], str(tmp_path / "empty.mp4"), str(tmp_path / "out.png"))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_a_name_is_no_mathematics(trained, folder, tmp_path, suffix):
+    """matplotlib reads what stands between two $ as TeX."""
+    video = tmp_path / "$x_{$.mp4"
+    video.symlink_to(folder / "v0.mp4")
+    reconstruct(trained[0], str(video), str(tmp_path / f"$x_{{$ out{suffix}"), sampling_rate=1)
+    assert (tmp_path / f"$x_{{$ out{suffix}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(ratio=(0.9, 1.0)), r"ratio must be in \[0, 1\), got 1.0"),
+        (dict(ratio=(-0.1,)), "got -0.1"),
+        (dict(ratio=(float("nan"),)), "got nan"),
+        (dict(ratio=()), "ratio must name at least one"),
+        (dict(at=float("nan")), r"at must be in \[0, 1\], got nan"),
+        (dict(at=1.5), "got 1.5"),
+        (dict(sampling_rate=0), "sampling_rate must be positive, got 0"),
+        (dict(sampling_rate=-1), "got -1"),
+        (dict(seed=-1), "seed must be in .*, got -1"),
+        (dict(seed=2**64), "seed must be in"),
+        (dict(model="vit_tny"), "did you mean 'vit_tiny'"),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_refused(trained, folder, tmp_path, options, said):
+    with pytest.raises(ConfigError, match=said):
+        reconstruct(trained[0], str(folder / "v0.mp4"), str(tmp_path / "out.png"), **options)
+    assert not (tmp_path / "out.png").exists()

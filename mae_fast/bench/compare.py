@@ -14,6 +14,7 @@ import tyro
 from mae_fast.bench import records
 from mae_fast.bench.records import Record
 from mae_fast.errors import ConfigError
+from mae_fast.files import write_figure
 
 DRAWS = 4000  # of the bootstrap
 CONFIDENCE = 0.95
@@ -165,8 +166,7 @@ def history(
         axis.set(ylabel="seconds", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    write_figure(output, figure, dpi=110)
     print(f"wrote {output}: {len(panels)} panels, medians with 95% intervals")
 
 

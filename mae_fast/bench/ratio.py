@@ -40,6 +40,7 @@ from mae_fast.bench.records import append, read
 from mae_fast.bench.timing import clock, interleave
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
+from mae_fast.files import write
 from mae_fast.profile.trace import trace
 
 RATIOS = (0.0, 0.5, 0.75, 0.8, 0.9, 0.95, 0.98)
@@ -123,7 +124,7 @@ def write_page(path: Path) -> Path:
     from mae_fast.report import build as build_page
 
     page = path.with_name("report.html")
-    page.write_text(build_page(read(path), [str(path)]).html())
+    write(page, build_page(read(path), [str(path)]).html())
     return page
 
 

@@ -62,15 +62,17 @@ def read(path: str | Path) -> list[Record]:
     """The records of a file, oldest first: one a line, or one document (profile.json). ConfigError,
     with the line, for what is none."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not records: {e}") from e
     found = []
     lines = [text] if Path(path).suffix == ".json" else text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"{path}:{number}: not JSON: {e}") from e
         wrong = problems(record)
         if wrong:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_fast.bench.records import title
+from mae_fast.files import write_figure
 
 log = logging.getLogger("mae_fast")
 HOLDERS = 8  # shown apart; the rest is one
@@ -133,5 +134,5 @@ def _figure(size: tuple[float, float]):
 
 
 def _save(figure, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, dpi=130)
     return path

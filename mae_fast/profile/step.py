@@ -20,6 +20,8 @@ from mae_fast.bench.records import title
 from mae_fast.bench.timing import clock, interleave, spread
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
+from mae_fast.files import write as write_file
+from mae_fast.files import writing
 from mae_fast.profile.memory import Timeline, timeline
 from mae_fast.profile.trace import Trace, Where, trace
 from mae_fast.profile.work import Work, least
@@ -84,7 +86,8 @@ def profile(
         run_with_nvtx(cells[0], setting, batch)
         return
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     told = profile_steps(cells, setting, batch, folder, with_data, workers)
     told["files"] = write(told, folder, device)
     if json:
@@ -294,7 +297,7 @@ def write(told: dict[str, Any], folder: Path, device: str) -> list[str]:
     """profile.json and the pictures; the files' names, the traces among them."""
     from mae_fast.profile.pictures import draw_memory, draw_roofline
 
-    (folder / "profile.json").write_text(jsonlib.dumps(told) + "\n")
+    write_file(folder / "profile.json", jsonlib.dumps(told) + "\n")
     files = [folder / "profile.json"]
     files += [folder / f"{engine['engine']}.trace.json" for engine in told["engines"]]
     files += [draw(told, folder) for draw in (draw_roofline, draw_memory)]

@@ -12,6 +12,7 @@ from mae_fast.bench.records import Record
 from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import share, spread
 from mae_fast.errors import ConfigError
+from mae_fast.files import write, write_figure
 from mae_fast.profile.pictures import memory as memory_figure
 from mae_fast.profile.pictures import roofline as roofline_figure
 from mae_fast.report import pictures
@@ -35,19 +36,18 @@ def report(
         output: the page.
         png: write the figures into this folder too.
     """
+    if not results:
+        raise ConfigError("report: name at least one file of records or a folder of them")
     found = [r for path in records.files(results) for r in records.read(path)]
     found = [r for r in found if r.get("model") != "quick"] or found
     if not found:
         raise ConfigError(f"{', '.join(results)}: no records")
     page = build(found, results)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_text(page.html())
+    write(output, page.html())
     said = f"wrote {output}: {len(found)} records"
     if png:
-        folder = Path(png)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in page.figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=200)
+            write_figure(Path(png) / f"{name}.png", figure, dpi=200)
         said += f"; {len(page.figures)} PNG in {png}"
     print(said)
 

@@ -1,0 +1,50 @@
+"""Files that a command leaves: whole or not at all, and one line where they cannot be written."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mae_fast.errors import ConfigError, WriteError
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raises WriteError, with the file's name, for an OSError inside."""
+    try:
+        yield
+    except OSError as e:
+        raise WriteError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a file, and the folders above it, whole or not at all. Raises WriteError."""
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    with writing(path):
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():  # a device, a pipe: nothing to put in place
+            target.write_bytes(data)
+            return
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_figure(path: str | Path, figure: Any, dpi: int) -> None:
+    """Write a matplotlib figure in the format that the file's name ends in."""
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format=Path(path).suffix[1:] or "png", dpi=dpi)
+    except ValueError as e:  # no such format
+        raise ConfigError(f"{path}: {e}") from e
+    write(path, content.getvalue())

@@ -1,0 +1,142 @@
+"""A disk that is full or read-only, or a name that cannot be: one line and exit code 73."""
+
+import errno
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from mae_fast import MaskedAutoencoder, checkpoint, cli, files, preset
+from mae_fast.config import Config, to_dict
+from mae_fast.data.index import VideoRow, write_index
+from mae_fast.errors import ConfigError, WriteError
+
+RECORD = (
+    '{"what": "x", "precision": "fp32", "baseline": "a", "seconds": {"a": [1.0]}, "environment": '
+    '{"mae_fast": "1", "python": "3", "torch": "2", "cpu": "c", "commit": "d"}}\n'
+)
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """{what is written: the command that writes it to a path}."""
+    folder = tmp_path_factory.mktemp("commands")
+    cfg = preset("vit_tiny", img_size=32, depth=1, decoder_depth=1)
+    model = MaskedAutoencoder(cfg)
+    state = {"config": to_dict(Config(model=cfg))}
+    saved = checkpoint.save(folder, 1, model, torch.optim.SGD(model.parameters()), state, keep=1)
+    import av
+
+    with av.open(str(folder / "v.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 64
+        for i in range(20):
+            frame = np.full((64, 64, 3), 10 * i, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    (folder / "records.jsonl").write_text(RECORD)
+    video, drawn = str(folder / "v.mp4"), ["reconstruct", "--checkpoint", str(saved)]
+    return {
+        "index.jsonl": ["index", video, "--workers", "1", "-o"],
+        "index.parquet": ["index", video, "--workers", "1", "-o"],
+        **{f"{x}.{x}": [*drawn, "--video", video, "-o"] for x in ("png", "gif", "mp4")},
+        "out.safetensors": ["convert", str(saved), "--to", "slowfast", "-o"],
+        "page.html": ["report", str(folder / "records.jsonl"), "-o"],
+    }
+
+
+WRITTEN = ["index.jsonl", "index.parquet", "png.png", "gif.gif", "mp4.mp4"]
+WRITTEN += ["out.safetensors", "page.html"]
+
+
+def refusal(command, path, capsys) -> str:
+    assert cli.main([*command, str(path)]) == 73
+    said = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert said.startswith("error: cannot write ") and str(path) in said, said
+    return said
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(name, commands, tmp_path, capsys):
+    """The kernel refuses files longer than 200 bytes, as a full disk does."""
+    if name == "index.parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(b"before")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        said = refusal(commands[name], path, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in said
+    assert path.read_bytes() == b"before"
+    assert sorted(set(os.listdir(tmp_path)) - {name + ".partial"}) == [name]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_read_only_disk_is_one_line(name, commands, tmp_path, capsys, monkeypatch):
+    """Root may write everywhere, so the system's answer is given by hand."""
+    if name == "index.parquet":
+        pytest.importorskip("pyarrow")
+    import builtins
+
+    opened = builtins.open
+
+    def read_only(path, mode="r", *args, **kwargs):
+        if str(path).startswith(str(tmp_path)) and set(mode) & set("wax+"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", read_only)
+    if name == "out.safetensors":
+        monkeypatch.setattr(checkpoint, "save_file", lambda t, path, m: read_only(path, "wb"))
+    said = refusal(commands[name], tmp_path / name, capsys)
+    assert "Read-only file system" in said and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_folder_or_a_file_in_the_way_is_one_line(name, commands, tmp_path, capsys):
+    if name == "index.parquet":
+        pytest.importorskip("pyarrow")
+    (tmp_path / "file").touch()
+    (tmp_path / name).mkdir()
+    refusal(commands[name], tmp_path / name, capsys)
+    refusal(commands[name], tmp_path / "file" / name, capsys)
+
+
+def test_a_device_is_written_to_not_replaced(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    (tmp_path / "link.jsonl").symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=r"link\.jsonl: No space left on device"):
+        write_index([VideoRow("a.mp4", frames=3, fps=1.0)], tmp_path / "link.jsonl")
+    assert (tmp_path / "link.jsonl").is_symlink() and os.path.exists("/dev/full")
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    files.write(tmp_path / "link", "text \udcff")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there").read_bytes() == b"text \xff"
+
+
+def test_a_disk_fault_of_any_command_is_one_line(monkeypatch, capsys):
+    from mae_fast import info
+
+    def fail(json: bool = False) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/x.json")
+
+    monkeypatch.setattr(info, "info", fail)
+    assert cli.main(["info"]) == 73
+    assert capsys.readouterr().err == "error: cannot write /runs/x.json: No space left on device\n"
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(tmp_path):
+    from matplotlib.figure import Figure
+
+    with pytest.raises(ConfigError, match=r"a\.xyz"):
+        files.write_figure(tmp_path / "a.xyz", Figure(), dpi=50)
