@@ -4,16 +4,21 @@ A verb's module is imported when the verb is called, so that `mae-fast --help` i
 arguments are those of the function: names, types, defaults and help come from its signature.
 """
 
+import contextlib
 import difflib
+import errno
+import functools
 import importlib
 import inspect
+import io
 import os
+import re
 import sys
 from typing import Annotated
 
 import tyro
 
-from mae_fast.errors import ConfigError, MaeFastError
+from mae_fast.errors import ConfigError, MaeFastError, WriteError
 
 # verb -> (module, function, help). A verb may be two words.
 VERBS = {
@@ -45,10 +50,15 @@ VERBS = {
 }
 
 
+# A disk's faults, not a defect's, wherever a file is written.
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, the error's own, 130 for Ctrl-C, 141 for a closed
-    pipe. An error that a user can act on is one line on stderr. Help (0) and wrong arguments (2)
-    leave by SystemExit, as argparse has it."""
+    """Run one verb and return the exit code: 0, or one of mae_fast/errors.py. An error that a user
+    can act on is one line on stderr. Help leaves by SystemExit(0), as argparse has it."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         try:
             return _run(list(sys.argv[1:] if argv is None else argv))
@@ -59,9 +69,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _ended("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read stdout is gone: leave nothing for the interpreter to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 141
+    except OSError as e:
+        if e.errno not in _DISK:
+            raise
+        if not e.filename:
+            _forget_stdout()
+        said = f"error: cannot write {e.filename or 'to stdout'}: {e.strerror}"
+        return _ended(said, WriteError.exit_code)
+
+
+def _forget_stdout() -> None:
+    """Whoever read stdout is gone: leave nothing for the interpreter to flush at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _ended(words: str, code: int) -> int:
@@ -79,22 +101,29 @@ def index(
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "index.jsonl",
     workers: int | None = None,
     verify: bool = False,
+    root: str | None = None,
 ) -> None:
     """List every video of the sources in one index file; a broken one becomes a row with its
     reason. Running the same command again goes on where it stopped.
 
+    A list holds a path a line and, after blanks, a tab or a comma, a label, `frames label`,
+    `start end` (seconds) or these and a label; a first line may name the columns (path, label,
+    frames, start, end; others are not read), and must where numbers could mean two things. The CSV
+    of Kinetics and the JSON of Something-Something are lists too.
+
     Args:
-        sources: folders of videos, and lists of `path label` or `path,label` lines.
+        sources: folders of videos, and lists of them (.txt, .csv, .tsv, .list, .json).
         output: the index to write: .jsonl, or .parquet (needs pyarrow).
         workers: processes that read the videos; by default one a core.
         verify: decode all of every video and count its damaged frames; by default this is done
             only where packets look suspicious.
+        root: where the relative paths of lists begin; by default each list's own folder.
     """
     from mae_fast.data import build_index
 
     if not sources:
         raise ConfigError("index: name at least one folder of videos or CSV file")
-    print(build_index(sources, output, workers=workers, verify=verify))
+    print(build_index(sources, output, workers=workers, verify=verify, root=root))
 
 
 def pretrain(args: list[str]) -> None:
@@ -108,11 +137,11 @@ def pretrain(args: list[str]) -> None:
 
     options = dict(prog="mae-fast pretrain CONFIG.toml", description=inspect.getdoc(pretrain))
     if args[:1] in ([], ["-h"], ["--help"]):
-        tyro.cli(Config, args=["--help"], **options)
+        _parse(Config, ["--help"], **options)
     if args[0].startswith("-"):
         raise ConfigError(f"pretrain: the first argument is the TOML file, got {args[0]!r}")
     default = load_config(args[0])
-    cfg = tyro.cli(Config, default=default, args=args[1:], **options)
+    cfg = _parse(Config, args[1:], default=default, **options)
     importlib.import_module("mae_fast.train").pretrain(cfg)
 
 
@@ -129,8 +158,54 @@ def _run(argv: list[str]) -> int:
     if function is pretrain:
         pretrain(args)
     else:
-        tyro.cli(function, prog=f"mae-fast {verb}", args=args)
+        _parse(_later(function), args, prog=f"mae-fast {verb}")()
     return 0
+
+
+def _later(function):
+    """The same arguments and help, but a call of the function without arguments in its place."""
+
+    @functools.wraps(function)
+    def bound(*args, **options):
+        return functools.partial(function, *args, **options)
+
+    return bound
+
+
+def _parse(what, args: list[str], **options):
+    """What tyro makes of the arguments. Raises ConfigError, in one line, where it refuses them."""
+    said, columns = io.StringIO(), os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(args):
+        os.environ["COLUMNS"] = "10000"  # its box is taken apart: no line is to be broken
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(what, args=args, **options)
+    except SystemExit as e:
+        if e.code in (0, None):
+            raise
+        raise ConfigError(f"{options['prog']}: {_one_line(said.getvalue())}") from None
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _one_line(box: str) -> str:
+    """The sentence of tyro's box, and the option that was perhaps meant."""
+    _title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    parts: list[list[str]] = [[]]
+    for line in (re.sub(r"^[│ ] | *│?$", "", x) for x in lines):
+        if not line.strip("─-╰╯ "):
+            parts.append([])
+        elif not line.startswith(" " * 8):  # deeper lines are an option's help
+            parts[-1].append(line.strip())
+    parts = [part for part in parts if part]
+    text = " ".join(x for x in parts[0] if not x.startswith(("Got errors", "- <class")))
+    for part in parts[1:]:
+        if part and part[0].startswith(("Perhaps you meant", "Arguments similar")):
+            text += f"; did you mean {part[1].split()[0]}?"
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return f"{text} (--help tells all)"
 
 
 def _help() -> str:

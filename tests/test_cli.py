@@ -1,9 +1,12 @@
 """The mae-fast command: help, exit codes, and what it says when something is wrong."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -132,11 +135,11 @@ def test_index_passes_its_arguments(monkeypatch):
     monkeypatch.setitem(sys.modules, "mae_fast.data", data)
     assert exit_code(["index", "a", "b.csv", "-o", "c.jsonl"]) == 0
     assert exit_code(["index", "a", "--workers", "3"]) == 0
-    assert exit_code(["index", "a", "--verify"]) == 0
+    assert exit_code(["index", "a", "--verify", "--root", "d"]) == 0
     assert calls == [
-        (["a", "b.csv"], "c.jsonl", None, False),
-        (["a"], "index.jsonl", 3, False),
-        (["a"], "index.jsonl", None, True),
+        (["a", "b.csv"], "c.jsonl", None, False, None),
+        (["a"], "index.jsonl", 3, False, None),
+        (["a"], "index.jsonl", None, True, "d"),
     ]
 
 
@@ -239,3 +242,80 @@ def test_an_error_that_nobody_can_read_leaves_with_its_code(words, stderr):
         if stderr == "pipe":
             process.stderr.close()
         assert process.stdout.read() == b"" and process.wait() == 2
+
+
+REFUSED = {
+    "unknown_option": (["index", "v", "--no-such", "3"], ["index: ", "--no-such", "3"]),
+    "near_option": (["index", "v", "--worker", "3"], ["--worker", "did you mean --workers?"]),
+    "wrong_kind": (["index", "v", "--workers", "many"], ["--workers", "'many'"]),
+    "no_value": (["index", "v", "--workers"], ["Missing value for argument '--workers'"]),
+    "no_option": (["reconstruct", "--checkpoint", "a"], ["reconstruct: Missing", "--video STR"]),
+    "choice": (
+        ["reconstruct", "--checkpoint", "a", "--video", "b", "--strategy", "x"],
+        ["'x' for argument '--strategy'. Expected one of ('random', 'tube'"],
+    ),
+    "number": (
+        ["convert", "a", "--to", "mae_st", "-o", "b", "--img-size", "x"],
+        ["--img-size", "x"],
+    ),
+    "verb": (["train", "--no-such"], ["unknown verb 'train'; did you mean 'pretrain'"]),
+    "long": (["index", "v", "--" + "x" * 9999], ["--xxx", "..."]),
+    "of_a_config": (["pretrain", "CONFIG", "--train.steps", "x"], ["--train.steps", "'x'"]),
+    "impossible": (["pretrain", "CONFIG", "--train.steps", "-3"], ["train.steps", "-3"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_arguments_are_refused_in_one_line(name, encoding, config, trained, monkeypatch, capsys):
+    """tyro draws another box where the terminal has no lines to draw it with."""
+    argv, words = REFUSED[name]
+    monkeypatch.setattr(
+        sys,
+        "stdout",
+        types.SimpleNamespace(
+            encoding=encoding, write=sys.stdout.write, flush=sys.stdout.flush, isatty=lambda: False
+        ),
+    )
+    assert exit_code([config if a == "CONFIG" else a for a in argv]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and out == "", err
+    assert len(err) < 500 and not set("│╭─") & set(err), err
+    assert all(word in err for word in words), err
+    assert not trained
+
+
+def test_a_refusal_leaves_the_environment_and_help_the_width_of_the_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert exit_code(["index", "--no-such"]) == 2
+    assert os.environ["COLUMNS"] == "60"
+    monkeypatch.delenv("COLUMNS")
+    assert exit_code(["index", "--no-such"]) == 2 and "COLUMNS" not in os.environ
+    assert exit_code(["index", "--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 1000
+
+
+def test_documented_exit_codes_are_the_codes():
+    """In the docstring of errors.py, and in the README where it names one."""
+    said = dict(re.findall(r"^(\d+) +(.*)$", errors.__doc__, re.M))
+    kinds = [e for e in vars(errors).values() if isinstance(e, type)]
+    for kind in kinds:
+        if kind is not errors.MaeFastError:
+            assert str(kind.exit_code) in said, kind
+    for code, words in said.items():
+        for name in re.findall(r"\w+Error|Interrupted", words):
+            assert str(getattr(errors, name).exit_code) == code
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    codes = re.search(r"Exit codes:([^.]*)\.", readme)[1]
+    assert set(re.findall(r"\d+", codes)) <= set(said)
+
+
+def test_a_full_stdout_is_one_line():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([*COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (run.returncode, run.stderr) == (
+        73,
+        "error: cannot write to stdout: No space left on device\n",
+    )
