@@ -5,6 +5,7 @@ or another dataclass.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 import os
@@ -20,13 +21,26 @@ def check_fields(it: Any, section: str = "") -> None:
     Lists become the tuples they stand for, whole numbers floats, paths strings. Raises ConfigError
     with the key (`section`.field) and the value; a number that is not finite is refused.
     """
-    for f in dataclasses.fields(it):
-        key = f"{section}.{f.name}" if section else f.name
-        object.__setattr__(it, f.name, typed(key, getattr(it, f.name), f.type))
+    for name, kind in _kinds(type(it)):
+        value = getattr(it, name)
+        # Most fields of most rows of a long index: nothing to be done.
+        if type(value) is kind and (kind is int or kind is bool):
+            continue
+        key = f"{section}.{name}" if section else name
+        object.__setattr__(it, name, typed(key, value, kind))
+
+
+@functools.cache
+def _kinds(cls: type) -> list[tuple[str, Any]]:
+    return [(f.name, f.type) for f in dataclasses.fields(cls)]
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind` has it. Raises ConfigError that names `key`."""
+    if kind is str and type(value) is str and "\0" not in value:
+        return value
+    if kind is float and type(value) is float and math.isfinite(value):
+        return value
     origin, args = get_origin(kind), get_args(kind)
     if origin is types.UnionType:  # kind | None
         return None if value is None else typed(key, value, args[0])

@@ -702,7 +702,7 @@ def _edited(index, path, edit) -> str:
         lambda rows: rows + rows[:1],
         lambda rows: [{**rows[0], "frames": 39}, *rows[1:]],
         lambda rows: [{**rows[0], "fps": 24.0}, *rows[1:]],
-        lambda rows: [{**rows[0], "start": 1}, *rows[1:]],
+        lambda rows: [{**rows[0], "start": 1, "total": 41}, *rows[1:]],
         lambda rows: [*rows[:-1], {**rows[-1], "error": "empty: 0 bytes"}],
     ],
     ids=["removed", "reversed", "grown", "frames", "fps", "segment", "broken"],

@@ -5,6 +5,7 @@ build_index makes it from folders, lists and dataset files (see sources.py), rea
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import queue
@@ -12,19 +13,26 @@ import select
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from mae_fast.data.sources import Source, find_videos
 from mae_fast.data.timeline import Access
-from mae_fast.errors import DataError
+from mae_fast.errors import ConfigError, DataError
+from mae_fast.fields import check_fields, require, shown
+from mae_fast.files import write, writing
+
+_MOST = 2**31 - 1  # frames, pixels, frames a second: beyond it numbers overflow
+_MANY_PACKETS = 10**7
+_COUNTS = ("start", "frames", "fps", "duration", "width", "height", "bytes", "total", "gop")
 
 
 @dataclass(frozen=True)
 class VideoRow:
     """One video of an index: `frames` usable frames from frame `start` on, at `fps` on average.
+    Raises ConfigError with the column and the value for what no video has.
 
     duration in seconds, width and height in pixels as displayed, mtime in seconds. Upright is: the
     picture flipped left to right if mirrored, then turned by rotation degrees counterclockwise.
@@ -55,12 +63,37 @@ class VideoRow:
     gop: int = 0
     damaged: int = -1
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.path != "", "path must name a file", self.path)
+        for name in _COUNTS:
+            value, most = getattr(self, name), 2**63 - 1 if name == "bytes" else _MOST
+            if not 0 <= value <= most:
+                raise ConfigError(f"{name} must be in [0, {most}], got {shown(value)}")
+        require(self.rotation % 90 == 0, "rotation must be in quarters of a turn", self.rotation)
+        require(-1 <= self.damaged <= _MOST, "damaged must be -1 or a count", self.damaged)
+        end = self.start + self.frames
+        if self.total and end > self.total:
+            raise ConfigError(f"start and frames end at {end}, after a total of {self.total}")
+        require(_few(self.hidden), "hidden must be ranges of packets as 0-3,17", self.hidden)
+
     @property
     def access(self) -> Access | None:
         """How the file's frames are found; None in an index that did not look."""
         if not self.total:
             return None
         return Access(self.total, self.ordered, self.seekable, self.hidden, self.damaged == 0)
+
+
+def _few(hidden: str) -> bool:
+    """Whether a text is ranges of packets, and no more of them than a video can have."""
+    if not hidden:
+        return True
+    ends = [part.split("-") for part in hidden.split(",")]
+    if not all(len(e) <= 2 and all(x.isdecimal() and len(x) < 10 for x in e) for e in ends):
+        return False
+    lengths = [int(e[-1]) - int(e[0]) for e in ends]
+    return min(lengths) >= 0 and sum(lengths) <= _MANY_PACKETS
 
 
 _COLUMNS = [f.name for f in dataclasses.fields(VideoRow)]
@@ -93,17 +126,21 @@ def build_index(
     timeout: float = 300.0,
     progress: bool = True,
     verify: bool = False,
+    root: str | Path | None = None,
 ) -> IndexSummary:
     """Probe every video of `sources` in parallel processes and write `out` (.jsonl or .parquet).
+
+    Relative paths in lists begin at `root`, by default at each list's own folder.
 
     Rows are kept in `<out>.partial` as they come: a second call goes on from there, and takes over
     the good rows of `out` whose file has the same size and time. A file that takes longer than
     `timeout` seconds, or kills its process, becomes a row with an error. verify decodes all of
-    every video, and counts its damaged frames. Raises DataError.
+    every video, and counts its damaged frames. Raises DataError, and WriteError where `out` cannot
+    be written.
     """
     out = Path(out)
     _check_format(out)
-    found = find_videos(sources)
+    found = find_videos(sources, root)
     if not found:
         raise DataError(f"no videos in {', '.join(map(str, sources))}")
     partial = out.with_name(out.name + ".partial")
@@ -122,13 +159,15 @@ def build_index(
         else:
             todo.append(source)
     reused = len(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    end_last_line(partial)
-    with open(partial, "a") as log, _bar(len(found), reused, progress) as advance:
+    with writing(partial):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        end_last_line(partial)
+        log = open(partial, "ab", buffering=0)  # nothing is left to be written at its end
+    with log, _bar(len(found), reused, progress) as advance:
         for source, row in _probe_all(todo, workers or os.cpu_count() or 1, timeout, verify):
             rows[source] = row
-            log.write(json.dumps(dataclasses.asdict(row)) + "\n")
-            log.flush()
+            with writing(partial):
+                log.write(json.dumps(dataclasses.asdict(row)).encode() + b"\n")
             advance()
     ordered = [rows[source] for source in found]
     write_index(ordered, out)
@@ -146,24 +185,33 @@ def read_index(path: str | Path, broken: bool = False) -> list[VideoRow]:
     columns, no usable video.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{path}: no such index; make one with `mae-fast index FOLDER -o {path}`")
-    try:
-        records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-        for record in records:
-            if "path" not in record or set(record) - set(_COLUMNS):
-                raise DataError(
-                    f"{path}: not an index: columns {', '.join(map(str, record))} "
-                    f"(expected {', '.join(_COLUMNS)})"
-                )
-        folder = path.absolute().parent
-        rows = [VideoRow(**{**r, "path": os.path.join(folder, r["path"])}) for r in records]
-    except (OSError, ValueError, TypeError) as e:
-        raise DataError(f"{path}: not a readable index: {e}") from e
-    good = [r for r in rows if not r.error and r.frames > 0 and r.fps > 0]
+    records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    folder = path.absolute().parent
+    rows = [_checked(path, number, record, folder) for number, record in records]
+    good = [r for r in rows if not r.error]
     if not good:
         raise DataError(f"{path}: no usable videos among {len(rows)} rows")
     return rows if broken else good
+
+
+def _checked(path: Path, number: int, record: dict, folder: Path) -> VideoRow:
+    """The row of a record. DataError that names the file, the row, the column and the value."""
+    unknown = set(record) - set(_COLUMNS)
+    if "path" not in record or unknown:
+        raise DataError(
+            f"{path}: row {number}: not an index: columns {', '.join(map(str, record))} "
+            f"(expected {', '.join(_COLUMNS)})"
+        )
+    try:
+        row = VideoRow(**record)
+        for name in () if row.error else ("frames", "fps"):
+            require(getattr(row, name) > 0, f"{name} must be positive", getattr(row, name))
+    except ConfigError as e:
+        raise DataError(f"{path}: row {number}: {e}") from None
+    object.__setattr__(row, "path", os.path.join(folder, row.path))
+    return row
 
 
 def end_last_line(path: Path) -> None:
@@ -190,19 +238,50 @@ def _pyarrow():
     return pyarrow
 
 
-def _read_parquet(path: Path) -> list[dict]:
-    return _pyarrow().parquet.read_table(path).to_pylist()
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number from 1, row) of each; bytes are text that is not UTF-8."""
+    arrow = _pyarrow()
+    try:
+        with arrow.parquet.ParquetFile(path) as file:
+            twice = [name for name, n in Counter(file.schema_arrow.names).items() if n > 1]
+            if twice:
+                raise DataError(f"{path}: not an index: two columns are called {twice[0]!r}")
+            records = file.read().to_pylist()
+    except (OSError, ValueError, OverflowError, arrow.ArrowException) as e:
+        raise DataError(f"{path}: not a readable index: {' '.join(str(e).split())}") from e
+    for number, record in enumerate(records, 1):
+        texts = {k: _text(v) for k, v in record.items() if isinstance(v, bytes)}
+        yield number, {**record, **texts}
 
 
-def _read_jsonl(path: Path) -> list[dict]:
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if line.strip():
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"line {number} is not a row")
-            records.append(record)
-    return records
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number of its line, row) of each."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+        raise DataError(f"{path}: not a readable index: {e}") from e
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{path}: not a readable index: row {number}: {e}") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}: row {number} is not a row, but {shown(record)}")
+        yield number, record
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(name for name, n in Counter(k for k, _ in pairs).items() if n > 1)
+        raise ValueError(f"two columns are called {twice!r}")
+    return record
 
 
 def _earlier(path: Path) -> list[VideoRow]:
@@ -213,15 +292,16 @@ def _earlier(path: Path) -> list[VideoRow]:
         return []
     rows = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             # The last line may be cut off: the run before this one was killed.
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 rows.append(VideoRow(**json.loads(line)))
     return rows
 
 
 def write_index(rows: list[VideoRow], out: Path) -> None:
-    """Write all rows at once or not at all; paths under the index's folder become relative."""
+    """Write all rows at once or not at all; paths under the index's folder become relative. Raises
+    WriteError."""
     folder = out.absolute().parent
     records = []
     for row in rows:
@@ -229,19 +309,26 @@ def write_index(rows: list[VideoRow], out: Path) -> None:
         if Path(row.path).is_relative_to(folder):
             record["path"] = str(Path(row.path).relative_to(folder))
         records.append(record)
-    temporary = out.with_name(out.name + ".tmp")
     if out.suffix == ".parquet":
-        arrow = _pyarrow()
-        kinds = {int: arrow.int64(), float: arrow.float64(), bool: arrow.bool_()}
-        schema = arrow.schema(
-            (f.name, kinds.get(f.type, arrow.string())) for f in dataclasses.fields(VideoRow)
-        )
-        arrow.parquet.write_table(arrow.Table.from_pylist(records, schema=schema), temporary)
+        write(out, _parquet(records))
     else:
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in records))
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, out)
+        write(out, "".join(json.dumps(r) + "\n" for r in records))
+
+
+def _parquet(records: list[dict]) -> bytes:
+    """A column of text in which some is not UTF-8, as names of files may be, is one of bytes."""
+    arrow = _pyarrow()
+    kinds = {int: arrow.int64(), float: arrow.float64(), bool: arrow.bool_()}
+    types = {f.name: kinds.get(f.type, arrow.string()) for f in dataclasses.fields(VideoRow)}
+    for name in [name for name, kind in types.items() if kind == arrow.string()]:
+        texts = [r[name] and r[name].encode("utf-8", "surrogateescape") for r in records]
+        if any(text and _text(text) != text.decode("utf-8", "replace") for text in texts):
+            types[name] = arrow.binary()
+            records = [{**r, name: text} for r, text in zip(records, texts, strict=True)]
+    buffer = io.BytesIO()
+    table = arrow.Table.from_pylist(records, schema=arrow.schema(types.items()))
+    arrow.parquet.write_table(table, buffer)
+    return buffer.getvalue()
 
 
 def _stat(path: str) -> tuple[int, float]:

@@ -262,12 +262,14 @@ class BadVideos:
         self._file = Path(folder) / "bad_videos.jsonl" if folder is not None else None
         if self._file and self._file.is_file():
             end_last_line(self._file)
-            for line in self._file.read_text(errors="replace").splitlines():
+            for line in self._file.read_text(errors="replace").split("\n"):
                 try:
                     record = json.loads(line)
-                    self.found[record["path"]] = str(record["reason"])
-                except (ValueError, TypeError, KeyError):  # cut off by a kill, or damaged
-                    continue
+                    path, reason = record["path"], record["reason"]
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    continue  # cut off by a kill, or damaged
+                if isinstance(path, str):
+                    self.found[path] = str(reason)
 
     def add(self, bad: list[tuple[str, str]]) -> None:
         """Take note of (path, reason) pairs."""

@@ -481,6 +481,20 @@ def test_bad_videos_survive_a_resume(tmp_path, caplog):
     assert paths == ["a.mp4", "b.mp4"]
 
 
+def test_a_damaged_list_of_bad_videos_is_read_as_far_as_it_goes(tmp_path, caplog):
+    good = '{"path": "a.mp4", "reason": "empty: 0 bytes"}'
+    odd = [b"[" * 10**5, b"null", b"3", b'"x"', b"[1]", b"{}", b"\xff\xfe\0", b'{"path": ["a"]}']
+    odd += [b'{"path": 3, "reason": "x"}', b'{"path": "b.mp4"}', b'{"path": null, "reason": 1}']
+    odd += [b'{"path": "\xc3", "reason"', b"1" * 10**5]
+    (tmp_path / "bad_videos.jsonl").write_bytes(b"\n".join([*odd, good.encode()]))
+    book = BadVideos(0.2, 10, tmp_path)
+    assert book.found == {"a.mp4": "empty: 0 bytes"}
+    book.add([("c.mp4", "empty: 0 bytes")])
+    assert len(BadVideos(0.2, 10, tmp_path).found) == 2
+    with pytest.raises(DataError, match="3 of 10 videos are bad"):
+        book.add([("d.mp4", "empty: 0 bytes")])
+
+
 def test_too_large_a_share_stops_with_the_list():
     book = BadVideos(0.05, 100)
     book.add([(f"{i}.mp4", "empty: 0 bytes") for i in range(5)])
