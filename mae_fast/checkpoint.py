@@ -220,7 +220,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str:
 def _state(text: str) -> dict[str, Any] | None:
     try:
         state = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) and isinstance(state.get("step"), int) else None
 

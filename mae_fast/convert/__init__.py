@@ -30,6 +30,31 @@ _TABLES = (
 )
 
 
+class _Inert:
+    """Stands for numbers of numpy that lie beside weights (rates, in an optimizer's groups): made
+    of anything, holding nothing, so that none of numpy's code is run by a file."""
+
+    def __init__(self, *args: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+_INERT = [
+    (_Inert, f"numpy.{name}")
+    for name in (
+        "dtype",
+        "ndarray",
+        *(
+            f"{core}.multiarray.{f}"
+            for core in ("core", "_core")
+            for f in ("scalar", "_reconstruct")
+        ),
+    )
+]
+
+
 def convert(
     input: Annotated[str, tyro.conf.arg(metavar="IN")],
     /,
@@ -62,7 +87,8 @@ def convert(
     if Path(output).suffix != ".safetensors":
         raise ConfigError(f"the output is a .safetensors file, got {output}")
     cfg, state = _read(Path(input))
-    frames = source_num_frames or (cfg.num_frames if cfg else 16)
+    frames = cfg.num_frames if cfg else 16
+    frames = frames if source_num_frames is None else source_num_frames
     size = Size(img_size, num_frames, frames, t_patch_size)
     state, report = translate(state, to, source, size, encoder_only)
     _save(Path(output), state, report)
@@ -124,7 +150,8 @@ def load_model(path: str | Path, cfg: ModelConfig | str | None = None) -> Masked
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise CheckpointError(f"{path} does not fit the model: {e}") from e
+        said = " ".join(str(e).partition(":\n")[2].split())
+        raise CheckpointError(f"{path} does not fit the model: {said or e}") from e
     return model.eval()
 
 
@@ -133,7 +160,7 @@ def _read(path: Path) -> tuple[ModelConfig | None, dict[str, Tensor]]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_INERT]):
             tree: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises pickle, zip, EOF and runtime errors here
         said = str(e)
@@ -150,7 +177,11 @@ def _read(path: Path) -> tuple[ModelConfig | None, dict[str, Tensor]]:
     for key in _TABLES:
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]
-    if not isinstance(tree, dict) or not all(isinstance(v, Tensor) for v in tree.values()):
+    table = isinstance(tree, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.layout is torch.strided
+        for k, v in tree.items()
+    )
+    if not table or not tree:
         raise CheckpointError(f"{path} holds no table of weights")
     return None, tree
 
@@ -166,7 +197,11 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig | None, dict[str, Tensor]
         return None, weights
     state, tensors = checkpoint.read(path)
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
-    return model_from_dict(state["config"]["model"]), weights
+    config = state.get("config")
+    try:
+        return model_from_dict(config.get("model") if isinstance(config, dict) else None), weights
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: the model in its state is none: {e}") from e
 
 
 def _save(path: Path, state: dict[str, Tensor], report: Report) -> None:

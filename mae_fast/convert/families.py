@@ -168,12 +168,13 @@ def read(state: dict[str, Tensor], family: str) -> tuple[dict[str, Tensor], dict
     return table, rest
 
 
-def write(table: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The family's own names of a table that holds nothing it has no place for."""
+def write(table: dict[str, Tensor], family: str, apart: bool = False) -> dict[str, Tensor]:
+    """The family's own names of a table that holds nothing it has no place for. apart: q, k and v
+    stay three products in a family that has them in one."""
     f = FAMILIES[family]
     names = _names(f, *(depths(table)))
     state = {names[name]: value for name, value in table.items()}
-    return _fused(state, f.biases) if f.biases.startswith("fused") else state
+    return _fused(state, f.biases) if f.biases.startswith("fused") and not apart else state
 
 
 def depths(table: dict[str, Tensor]) -> tuple[int, int]:
@@ -212,7 +213,7 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
     apart = {}
     for name, value in state.items():
         stem, _, kind = name.rpartition(".")
-        if stem.endswith("attn.qkv"):
+        if stem.endswith("attn.qkv") and value.dim() and len(value) % 3 == 0:
             for one, part in zip("qkv", value.chunk(3), strict=True):
                 apart[f"{stem[:-3]}{one}.{kind}"] = part.clone()
         elif stem.endswith("attn") and kind in ("q_bias", "v_bias"):

@@ -6,6 +6,7 @@ cls token, norm, biases, head. Each changes the table in place and says what it 
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from mae_fast.convert import positions
 from mae_fast.convert.families import FAMILIES, depths, identify, read, strip, write
 from mae_fast.errors import CheckpointError, ConfigError
+from mae_fast.fields import check_fields, require
 
 Name = Literal["mae_st", "slowfast", "videomae", "transformers", "timm-vit"]
 Table = dict[str, Tensor]
@@ -51,6 +53,11 @@ class Size:
     source_num_frames: int = 16
     t_patch_size: int = 2
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, value in vars(self).items():
+            require(value is None or 0 < value < 2**31, f"{name} must be positive", value)
+
 
 def translate(
     state: Table,
@@ -69,6 +76,11 @@ def translate(
     table, rest = read(state, source)
     table, report = dict(table), Report(source, to)
     _check(table, rest)
+    patch = table["patch_embed.proj.weight"].shape
+    if size.img_size:
+        _divide("img_size", size.img_size, patch[-1])
+    if size.num_frames and to != "timm-vit":
+        _divide("num_frames", size.num_frames, patch[2] if len(patch) == 5 else size.t_patch_size)
     if rest:
         report.lost.append(f"{', '.join(rest)}: no part of a masked autoencoder of these families")
     if depths(table)[1] and (encoder_only or to == "timm-vit"):
@@ -82,7 +94,9 @@ def translate(
     _norm(table, report)
     _biases(table, report)
     _head(table, report)
-    return write(table, to), report
+    # PySlowFast's SEPARATE_QKV: three products stay three.
+    apart = source == to == "slowfast" and not any("attn.qkv" in name for name in state)
+    return write(table, to, apart), report
 
 
 def _check(table: Table, rest: Table) -> None:
@@ -106,6 +120,34 @@ def _check(table: Table, rest: Table) -> None:
         stems.add("decoder_norm")
         _require(table, ["decoder_embed.weight", "mask_token"])
     _require(table, [f"{stem}.{kind}" for stem in sorted(stems) for kind in ("weight", "bias")])
+    _shapes(table)
+
+
+def _shapes(table: Table) -> None:
+    """Every tensor of the rank that its name has, and as wide as its half of the model."""
+    patch = table["patch_embed.proj.weight"]
+    if patch.dim() not in (4, 5) or patch.shape[-1] != patch.shape[-2] or not patch.numel():
+        raise CheckpointError(
+            f"patch_embed.proj.weight {_times(patch.shape)} is no patch embedding"
+        )
+    widths = {"": len(patch)}
+    if depths(table)[1]:
+        widths["decoder_"] = table["decoder_blocks.0.norm1.bias"].numel()
+    for name, value in table.items():
+        if name == "patch_embed.proj.weight":
+            continue
+        half = "decoder_" if name.startswith(("decoder_", "mask_token")) else ""
+        plain = name.removeprefix("decoder_").split(".")[0]
+        token = plain in ("cls_token", "mask_token") or plain.startswith("pos_embed")
+        rank = 3 if token else 2 if name.endswith("weight") and "norm" not in name else 1
+        ok = value.dim() == rank and value.numel() and value.is_floating_point()
+        if ok and (token or ".norm" in name or ".attn." in name):
+            ok = value.shape[-1] == widths[half]
+        if not ok:
+            shape = _times(value.shape) or "no shape"
+            raise CheckpointError(
+                f"{name}: {value.dtype} of {shape} fits no model of width {widths[half]}"
+            )
 
 
 def _require(table: Table, names: list[str]) -> None:
@@ -276,7 +318,7 @@ def _head(table: Table, report: Report) -> None:
         )
 
 
-def _times(grid: positions.Grid) -> str:
+def _times(grid: Iterable[int]) -> str:
     return " x ".join(map(str, grid))
 
 
