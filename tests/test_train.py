@@ -542,21 +542,25 @@ def test_an_error_within_an_update_saves_no_torn_state(index, tmp_path, monkeypa
         monkeypatch.undo()
 
 
-def test_when_data_ends_what_was_met_until_then_is_written(video, tmp_path, monkeypatch):
+@pytest.mark.parametrize("log_every", [50, 1])
+def test_when_data_ends_what_was_met_until_then_is_written(log_every, video, tmp_path, monkeypatch):
+    """Also where no step is since the last row, but bad videos are."""
     mine = tmp_path / "videos"
     mine.mkdir()
     for i in range(3):
         video.write(mine / f"v{i}.mp4", 30)
     build_index([mine], tmp_path / "index.jsonl", progress=False)
-    cfg = _config(str(tmp_path / "index.jsonl"), tmp_path / "run", log_every=50, save_every=50)
+    settings = dict(log_every=log_every, save_every=50)
+    cfg = _config(str(tmp_path / "index.jsonl"), tmp_path / "run", **settings)
     _poison(monkeypatch, at={3})
     _at(monkeypatch, 7, lambda: [path.unlink() for path in mine.iterdir()])
     with pytest.raises(DataError, match="3 of 3 videos are bad"):
         pretrain(cfg)
     folder = tmp_path / "run"
     assert _saved(folder) == 8
-    (row,) = metrics.read(folder / "metrics.jsonl")
-    assert row["step"] == 8 and row["nonfinite"] == 1
+    rows = metrics.read(folder / "metrics.jsonl")
+    assert [r["step"] for r in rows] == ([8] if log_every == 50 else list(range(1, 9)))
+    assert rows[-1]["nonfinite"] == 1
     assert [r["step"] for r in metrics.read(folder / "nonfinite.jsonl")] == [3]
     listed = (folder / "bad_videos.jsonl").read_text()
     assert all(f"v{i}.mp4" in listed for i in range(3))
