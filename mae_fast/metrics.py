@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from mae_fast.config import Config, to_dict
 from mae_fast.errors import ConfigError
 
 log = logging.getLogger("mae_fast")
+
+SILENCE = 30.0  # seconds after which a step is told of though no row is due
 
 
 class Metrics:
@@ -45,6 +48,7 @@ class Metrics:
         )
         self.task = self.progress.add_task("pretrain", total=total_steps, completed=start_step)
         self.total = total_steps
+        self.steps, self.told = 0, 0.0  # ended in this process; when something was last said
 
     def __enter__(self) -> "Metrics":
         self.progress.start()
@@ -56,6 +60,15 @@ class Metrics:
         for close in (close for _, close in self.sinks):
             close()
 
+    def tick(self, step: int, seconds: float) -> None:
+        """Say that a step has ended, `seconds` after the last row: at once after the first one, and
+        then where nothing was said for SILENCE seconds. No number of the device is waited for."""
+        self.steps += 1
+        if self.live:
+            self.progress.update(self.task, completed=step)
+        elif self.steps == 1 or time.monotonic() - self.told >= SILENCE:
+            self._say(f"step {step}/{self.total}  in {seconds:.1f} s; numbers follow")
+
     def write(self, row: dict[str, Any]) -> None:
         """Add one row; `step` counts finished steps."""
         self.file.write(json.dumps(row) + "\n")
@@ -65,7 +78,11 @@ class Metrics:
         line = _line(row)
         self.progress.update(self.task, completed=row["step"], description=line)
         if not self.live:
-            print(f"step {row['step']}/{self.total}  {line}", file=sys.stderr, flush=True)
+            self._say(f"step {row['step']}/{self.total}  {line}")
+
+    def _say(self, line: str) -> None:
+        self.told = time.monotonic()
+        print(line, file=sys.stderr, flush=True)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -158,6 +158,8 @@ class Run:
             if save or self.step % cfg.log_every == 0:
                 row = self._report(window, sink, save)
                 window = Window()
+            elif sink:
+                sink.tick(self.step, time.perf_counter() - window.began)
             if save:
                 self._save()
         return row

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -597,6 +598,17 @@ def test_a_kill_before_the_first_checkpoint_leaves_no_row_of_it(index, tmp_path,
     pretrain(cfg)
     steps = [r["step"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert steps == list(range(21))
+
+
+def test_a_run_speaks_after_its_first_step_and_then_by_time(index, tmp_path, monkeypatch, capsys):
+    """Twenty steps of a large model on two cores are twenty minutes."""
+    monkeypatch.setattr(metrics, "SILENCE", 1e9)
+    pretrain(_config(index, tmp_path / "a", steps=4, log_every=99))
+    monkeypatch.setattr(metrics, "SILENCE", 0.0)
+    pretrain(_config(index, tmp_path / "b", steps=4, log_every=3))
+    said = re.findall(r"^step (\d)/4  (in|loss)", capsys.readouterr().err, re.MULTILINE)
+    words = [("1", "in"), ("4", "loss"), ("1", "in"), ("2", "in"), ("3", "loss"), ("4", "loss")]
+    assert said == words
 
 
 def test_a_damaged_line_of_metrics_is_left_out_alone(index, tmp_path, caplog):
