@@ -49,6 +49,8 @@ VERBS = {
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),
 }
 
+# Verbs that give a file of records: what measures knows nothing of the report.
+MEASURING = ("bench ratio", "profile")
 
 # A disk's faults, not a defect's, wherever a file is written.
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG)
@@ -158,7 +160,9 @@ def _run(argv: list[str]) -> int:
     if function is pretrain:
         pretrain(args)
     else:
-        _parse(_later(function), args, prog=f"mae-fast {verb}")()
+        made = _parse(_later(function), args, prog=f"mae-fast {verb}")()
+        if verb in MEASURING and made:  # a file of records
+            print(f"as a page: {importlib.import_module('mae_fast.report').write_page(made)}")
     return 0
 
 

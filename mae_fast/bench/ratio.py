@@ -36,11 +36,10 @@ from mae_fast.bench.cell import (
 )
 from mae_fast.bench.engines import OURS, name_of, same_model, why_not
 from mae_fast.bench.ratio_table import assemble, print_tables, summary
-from mae_fast.bench.records import append, read
+from mae_fast.bench.records import append
 from mae_fast.bench.timing import clock, interleave
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
-from mae_fast.files import write
 from mae_fast.profile.trace import trace
 
 RATIOS = (0.0, 0.5, 0.75, 0.8, 0.9, 0.95, 0.98)
@@ -66,10 +65,10 @@ def ratio(
     out: str = "runs/ratio",
     quick: bool = False,
     json: bool = False,
-) -> None:
+) -> Path | None:
     """Time training steps (forward, backward, clip, AdamW) at masking ratios from 0%, each engine
     beside the others, and tell what masking buys and what it loses. A second call goes on where
-    the first was stopped.
+    the first was stopped. Gives the file of records, of which the command makes a page.
 
     Args:
         model: vit_tiny ... vit_huge, or a run's CONFIG.toml, whose [model] is taken.
@@ -116,16 +115,9 @@ def ratio(
     else:
         print_tables(told)
         if found:
-            print(f"records: {path}; as a page: {write_page(path)}")
-
-
-def write_page(path: Path) -> Path:
-    """report.html beside a file of records."""
-    from mae_fast.report import build as build_page
-
-    page = path.with_name("report.html")
-    write(page, build_page(read(path), [str(path)]).html())
-    return page
+            print(f"records: {path}")
+            return path
+    return None
 
 
 class Progress:

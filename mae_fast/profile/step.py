@@ -14,7 +14,6 @@ from mae_fast.bench import machine
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.cell import Cell, LoadedClips, Setting, build, make_clips, stepper
 from mae_fast.bench.engines import name_of, why_not
-from mae_fast.bench.ratio import write_page
 from mae_fast.bench.ratio_table import text_table
 from mae_fast.bench.records import title
 from mae_fast.bench.timing import clock, interleave, spread
@@ -48,10 +47,11 @@ def profile(
     out: str = "runs/profile",
     nvtx: bool = False,
     json: bool = False,
-) -> None:
+) -> Path | None:
     """Show where one training step, on random clips or with loading, spends its time and memory, by
     phase and op, forward and backward apart, and how far each is from this machine's limits. Writes
-    profile.json, Chrome traces, roofline.png and memory.png.
+    profile.json, Chrome traces, roofline.png and memory.png. Gives the first, of which the command
+    makes a page.
 
     Args:
         model: vit_tiny ... vit_huge, or a run's CONFIG.toml, whose [model] is taken.
@@ -76,7 +76,7 @@ def profile(
 
         told = profile_op(op, shape or model, batch, ratio, setting)
         print(jsonlib.dumps(told, indent=1) if json else single_table(told))
-        return
+        return None
     cells = [Cell(model, strategy, ratio, name_of(e)) for e in (engine, against) if e]
     for cell in cells:
         reason = why_not(cell.engine, cell.cfg, cell.masking)
@@ -84,7 +84,7 @@ def profile(
             raise ConfigError(f"{cell.engine}: {reason}")
     if nvtx:
         run_with_nvtx(cells[0], setting, batch)
-        return
+        return None
     folder = Path(out)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,8 @@ def profile(
         print(jsonlib.dumps(told, indent=1))
     else:
         print_tables(told)
-        print(f"as a page: {write_page(folder / 'profile.json')}")
+        return folder / "profile.json"
+    return None
 
 
 class Seen(NamedTuple):

@@ -52,6 +52,13 @@ def report(
     print(said)
 
 
+def write_page(path: Path) -> Path:
+    """report.html beside a file of records, for a command that ends with it."""
+    page = path.with_name("report.html")
+    write(page, build(records.read(path), [str(path)]).html())
+    return page
+
+
 def build(found: list[Record], sources: list[str]) -> Page:
     """The page of these records; of each subject and machine the newest counts, and the newest that
     encodes every token."""

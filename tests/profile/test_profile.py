@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import mae_fast.forward
+from mae_fast import cli
 from mae_fast.bench import engines, records
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.calls import Call
@@ -161,7 +162,7 @@ def test_profile_writes_what_it_says(tmp_path, capsys):
     assert "decoder          attention" in printed and "unaccounted" in printed
 
 
-def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch):
+def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch, capsys):
     right = LoadedClips.next_batch
 
     def slow(clips):
@@ -169,7 +170,8 @@ def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch):
         return right(clips)
 
     monkeypatch.setattr(LoadedClips, "next_batch", slow)
-    profile("quick", with_data=str(folder), workers=1, out=str(tmp_path))
+    command = ["profile", "--model", "quick", "--with-data", str(folder), "--workers", "1"]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
     (found,) = records.read(tmp_path / "profile.json")
     assert "loaded by 1 processes" in records.title(found)
     (engine,) = found["engines"]
@@ -178,6 +180,7 @@ def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch):
         assert parts[part] > 0
     assert 0.05 < parts["data", "wait"] < min(engine["seconds"])
     assert parts.keys() >= {("decoder", "attention"), ("optimizer", "adamw")}
+    assert capsys.readouterr().out.endswith(f"as a page: {tmp_path / 'report.html'}\n")
     assert "host to device" in (tmp_path / "report.html").read_text()
 
 
