@@ -29,6 +29,7 @@ from mae_fast.adapters.own import WRAPPED, is_bare, known_bare
 from mae_fast.adapters.parts import Finding, Pixels, Unfused, noise_like
 from mae_fast.errors import AccelerateError
 from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all
+from mae_fast.ops.dispatch import autocast_dtype
 from mae_fast.ops.dispatch import backends as forced
 
 log = logging.getLogger("mae_fast")
@@ -209,7 +210,7 @@ class Fused:
         """What else a comparison rests on; at the end whether gradients were compared."""
         param = next(self.model.parameters())
         grad = torch.is_grad_enabled()
-        return param.dtype, clip, _autocast(param.device), torch.get_default_dtype(), grad
+        return param.dtype, clip, autocast_dtype(param.device.type), torch.get_default_dtype(), grad
 
     def _examine(self, last: Snapshot | None) -> Snapshot:
         """The model's parts, compared."""
@@ -328,16 +329,9 @@ def _transformed() -> str | None:
     return "forward-mode AD is on" if forward_ad._current_level >= 0 else None
 
 
-def _autocast(device: torch.device) -> torch.dtype | None:
-    """The dtype of products under autocast, as it is now; None without."""
-    kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
-
-
 def _coarsest(param: Tensor) -> torch.dtype:
     """The dtype whose rounding both forwards have."""
-    cast = _autocast(param.device)
+    cast = autocast_dtype(param.device.type)
     return cast if cast is not None and param.dtype != torch.float64 else param.dtype
 
 
@@ -374,7 +368,7 @@ def _same_conditions(device: torch.device) -> Iterator[None]:
     before = matmul.fp32_precision, conv.fp32_precision
     devices = [] if device.type == "cpu" else [device]
     random = torch.random.fork_rng(devices, device_type=device.type)
-    cast = _autocast(device)
+    cast = autocast_dtype(device.type)
     how = dict(dtype=cast, enabled=cast is not None, cache_enabled=False)
     saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     with random, saved, torch.autocast(device.type, **how):

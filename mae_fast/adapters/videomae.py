@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from mae_fast.adapters import own
 from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
 from mae_fast.forward import Affine, Block, Norm, OwnBlock, Params, Spec, decode, encode
+from mae_fast.ops.dispatch import autocast_dtype
 from mae_fast.ops.masked_mse import masked_mse
 
 FAMILY = "videomae"
@@ -249,11 +250,8 @@ def fixed(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a product with `weight`, which the encoder's positions are rounded to."""
-    device = weight.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return (
-        torch.get_autocast_dtype(device) if on and weight.dtype != torch.float64 else weight.dtype
-    )
+    cast = autocast_dtype(weight.device.type)
+    return weight.dtype if cast is None or weight.dtype == torch.float64 else cast
 
 
 def unnormalised(clip: Tensor, channel_dim: int) -> Tensor:
