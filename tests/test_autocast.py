@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_fast.forward
 from mae_fast import MaskedAutoencoder, ModelConfig
+from mae_fast.adapters.videomae import product_dtype
 from mae_fast.masking import draw_ids
 from mae_fast.ops import dispatch
 
@@ -122,3 +123,12 @@ def test_norms_are_made_again_and_not_kept(cfg, apart, operators):
     assert (in_fp32.first, in_fp32.alive, in_fp32.again) == (13, 4, 9)
     assert (one.first, one.alive, one.again) == (13, 4, 9)
     assert (each.first, each.alive, each.again) == (13, 0, 0)  # the casts were kept
+
+
+def test_positions_of_a_table_are_rounded_as_its_products_are():
+    """transformers and VideoMAE add a fixed table to what autocast's product gives."""
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert product_dtype(single) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_dtype(single) == torch.bfloat16
+        assert product_dtype(double) == torch.float64
