@@ -18,7 +18,8 @@ from mae_fast.environment import environment
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS
-from mae_fast.optim import clipped_step, make_optimizer
+from mae_fast.optim import make_optimizer
+from mae_fast.step import Step
 
 LR = 1e-3  # large enough that the losses move in a few steps
 
@@ -72,16 +73,19 @@ def losses(cfg: ModelConfig, steps: int, clips: int) -> list[float]:
     """The loss of each training step, from seeds."""
     torch.manual_seed(0)
     model = MaskedAutoencoder(cfg)
-    optimizer = make_optimizer(model, TrainConfig())
+    one = Step(
+        model,
+        make_optimizer(model, TrainConfig()),
+        lambda video, keep, masked: model(video, ids_keep=keep, ids_mask=masked)[0],
+        clip=CLIP_GRAD,
+    )
     size = (clips, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
     found = []
     for step in range(steps):
         video = torch.randint(0, 256, size, dtype=torch.uint8)
         ids = draw_ids("random", cfg.grid, 0.9, seed=0, step=step, samples=torch.arange(clips))
-        loss, _, _ = model(video, ids_keep=ids[0], ids_mask=ids[1])
-        loss.backward()
-        clipped_step(optimizer, LR, CLIP_GRAD)
-        found.append(loss.item())
+        one.micro(video, *ids)
+        found.append(one.update(LR)[0].item())
     return found
 
 

@@ -1,12 +1,12 @@
-"""A whole training step as one CUDA graph: the host launches it with one call.
+"""A function as a CUDA graph: the host launches all of its kernels with one call.
 
-GraphedStep captures any step function. On a CPU it rehearses: what the step computes is taped,
-operator by operator, and played again on the same memory, so that a number frozen by the capture,
-or a step that waits for the device, shows without a GPU. `count_launches` counts what a step costs.
+Graphed captures any function; mae_fast.step has one for each part of a training step. On a CPU it
+rehearses: what the function computes is taped, operator by operator, and played again on the same
+memory, so that a number frozen by the capture, or a call that waits for the device, shows without a
+GPU. `count_launches` counts what a call costs.
 """
 
 import contextlib
-import logging
 from collections import Counter
 from collections.abc import Callable
 
@@ -16,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mae_fast.errors import BackendError
-
-log = logging.getLogger("mae_fast")
 
 # What a host calls to give a GPU work, under torch.profiler's names.
 LAUNCHES = (
@@ -50,66 +48,18 @@ def why_not(device: torch.device, processes: int = 1) -> str | None:
     return None
 
 
-class GraphedStep:
-    """step = GraphedStep(function, device); loss, norm = step(*inputs), each call one step.
+class Side:
+    """Where graphs that belong together are captured: a stream, as libraries keep a workspace for
+    every stream, and a pool of memory, which they use one after another as they were captured."""
 
-    function(*inputs) takes and returns tensors, of shapes that stay. All else that it reads and
-    writes (parameters, optimizer state, a learning rate) must be on the device and keep its place,
-    and it leaves no gradients behind. Inputs are copied into static buffers, without waiting where
-    they are on the device or in pinned memory. The first `warmup` calls run the function as it is,
-    on the stream of the capture, so that all state, workspaces and kernels exist; the next call
-    captures it, and every call from then on replays. No step is done twice. Outputs are copies.
-
-    Inputs that do not fit the buffers run the function as it is, and the log says why, once. Raises
-    BackendError if the function cannot be captured.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., tuple[Tensor, ...]],
-        device: torch.device | str,
-        warmup: int = 3,
-    ) -> None:
-        self.function, self.device, self.warmup = function, torch.device(device), warmup
-        self.buffers: list[Tensor] | None = None
-        self.graph, self.outputs = None, ()
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._told: set[str] = set()
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if self.buffers is None:
-            self.buffers = [torch.empty_like(t, device=self.device) for t in inputs]
-        reason = self._does_not_fit(inputs)
-        if reason:
-            if reason not in self._told:
-                log.warning("a step runs without its CUDA graph: %s", reason)
-            self._told.add(reason)
-            return self.function(*inputs)
-        for buffer, t in zip(self.buffers, inputs, strict=True):
-            buffer.copy_(t, non_blocking=True)
-        if self.warmup:
-            self.warmup -= 1
-            with self._beside():
-                outputs = self.function(*self.buffers)
-        else:
-            if self.graph is None:
-                self._capture()
-            self.graph.replay()
-            outputs = self.outputs
-        return tuple(t.clone() for t in outputs)
-
-    def _does_not_fit(self, inputs: tuple[Tensor, ...]) -> str | None:
-        given, captured = (
-            [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors]
-            for tensors in (inputs, self.buffers)
-        )
-        if given != captured:
-            return f"inputs are {', '.join(given)}, and its buffers {', '.join(captured)}"
-        return None
+    def __init__(self, device: torch.device) -> None:
+        self.device, on_gpu = device, device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     @contextlib.contextmanager
-    def _beside(self):
-        """On the stream of the capture: libraries keep a workspace for every stream."""
+    def beside(self):
+        """Work that the stream of the captures does, after what is asked for already."""
         if self.stream is None:
             yield
             return
@@ -119,17 +69,59 @@ class GraphedStep:
             yield
         now.wait_stream(self.stream)
 
-    def _capture(self) -> None:
+    def capture(self) -> tuple["torch.cuda.CUDAGraph | Tape", contextlib.AbstractContextManager]:
+        """A new graph, and the block whose work it takes up."""
         if self.stream is None:
-            graph = Tape()
-            capture = graph
-        else:
-            graph = torch.cuda.CUDAGraph()
-            # The loader's thread goes on pinning memory meanwhile, which "global" would forbid.
-            capture = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+            tape = Tape()
+            return tape, tape
+        graph = torch.cuda.CUDAGraph()
+        # The loader's thread goes on pinning memory meanwhile, which "global" would forbid.
+        return graph, torch.cuda.graph(
+            graph, self.pool, stream=self.stream, capture_error_mode="thread_local"
+        )
+
+
+class Graphed:
+    """call = Graphed(function, Side(device)): the first call captures, and every later one replays.
+
+    function(*inputs) takes tensors and returns one, of shapes that stay. All else that it reads and
+    writes (parameters, gradients, optimizer state, a learning rate) must be on the device and keep
+    its place; it has run before on side.beside(). Inputs are copied into static buffers, without
+    waiting where they are on the device or in pinned memory. The output is a copy.
+
+    Raises BackendError if the function cannot be captured.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], side: Side) -> None:
+        self.function, self.side = function, side
+        self.buffers: list[Tensor] = []
+        self.graph, self.output = None, None
+
+    def does_not_fit(self, *inputs: Tensor) -> str | None:
+        """Why inputs are not those of the capture, or None."""
+        given, captured = (
+            [f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors]
+            for tensors in (inputs, self.buffers)
+        )
+        if self.graph is not None and given != captured:
+            return f"inputs are {', '.join(given)}, and its buffers {', '.join(captured)}"
+        return None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self.buffers = [torch.empty_like(t, device=self.side.device) for t in inputs]
+        for buffer, t in zip(self.buffers, inputs, strict=True):
+            buffer.copy_(t, non_blocking=True)
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        return self.output.clone()
+
+    def _capture(self) -> None:
+        graph, block = self.side.capture()
         try:
-            with capture:
-                self.outputs = self.function(*self.buffers)
+            with block:
+                self.output = self.function(*self.buffers)
         except RuntimeError as e:
             # torch's allocator is left in the middle of it, so that no step can follow. What failed
             # first is the context of the error that ends the capture.

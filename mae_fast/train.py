@@ -5,14 +5,13 @@ nothing waits for the device; losses and norms cross to the host once every log_
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import math
 import signal
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,11 +37,11 @@ from mae_fast.evaluate import held_out_loss
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.dispatch import backends
-from mae_fast.optim import clipped_step, lr_at, make_optimizer, peak_lr
+from mae_fast.optim import lr_at, make_optimizer, peak_lr
 from mae_fast.signals import Signals, Told
+from mae_fast.step import Step
 
 log = logging.getLogger("mae_fast")
-Inputs = tuple[Tensor, Tensor, Tensor]  # video [B, C, T, H, W], ids_keep [B, K], ids_mask [B, M]
 
 
 def pretrain(cfg: Config | str | Path) -> dict[str, Any]:
@@ -98,7 +97,6 @@ class Run:
         torch.manual_seed(cfg.train.seed)
         self.model = MaskedAutoencoder(cfg.model).to(world.device)
         self.optimizer = make_optimizer(self.model, cfg.train)
-        self.lr = torch.zeros((), device=world.device)
         self.step, self.nonfinite, self.run = 0, 0, uuid.uuid4().hex
         self.fault: DataError | None = None  # why this rank cannot go on
         self.whole = True  # false from an update's begin until its step is counted
@@ -108,7 +106,15 @@ class Run:
             cfg.data.max_bad_share, len(self.rows), self.folder if world.writer else None
         )
         self.wrapped = distributed.wrap(self.model, world)
-        self.graphed = self._graphed() if cfg.train.cuda_graph else None
+        self.trainer = Step(
+            self.wrapped,
+            self.optimizer,
+            self._loss,
+            accum=cfg.train.accum_steps,
+            clip=cfg.train.clip_grad,
+            precision=cfg.train.precision,
+            graph=self._graph(),
+        )
 
     def train(self) -> dict[str, Any]:
         """Run every step that is left; leaves a checkpoint of the last and curves.png."""
@@ -196,46 +202,38 @@ class Run:
         saved = saved if sure else "and the same command goes on from the last checkpoint"
         return Interrupted(f"{why} after step {self.step}, {saved}")
 
-    def _graphed(self) -> graph.GraphedStep | None:
-        """The step as a CUDA graph, or None where it cannot be one."""
+    def _graph(self) -> bool:
+        """Whether the step is to be CUDA graphs, and can be."""
+        if not self.cfg.train.cuda_graph:
+            return False
         reason = graph.why_not(self.world.device, self.world.size)
         if reason:
             log.warning("train.cuda_graph is not used: %s", reason)
-            return None
-
-        def compute(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            return self._compute(zip(*[iter(inputs)] * 3, strict=True))
-
-        return graph.GraphedStep(compute, self.world.device)
+        return not reason
 
     def _one_step(self, batches: Iterator[Batch], window: Window) -> None:
         """One optimizer step: accum_steps micro-steps, then clip and update. Never syncs."""
-        self.lr.fill_(
-            learning_rate(self.cfg, self.step, self.total, len(self.rows), self.world.size)
-        )
         window.paths.append([])
-        inputs = self._inputs(batches, window)
-        if self.graphed is None:
-            loss, norm = self._compute(inputs)
-        else:
-            loss, norm = self.graphed(*itertools.chain.from_iterable(inputs))
+        for _ in range(self.cfg.train.accum_steps):
+            self.trainer.micro(*self._inputs(self._next(batches, window)))
+        self.whole = False
+        rate = learning_rate(self.cfg, self.step, self.total, len(self.rows), self.world.size)
+        loss, norm = self.trainer.update(rate)
         window.losses.append(loss)
         window.norms.append(norm)
 
-    def _inputs(self, batches: Iterator[Batch], window: Window) -> Iterator[Inputs]:
-        """What each micro-step takes, on the device."""
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """video [B, C, T, H, W], ids_keep [B, K] and ids_mask [B, M] of a micro-step."""
         cfg = self.cfg
-        for _ in range(cfg.train.accum_steps):
-            batch = self._next(batches, window)
-            ids = draw_ids(
-                cfg.mask.strategy,
-                cfg.model.grid,
-                cfg.mask.ratio,
-                seed=cfg.train.seed,
-                step=self.step,
-                samples=batch.samples,
-            )
-            yield batch.video(cfg.model.img_size), *ids
+        ids = draw_ids(
+            cfg.mask.strategy,
+            cfg.model.grid,
+            cfg.mask.ratio,
+            seed=cfg.train.seed,
+            step=self.step,
+            samples=batch.samples,
+        )
+        return batch.video(cfg.model.img_size), *ids
 
     def _next(self, batches: Iterator[Batch], window: Window) -> Batch:
         """The next batch, when every rank has its own; _Stop where one cannot or should not go on.
@@ -259,22 +257,8 @@ class Run:
             raise _Stop
         return batch
 
-    def _compute(self, inputs: Iterable[Inputs]) -> tuple[Tensor, Tensor]:
-        """(loss, gradient norm) of one optimizer step: all that a CUDA graph holds."""
-        accum, losses = self.cfg.train.accum_steps, []
-        for micro, each in enumerate(inputs):
-            with distributed.no_sync(self.wrapped, micro == accum - 1):
-                loss = self._loss(*each)
-                (loss / accum).backward()
-            losses.append(loss.detach())
-        self.whole = False
-        norm = clipped_step(self.optimizer, self.lr, self.cfg.train.clip_grad)
-        return torch.stack(losses).mean(), norm
-
     def _loss(self, video: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
-        bf16 = self.cfg.train.precision == "bf16"
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=bf16):
-            return self.wrapped(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
+        return self.wrapped(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
 
     def _cross(self, window: Window) -> tuple[dict[str, Any], MaeFastError | None]:
         """Bring the window's numbers to the host and judge them. Every rank takes part.

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_fast import checkpoint, distributed, graph, metrics, resume, train
+from mae_fast import checkpoint, distributed, graph, metrics, resume, step, train
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
 from mae_fast.data import VideoReader, build_index
 from mae_fast.distributed import PeerLost, World
@@ -321,16 +321,17 @@ def test_epochs_count_passes_over_the_videos():
     "changes", [{}, {"accum_steps": 2}, {"precision": "bf16"}], ids=["plain", "accum", "bf16"]
 )
 def test_a_run_with_graphs_is_the_run_without(changes, index, tmp_path, monkeypatch):
-    graphs, true = [], graph.GraphedStep
+    graphs, true = [], step.Graphed
     monkeypatch.setattr(graph, "why_not", lambda *args: None)
-    monkeypatch.setattr(graph, "GraphedStep", lambda *a: graphs.append(true(*a)) or graphs[-1])
+    monkeypatch.setattr(step, "Graphed", lambda *a: graphs.append(true(*a)) or graphs[-1])
     runs = []
     for name in ("eager", "graphed"):
         out = tmp_path / name
         pretrain(_config(index, out, steps=10, cuda_graph=name == "graphed", **changes))
         losses = [row["loss"] for row in metrics.read(out / "metrics.jsonl")]
         runs.append((losses, _weights(out)))
-    assert graphs[0].graph is not None
+    first, further, end = (g.graph is not None for g in graphs)
+    assert first and end and further == ("accum_steps" in changes)
     assert runs[0][0] == runs[1][0] and _same(runs[0][1], runs[1][1])
 
 
@@ -526,7 +527,7 @@ def test_a_killed_worker_loses_no_step_and_tears_none(index, tmp_path, monkeypat
 
 
 def test_an_error_within_an_update_saves_no_torn_state(index, tmp_path, monkeypatch):
-    true = train.clipped_step
+    true = step.clipped_step
 
     def torn(*args):
         true(*args)
@@ -536,7 +537,7 @@ def test_an_error_within_an_update_saves_no_torn_state(index, tmp_path, monkeypa
         if where == "_loss":
             _at(monkeypatch, 11, lambda: (_ for _ in ()).throw(RuntimeError("lost")))
         else:
-            _at(monkeypatch, 11, lambda: monkeypatch.setattr(train, "clipped_step", torn))
+            _at(monkeypatch, 11, lambda: monkeypatch.setattr(step, "clipped_step", torn))
         with pytest.raises(RuntimeError, match="lost"):
             pretrain(_config(index, tmp_path / where))
         assert _saved(tmp_path / where) == saved

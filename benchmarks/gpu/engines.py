@@ -17,7 +17,6 @@ from mae_fast.bench.baselines import Official
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.ours import Ours
 from mae_fast.config import ModelConfig
-from mae_fast.graph import GraphedStep
 
 OURS, GRAPH = "mae_fast", "mae_fast_cuda_graph"
 LOSS_TOLERANCE = 1e-2  # relative: bf16 against fp32, on the same weights and mask
@@ -30,12 +29,11 @@ class Engine:
     maker: Ours | Official
     precision: str = "bf16"
     tf32: bool = False
-    graph: bool = False
 
 
 ENGINES = {
     OURS: Engine(Ours()),
-    GRAPH: Engine(Ours(), graph=True),
+    GRAPH: Engine(Ours(graph=True)),
     "mae_fast_encode_all": Engine(Ours(encode_all=True)),
     "official_fp32": Engine(Official("eager"), "fp32"),
     "official_tf32": Engine(Official("eager"), "fp32", tf32=True),
@@ -61,13 +59,7 @@ def build(name: str, cfg: ModelConfig, setting: Setting, ratio: float = 0.9) -> 
     with torch.device(device):  # starting values of 600 M parameters take a CPU seconds
         built = maker.build(cfg, ratio, device, engine.precision)
     step = built.step
-    if engine.graph:
-        graphed = GraphedStep(lambda *inputs: (built.step(*inputs),), device)
-
-        def step(clips: Tensor, noise: Tensor) -> Tensor:
-            return graphed(clips, noise)[0]
-
-    elif engine.precision == "fp32":
+    if engine.precision == "fp32":
 
         def step(clips: Tensor, noise: Tensor) -> float:
             with products_in(tf32=engine.tf32):

@@ -11,16 +11,18 @@ from mae_fast.config import ModelConfig, TrainConfig
 from mae_fast.forward import decode, encode, forward, masked_loss
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
-from mae_fast.optim import clipped_step, make_optimizer
+from mae_fast.optim import make_optimizer
+from mae_fast.step import Step
 
 
 @dataclass(frozen=True)
 class Ours:
     """The engine; `without` names SAVINGS switched off; encode_all: its encoder sees every token,
-    and the decoder and the loss stay those of the mask."""
+    and the decoder and the loss stay those of the mask; graph: its step as CUDA graphs."""
 
     without: Collection[str] = ()
     encode_all: bool = False
+    graph: bool = False
 
     def build(
         self,
@@ -33,6 +35,17 @@ class Ours:
         model = MaskedAutoencoder(cfg).to(device)
         optimizer = make_optimizer(model, TrainConfig())
 
+        def loss(clips: Tensor, *ids: Tensor) -> Tensor:
+            return forward(model.params(), model.spec, clips, *ids, without=self.without)[0]
+
+        def loss_seeing_all(clips: Tensor, *ids: Tensor) -> Tensor:
+            return encode_all_loss(model, clips, *ids)
+
+        steps = [
+            Step(model, optimizer, each, clip=CLIP_GRAD, precision=precision, graph=self.graph)
+            for each in (loss, loss_seeing_all)
+        ]
+
         def step(
             clips: Tensor,
             noise: Tensor,
@@ -40,15 +53,8 @@ class Ours:
             encode_all: bool = self.encode_all,
         ) -> Tensor:
             ids = ids_from_noise(noise, num_keep("random", cfg.grid, mask_ratio))
-            with torch.autocast(clips.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                if encode_all:
-                    loss = encode_all_loss(model, clips, *ids)
-                else:
-                    without = self.without
-                    loss = forward(model.params(), model.spec, clips, *ids, without=without)[0]
-            loss.backward()
-            clipped_step(optimizer, LR, CLIP_GRAD)
-            return loss.detach()
+            steps[encode_all].micro(clips, *ids)
+            return steps[encode_all].update(LR)[0]
 
         return Built(model, optimizer, step)
 

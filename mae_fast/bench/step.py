@@ -16,7 +16,8 @@ from mae_fast.config import preset as make_preset
 from mae_fast.environment import environment
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
-from mae_fast.optim import clipped_step, make_optimizer
+from mae_fast.optim import make_optimizer
+from mae_fast.step import Step
 from mae_fast.train import pretrain
 
 
@@ -91,7 +92,13 @@ def time_synthetic(
     device = torch.device(train.device)
     torch.manual_seed(0)
     model = MaskedAutoencoder(cfg).to(device)
-    optimizer = make_optimizer(model, train)
+    one = Step(
+        model,
+        make_optimizer(model, train),
+        lambda video, keep, masked: model(video, ids_keep=keep, ids_mask=masked)[0],
+        clip=train.clip_grad,
+        precision=train.precision,
+    )
     shape = (train.batch_size, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
     video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     samples = torch.arange(train.batch_size, device=device)
@@ -100,10 +107,8 @@ def time_synthetic(
         _synchronize(device)
         begin = time.perf_counter()
         keep, masked = draw_ids("random", cfg.grid, ratio, seed=0, step=i, samples=samples)
-        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            loss, _, _ = model(video, ids_keep=keep, ids_mask=masked)
-        loss.backward()
-        clipped_step(optimizer, 1e-4, train.clip_grad)
+        one.micro(video, keep, masked)
+        one.update(1e-4)
         _synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return seconds[warmup:]

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 
 import mae_fast.bench.ours
 import mae_fast.forward
+import mae_fast.step
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.cell import LoadedClips
 
@@ -62,7 +63,7 @@ PATHS = {
 def labelled(built: Built) -> Iterator[None]:
     """Everything that `built` calls in here is named."""
     with contextlib.ExitStack() as stack:
-        for module in (mae_fast.forward, mae_fast.bench.ours):
+        for module in (mae_fast.forward, mae_fast.bench.ours, mae_fast.step):
             for name in FUNCTIONS.keys() & vars(module).keys():
                 called = _ranged(getattr(module, name), *FUNCTIONS[name])
                 stack.enter_context(mock.patch.object(module, name, called))

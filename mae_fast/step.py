@@ -1,0 +1,119 @@
+"""The training step, the only one: micro-steps that add up gradients, and the update.
+
+step = Step(model, optimizer, loss, accum=2, clip=0.02)
+step.micro(video, ids_keep, ids_mask)
+step.micro(video, ids_keep, ids_mask)
+mean_loss, norm = step.update(lr=1e-4)
+
+Nothing in it waits for the device.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mae_fast import distributed
+from mae_fast.graph import Graphed, Side
+from mae_fast.optim import clipped_step
+
+log = logging.getLogger("mae_fast")
+
+WARMUP = 3  # steps before a capture: all state, workspaces and kernels exist by then
+
+
+class Step:
+    """Optimizer steps of `accum` micro-steps each, of a model as `distributed.wrap` gives it.
+
+    loss(*inputs) is a batch's loss, a scalar, computed under autocast if precision is "bf16". Ranks
+    reduce gradients in the last micro-step only. clip is the greatest global norm of the gradients,
+    0 for none; a step whose norm is not finite changes nothing.
+
+    With graph=True the first WARMUP steps run as they are, and from then on each part (the first
+    micro-step, a further one, the update) is a CUDA graph; on a CPU, its rehearsal. Inputs whose
+    shapes are not those of the capture run without, and the log says why, once. Raises
+    BackendError if a part cannot be captured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        loss: Callable[..., Tensor],
+        *,
+        accum: int = 1,
+        clip: float = 0.0,
+        precision: str = "fp32",
+        graph: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.accum, self.clip, self.precision = accum, clip, precision
+        self.device = next(model.parameters()).device
+        self.lr = torch.zeros((), device=self.device)  # a graph would freeze a number
+        self.losses: list[Tensor] = []  # of this step's micro-steps
+        side = Side(self.device) if graph else None
+        self.side, self.warmup, self.replays = side, WARMUP, False
+        # Two graphs of one function: the first finds no gradients and writes them, the other adds.
+        self.first, self.further, self.end = (
+            Graphed(part, side) if side else part
+            for part in (self._add_gradients, self._add_gradients, self._end)
+        )
+        self.captured: list[Tensor] = []  # the gradients that the graphs write
+        self._told: set[str] = set()
+
+    def micro(self, *inputs: Tensor) -> None:
+        """Add the gradients of the loss of one batch, on the device, over accum."""
+        if len(self.losses) == self.accum:
+            raise RuntimeError(f"{self.accum} micro-steps are done: the update is next")
+        first, last = not self.losses, len(self.losses) == self.accum - 1
+        if first:
+            self.replays = self.side is not None and not self.warmup
+        with distributed.no_sync(self.model, last):
+            self.losses.append(self._run(self.first if first else self.further, *inputs))
+        if first and self.replays and not self.captured:
+            self.captured = [p.grad for p in self.model.parameters()]
+
+    def update(self, lr: float) -> tuple[Tensor, Tensor]:
+        """(mean loss of the micro-steps, gradients' norm before clipping), on the device, after one
+        step of the optimizer with this learning rate. Leaves no gradients behind."""
+        if len(self.losses) != self.accum:
+            raise RuntimeError(f"{len(self.losses)} of {self.accum} micro-steps are done")
+        self.lr.fill_(lr)
+        norm = self._run(self.end)
+        losses, self.losses = self.losses, []
+        self.warmup = max(self.warmup - 1, 0)
+        return torch.stack(losses).mean(), norm
+
+    def _add_gradients(self, *inputs: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = self.loss(*inputs)
+        (loss / self.accum).backward()
+        return loss.detach()
+
+    def _end(self) -> Tensor:
+        return clipped_step(self.optimizer, self.lr, self.clip)
+
+    def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """A part of the step: as it is, or as the graph that it is."""
+        if self.side is None:
+            return part(*inputs)
+        if self.replays:
+            reason = part.does_not_fit(*inputs)
+            if reason is None:
+                return part(*inputs)
+            self._go_on_without(reason)
+        if self.warmup:
+            with self.side.beside():
+                return part.function(*inputs)
+        return part.function(*inputs)
+
+    def _go_on_without(self, reason: str) -> None:
+        """The rest of this step runs as it is, on the gradients of its replays."""
+        if reason not in self._told:
+            log.warning("a step runs without its CUDA graph: %s", reason)
+        self._told.add(reason)
+        self.replays = False
+        if self.losses:
+            for p, grad in zip(self.model.parameters(), self.captured, strict=True):
+                p.grad = grad
