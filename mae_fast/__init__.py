@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # for editors and type checkers; below is what runs
-    from mae_fast import convert as convert
     from mae_fast import data as data
     from mae_fast import masking as masking
-    from mae_fast import reconstruct as reconstruct
     from mae_fast.config import Config as Config
     from mae_fast.config import DataConfig as DataConfig
     from mae_fast.config import MaskConfig as MaskConfig
     from mae_fast.config import ModelConfig as ModelConfig
     from mae_fast.config import TrainConfig as TrainConfig
+    from mae_fast.config import load_config as load_config
     from mae_fast.config import preset as preset
     from mae_fast.drop_in import accelerate as accelerate
     from mae_fast.drop_in import explain as explain
     from mae_fast.drop_in import restore as restore
     from mae_fast.model import MaskedAutoencoder as MaskedAutoencoder
     from mae_fast.ops.dispatch import backends as backends
+    from mae_fast.reconstruction import reconstruct as reconstruct
     from mae_fast.train import pretrain as pretrain
+    from mae_fast.weights import convert as convert
+    from mae_fast.weights import load_model as load_model
 
 _HOME = {
     "Config": "config",
@@ -39,11 +41,15 @@ _HOME = {
     "MaskedAutoencoder": "model",
     "accelerate": "drop_in",
     "backends": "ops.dispatch",
+    "convert": "weights",
     "explain": "drop_in",
+    "load_config": "config",
+    "load_model": "weights",
     "pretrain": "train",
+    "reconstruct": "reconstruction",
     "restore": "drop_in",
 }
-_MODULES = ("convert", "data", "masking", "reconstruct")
+_MODULES = ("data", "masking")
 __all__ = sorted([*_HOME, *_MODULES, "__version__"])
 
 

@@ -4,6 +4,7 @@ A verb's module is imported when the verb is called, so that `mae-fast --help` i
 arguments are those of the function: names, types, defaults and help come from its signature.
 """
 
+import argparse
 import contextlib
 import difflib
 import errno
@@ -25,8 +26,12 @@ VERBS = {
     "demo": ("mae_fast.demo", "demo", "train a small model on real footage and show what it sees"),
     "index": ("mae_fast.cli", "index", "list the videos of folders and CSV files in one index"),
     "pretrain": ("mae_fast.cli", "pretrain", "pre-train as a TOML file says; resumes a run"),
-    "reconstruct": ("mae_fast.reconstruct", "reconstruct", "draw what a checkpoint reconstructs"),
-    "convert": ("mae_fast.convert", "convert", "write weights under another family's names"),
+    "reconstruct": (
+        "mae_fast.reconstruction",
+        "reconstruct",
+        "draw what a checkpoint reconstructs",
+    ),
+    "convert": ("mae_fast.weights", "convert", "write weights under another family's names"),
     "plan": (
         "mae_fast.plan",
         "plan",
@@ -129,8 +134,9 @@ def index(
 
 
 def pretrain(args: list[str]) -> None:
-    """Pre-train as CONFIG.toml says. Every option below overrides one key of the file; the
-    defaults shown are the file's when it is given, the official recipe's when it is not.
+    """Pre-train as CONFIG.toml says. Every option below overrides one key of the file, and
+    --model.preset NAME its preset; the defaults shown are the file's when it is given, the official
+    recipe's when it is not.
 
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save and leave with exit code 75. torchrun hands
     on the last two only with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 (or
@@ -142,9 +148,20 @@ def pretrain(args: list[str]) -> None:
         _parse(Config, ["--help"], **options)
     if args[0].startswith("-"):
         raise ConfigError(f"pretrain: the first argument is the TOML file, got {args[0]!r}")
-    default = load_config(args[0])
-    cfg = _parse(Config, args[1:], default=default, **options)
+    preset, rest = _preset(args[1:])
+    cfg = _parse(Config, rest, default=load_config(args[0], preset), **options)
     importlib.import_module("mae_fast.train").pretrain(cfg)
+
+
+def _preset(args: list[str]) -> tuple[str, list[str]]:
+    """The last --model.preset, which is no field but several, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--model.preset", dest="preset", default="")
+    try:
+        known, rest = parser.parse_known_args(args)
+    except argparse.ArgumentError as e:
+        raise ConfigError(f"pretrain: {e}") from None
+    return known.preset, rest
 
 
 def _run(argv: list[str]) -> int:

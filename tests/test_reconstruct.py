@@ -8,7 +8,7 @@ from mae_fast import MaskedAutoencoder, checkpoint, preset
 from mae_fast.config import Config, to_dict
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.ops.masked_mse import NORM_PIX
-from mae_fast.reconstruct import draw_panel, load_clip, reconstruct
+from mae_fast.reconstruction import draw_panel, load_clip, reconstruct
 
 
 @pytest.fixture(scope="module")

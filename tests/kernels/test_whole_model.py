@@ -5,8 +5,8 @@ from cases import ON_TRITON
 from sanitizer import sanitized
 
 import mae_fast
-from mae_fast.convert import to_mae_st
 from mae_fast.ops import OPS, dispatch
+from mae_fast.weights import to_mae_st
 
 if not dispatch.interpreting():
     pytest.skip("TRITON_INTERPRET=1 runs it, in a process of its own", allow_module_level=True)

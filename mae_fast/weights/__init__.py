@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mae_fast import checkpoint
 from mae_fast.config import ModelConfig, as_model, model_from_dict
-from mae_fast.convert.families import identify, read, strip
-from mae_fast.convert.translate import Name, Report, Size, translate
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.weights.families import identify, read, strip
+from mae_fast.weights.translate import Name, Report, Size, translate
 
 __all__ = ["Report", "Size", "convert", "load_model", "load_weights", "to_mae_st", "translate"]
 

@@ -11,7 +11,6 @@ import tyro
 from torch import Tensor
 
 from mae_fast.config import MaskStrategy, Variant, preset
-from mae_fast.convert import load_model
 from mae_fast.data import BadVideo, VideoReader, clip_indices, crop_resize
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import require
@@ -20,6 +19,7 @@ from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.masked_mse import norm_target
+from mae_fast.weights import load_model
 
 ROWS = ("original", "masked", "reconstruction", "reconstruction + visible patches")
 FPS = 30.0  # the rate at which sampling_rate counts, as in the official configuration

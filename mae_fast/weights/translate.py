@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mae_fast.convert import positions
-from mae_fast.convert.families import FAMILIES, depths, identify, read, strip, write
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.fields import check_fields, require
+from mae_fast.weights import positions
+from mae_fast.weights.families import FAMILIES, depths, identify, read, strip, write
 
 Name = Literal["mae_st", "slowfast", "videomae", "transformers", "timm-vit"]
 Table = dict[str, Tensor]
