@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for editors and type checkers; below is what runs
     from mae_fast import data as data
     from mae_fast import masking as masking
+    from mae_fast.classifier import ClassifierConfig as ClassifierConfig
+    from mae_fast.classifier import VideoClassifier as VideoClassifier
     from mae_fast.config import Config as Config
     from mae_fast.config import DataConfig as DataConfig
     from mae_fast.config import MaskConfig as MaskConfig
@@ -32,11 +34,13 @@ if TYPE_CHECKING:  # for editors and type checkers; below is what runs
     from mae_fast.weights import load_model as load_model
 
 _HOME = {
+    "ClassifierConfig": "classifier",
     "Config": "config",
     "DataConfig": "config",
     "MaskConfig": "config",
     "ModelConfig": "config",
     "TrainConfig": "config",
+    "VideoClassifier": "classifier",
     "preset": "config",
     "MaskedAutoencoder": "model",
     "accelerate": "drop_in",

@@ -25,7 +25,7 @@ class Family:
     ("qkv"), of q and v only ("qv"), or one fused product with all three ("fused") or, as VideoMAE
     has it, with q's and v's beside it ("fused_qv"). `positions`: learned and of one form for both
     halves ("learned"), learned and of any form ("any"), or fixed sines and cosines ("sincos").
-    `unsaid`: what its weights do not tell.
+    `unsaid`: what its weights do not tell. `classifier`: it has one of videos.
     """
 
     title: str
@@ -36,6 +36,7 @@ class Family:
     positions: str = "learned"
     cls: bool = True
     unsaid: str = ""
+    classifier: bool = True
 
     def part(self, name: str, layer: int = 0) -> str:
         return self.parts.get(name, name).format(depth=layer)
@@ -55,6 +56,7 @@ FAMILIES = {
             "decoder_pos_embed_spatial": "dec_pos_embed_spatial",
             "decoder_pos_embed_temporal": "dec_pos_embed_temporal",
             "decoder_pos_embed_class": "dec_pos_embed_class",
+            "head": "head.projection",
         },
         biases="fused",
         positions="any",
@@ -88,6 +90,7 @@ FAMILIES = {
             "decoder_blocks": "decoder.decoder_layers",
             "decoder_norm": "decoder.norm",
             "decoder_pred": "decoder.head",
+            "head": "classifier",
         },
         block={
             "norm1": "layernorm_before",
@@ -111,6 +114,7 @@ FAMILIES = {
         biases="fused",
         positions="any",
         unsaid="eps 1e-6, pixels as the model's own configuration has them",
+        classifier=False,  # of images
     ),
 }
 
@@ -174,6 +178,8 @@ def write(table: dict[str, Tensor], family: str, apart: bool = False) -> dict[st
     f = FAMILIES[family]
     names = _names(f, *(depths(table)))
     state = {names[name]: value for name, value in table.items()}
+    if family == "videomae" and "head.weight" in table:  # its classifier is no part `encoder`
+        state = {name.removeprefix(f.encoder): value for name, value in state.items()}
     return _fused(state, f.biases) if f.biases.startswith("fused") and not apart else state
 
 
@@ -192,7 +198,9 @@ def _names(f: Family, depth: int, decoder_depth: int) -> dict[str, str]:
                 theirs = f"{f.part(half + 'blocks')}.{i}.{f.block.get(part, part)}"
                 stems[f"{half}blocks.{i}.{part}"] = theirs
         stems[half + "norm"] = f.part(half + "norm", blocks)
-    stems |= {part: f.part(part) for part in ("decoder_embed", "decoder_pred")}
+    # The last two are a fine-tuned classifier's.
+    parts = ("decoder_embed", "decoder_pred", "fc_norm", "head")
+    stems |= {part: f.part(part) for part in parts if f.classifier or part not in parts[2:]}
     names = {name: f.part(name) for name in _TOKENS}
     for half in ("", "decoder_"):
         positions = [f"{half}pos_embed{form}" for form in _POSITIONS]

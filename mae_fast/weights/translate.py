@@ -20,6 +20,7 @@ from mae_fast.weights.families import FAMILIES, depths, identify, read, strip, w
 
 Name = Literal["mae_st", "slowfast", "videomae", "transformers", "timm-vit"]
 Table = dict[str, Tensor]
+_NO_PART = "no part of a masked autoencoder of these families"
 
 
 @dataclass
@@ -82,7 +83,7 @@ def translate(
     if size.num_frames and to != "timm-vit":
         _divide("num_frames", size.num_frames, patch[2] if len(patch) == 5 else size.t_patch_size)
     if rest:
-        report.lost.append(f"{', '.join(rest)}: no part of a masked autoencoder of these families")
+        report.lost.append(f"{', '.join(rest)}: {_NO_PART}")
     if depths(table)[1] and (encoder_only or to == "timm-vit"):
         decoder = [n for n in table if n.startswith(("decoder_", "mask_token"))]
         why = "left out as asked" if encoder_only else "an image model has none"
@@ -91,6 +92,7 @@ def translate(
     _positions(table, report, size)
     _patches(table, report, size.t_patch_size)
     _cls(table, report)
+    _classifier(table, report)
     _norm(table, report)
     _biases(table, report)
     _head(table, report)
@@ -257,8 +259,38 @@ def _cls(table: Table, report: Report) -> None:
         )
 
 
+def _classifier(table: Table, report: Report) -> None:
+    """The norm that follows the mean over tokens: `norm` in mae_st and slowfast, which have no
+    other, and `fc_norm` in the rest, whose `norm` comes before the first token alone is taken."""
+    if "head.weight" not in table:
+        dropped = [n for n in list(table) if n.startswith("fc_norm.") and table.pop(n) is not None]
+        if dropped:
+            report.lost.append(f"{', '.join(dropped)}: {_NO_PART}")
+        return
+    if not FAMILIES[report.target].classifier:
+        dropped = [n for n in table if n.startswith(("head.", "fc_norm."))]
+        report.lost.append(f"{', '.join(dropped)}: an image model's classifier is another")
+        for name in dropped:
+            del table[name]
+        return
+    mean = "fc_norm.weight" in table or report.source in ("mae_st", "slowfast")
+    old, new = ("fc_norm", "norm") if "fc_norm.weight" in table else ("norm", "fc_norm")
+    wanted = "norm" if report.target in ("mae_st", "slowfast") else "fc_norm"
+    if not mean and wanted == "norm":
+        report.lost.append("the first token is classified there, here the mean: outputs differ")
+    elif mean and new == wanted:
+        for kind in ("weight", "bias"):
+            table[f"{new}.{kind}"] = table.pop(f"{old}.{kind}")
+    if report.target == "transformers":
+        report.made.append(f"head: its configuration needs use_mean_pooling={mean}")
+    if mean and (report.source == "transformers") != (report.target == "transformers"):
+        report.made.append("fc_norm: its eps is 1e-5 in transformers and 1e-6 elsewhere")
+
+
 def _norm(table: Table, report: Report) -> None:
-    """The norm after the encoder, which only transformers may lack (use_mean_pooling)."""
+    """The norm after the encoder, which only transformers and classifiers may lack."""
+    if "head.weight" in table:
+        return
     if "norm.weight" not in table and report.target != "transformers":
         bias = table["blocks.0.norm1.bias"]
         table |= {"norm.weight": torch.ones_like(bias), "norm.bias": torch.zeros_like(bias)}
