@@ -137,7 +137,7 @@ def test_python_is_held_to_the_same_as_toml(section, how):
         (lambda: preset(["vit_tiny"]), r"unknown model \['vit_tiny'\]"),
         (lambda: Config(mask=MaskConfig(ratio=0.9999)), "mask ratio 0.9999 leaves none of 8x14x14"),
         (lambda: Config(mask=MaskConfig("tube", 1e-9)), "ratio 1e-09 leaves nothing to predict"),
-        (lambda: Config(model=ModelConfig(in_chans=1)), "in_chans must be 3 to train on video"),
+        (lambda: Config(model=ModelConfig(in_chans=1)), "to train on video, got 1"),
         (lambda: Config(model="vit_bse"), "did you mean 'vit_base'"),
         (lambda: Config(train={"batch_size": 2}), "train must be TrainConfig, got {'batch_size'"),
     ],

@@ -1,5 +1,6 @@
 """The training step: what it computes, and that as graphs it computes the same, bit for bit."""
 
+import contextlib
 import copy
 
 import pytest
@@ -113,10 +114,18 @@ def test_ten_steps_as_graphs_are_the_eager_ones_bit_for_bit(accum, precision, ti
 def test_what_a_graph_replays_is_not_computed_in_python(tiny_cfg):
     """The first steps run as they are, the next is captured, and later ones leave the model be."""
     step = _trainer(tiny_cfg, graph=True)
-    calls = []
+    calls, beside = [], []
+
+    @contextlib.contextmanager
+    def on_its_stream():
+        beside.append(len(calls))
+        yield
+
+    step.side.beside = on_its_stream
     step.model.register_forward_pre_hook(lambda *_: calls.append(1))
     _take(step, tiny_cfg)
     assert len(calls) == WARMUP + 1
+    assert beside == [0, 1, 1, 2, 2, 3]  # both parts of each step of the warm-up, and none later
 
 
 def test_a_frozen_number_shows_in_the_rehearsal(tiny_cfg):

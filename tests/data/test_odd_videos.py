@@ -245,9 +245,10 @@ def test_a_moments_trouble_is_tried_again_and_not_remembered(monkeypatch):
         return opened(*args, **options)
 
     monkeypatch.setattr(av, "open", flaky)
-    monkeypatch.setattr("mae_fast.data.loader._PAUSES", (0.0, 0.0))
+    waited = []
+    monkeypatch.setattr("mae_fast.data.loader.time.sleep", waited.append)
     data = ClipDataset(rows, DataConfig(repeat_aug=1), 8, seed=0)
-    assert data[0].bad == []
+    assert data[0].bad == [] and waited == [0.0, 0.5]
     failing[0] = 3  # one more than tries: replaced by another draw, which finds the file again
     batch = data[1]
     assert batch.bad == [(rows[0].path, "cannot be opened: Input/output error")]
