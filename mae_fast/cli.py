@@ -32,6 +32,7 @@ VERBS = {
         "draw what a checkpoint reconstructs",
     ),
     "convert": ("mae_fast.weights", "convert", "write weights under another family's names"),
+    "masks": ("mae_fast.mask_pictures", "draw", "draw every mask strategy in one picture"),
     "plan": (
         "mae_fast.plan",
         "plan",

@@ -6,6 +6,7 @@ command line. An unknown key is refused with the nearest known one.
 
 import dataclasses
 import difflib
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,18 @@ else:
     import tomli as tomllib
 
 Variant = Literal["mae_st", "slowfast"]
-MaskStrategy = Literal["random", "tube", "frame", "block", "running_cell"]
+MaskStrategy = Literal[
+    "random",
+    "tube",
+    "tube_ties",
+    "tube_blocks",
+    "per_frame",
+    "frame",
+    "block",
+    "cube",
+    "multiblock",
+    "running_cell",
+]
 Grid = tuple[int, int, int]
 _MOST = 2**31 - 1  # of every number but a seed: beyond it indices and counts overflow
 _WORKERS = 1024  # processes on one machine: more is a slip of the hand
@@ -229,22 +241,37 @@ def as_model(cfg: "ModelConfig | str") -> ModelConfig:
     return cfg
 
 
+def mask_cell(grid: Grid) -> int:
+    """Patches on a side of the cells that cube and tube_blocks hide: 2, as PySlowFast's window of
+    8x7x7 in a grid of 8x14x14; 1 in a grid that cells of 2 do not fill, or one of them does."""
+    return 2 if grid[1] % 2 == grid[2] % 2 == 0 and min(grid[1:]) > 2 else 1
+
+
 def num_keep(strategy: str, grid: Grid, ratio: float) -> int:
     """K, the patches kept of a clip whose grid is (t, h, w), for a masked share `ratio`.
 
-    random, block: int(L * (1 - ratio)), the official rule in Python floats (156 of 1568 at 0.9,
-    313 at 0.8). tube, running_cell: h * w - int(h * w * ratio) in every time step, VideoMAE's rule
-    (160 at 0.9). frame: t - round(t * ratio) whole time steps, PySlowFast's. Raises ConfigError, a
-    ValueError, when nothing would be left, or the ratio is not in [0, 1).
+    random, tube_ties, block, multiblock: int(L * (1 - ratio)), the official rule in Python floats
+    (156 of 1568 at 0.9, 313 at 0.8). per_frame: the same rule in every time step. tube,
+    running_cell: h * w - int(h * w * ratio) in every time step, VideoMAE's rule (160 at 0.9).
+    frame, cube, tube_blocks: PySlowFast's, round(n * ratio) are hidden of n time steps, of n
+    cells, of n cells of a time step. Raises ConfigError, a ValueError, when nothing would be left,
+    or the ratio is not in [0, 1).
     """
     typed("mask strategy", strategy, MaskStrategy)
     if not 0 <= typed("mask ratio", ratio, float) < 1:
         raise ConfigError(f"mask ratio must be in [0, 1), got {ratio}")
     t, h, w = grid
+    cell = mask_cell(grid) ** 2
     if strategy in ("tube", "running_cell"):
         keep = t * (h * w - int(h * w * ratio))
+    elif strategy == "per_frame":
+        keep = t * int(h * w * (1 - ratio))
     elif strategy == "frame":
         keep = (t - round(t * ratio)) * h * w
+    elif strategy == "cube":
+        keep = t * h * w - round(t * h * w // cell * ratio) * cell
+    elif strategy == "tube_blocks":
+        keep = t * (h * w - round(h * w // cell * ratio) * cell)
     else:
         keep = int(t * h * w * (1 - ratio))
     if keep < 1:
@@ -254,16 +281,37 @@ def num_keep(strategy: str, grid: Grid, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which patches are hidden."""
+    """Which patches are hidden; with `decoder` and `per_clip`, what is asked of a clip."""
 
     strategy: MaskStrategy = "random"
     """how the hidden patches are chosen"""
     ratio: float = 0.9
     """the share of patches that is hidden, in [0, 1)"""
+    decoder: Literal["all", "random", "running_cell"] = "all"
+    """changes the objective: decode, and take the loss of, all hidden patches or a part of them, at
+    random or VideoMAE V2's"""
+    decoder_ratio: float = 0.5
+    """the share of hidden patches that a part leaves out; running_cell: 0.25, 0.5 or 0.75"""
+    per_clip: int = 1
+    """changes the objective: masks of one clip, each a sample of its own in the step"""
 
     def __post_init__(self) -> None:
-        _check(self, "mask")
+        _check(self, "mask", positive="per_clip")
         require(0 <= self.ratio < 1, "mask.ratio must be in [0, 1)", self.ratio)
+        share = self.decoder_ratio
+        require(0 <= share < 1, "mask.decoder_ratio must be in [0, 1)", share)
+        if self.decoder == "running_cell":
+            words = "mask.decoder_ratio must be 0.25, 0.5 or 0.75 with running_cell"
+            require(share in (0.25, 0.5, 0.75), words, share)
+
+
+def num_decoded(cfg: MaskConfig, grid: Grid) -> int:
+    """The hidden patches of a clip that are decoded: in a batch all clips have the same number.
+
+    As many as VideoMAE V2 decodes of a tube mask, if 4 divides the time steps (704 of 1408).
+    """
+    masked = math.prod(grid) - num_keep(cfg.strategy, grid, cfg.ratio)
+    return masked if cfg.decoder == "all" else masked - int(masked * cfg.decoder_ratio)
 
 
 @dataclass(frozen=True)

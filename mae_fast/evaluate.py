@@ -26,7 +26,8 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """{"val_loss", "val_mean_patch_loss", "val_clips"} over CLIPS clips of the held-out `rows`.
 
-    val_mean_patch_loss is the loss of predicting, for every masked patch, the patch's own mean.
+    The loss is that of all hidden patches under one mask a clip, whatever mask.decoder and per_clip
+    are. val_mean_patch_loss is the loss of predicting, for every masked patch, the patch's own mean.
     Broken videos are replaced as in training. `waiting` is called now and then; it may raise.
     """
     videos = max(1, 8 // cfg.data.repeat_aug)  # a batch of about 8 clips
@@ -51,7 +52,8 @@ def held_out_loss(
             cfg.mask.ratio,
             seed=_SEED,
             step=0,
-            samples=batch.samples.to(device),
+            samples=batch.samples,
+            device=device,
         )
         loss, _, _ = model(video, ids_keep=keep, ids_mask=masked)
         target = targets(spec, video, masked, torch.float32)

@@ -2,19 +2,23 @@
 
 A strategy gives each patch a key; the patches with the smallest keys are kept. Sorting keys is
 how the official code masks at random, and it makes every other strategy a choice of keys. Token
-order is t * h * w major: idx = (t * H + row) * W + column.
+order is t * h * w major: idx = (t * H + row) * W + column. docs/masks.md has a picture of each.
 """
 
 import math
+import random as python_random
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mae_fast.config import Grid, MaskStrategy, num_keep
+from mae_fast import mask_shapes
+from mae_fast.config import Grid, MaskConfig, MaskStrategy, mask_cell, num_decoded, num_keep
 
 STRATEGIES = get_args(MaskStrategy)
 _CELL = (2, 2)  # running cell, as in VideoMAE V2
+_VIEW = 48  # the bit above any run's numbers of clips, where a clip's masks are numbered
 _CUBES = 64  # more than enough cubes to cover any share of the clip that block masking hides
 
 
@@ -48,6 +52,42 @@ def ids_from_keep(ids_keep: Tensor, num_patches: int) -> Tensor:
     return order[:, : num_patches - ids.shape[1]]
 
 
+def ids_from_mask(mask: Tensor, balance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(ids_keep [B, K], ids_mask [B, L-K]) int32, ascending, of a given mask [B, L]: what is not
+    0 is hidden.
+
+    Raises ValueError where clips hide different numbers of patches. The official code takes their
+    mean, and some clips then see hidden patches, others lose visible ones. With `balance`, noise
+    [B, L], every clip sees as many as the one that sees fewest; the others' are hidden at random.
+    """
+    if mask.dim() != 2:
+        raise ValueError(f"a mask must be [B, L], got {list(mask.shape)}")
+    hidden = mask != 0
+    kept = (~hidden).sum(dim=1)
+    fewest, most = (int(x) for x in kept.aminmax())
+    if balance is None:
+        if fewest != most:
+            raise ValueError(
+                f"clips of one batch keep {fewest} to {most} patches: a batch has one count; "
+                "balance= hides the rest at random"
+            )
+        order = hidden.int().argsort(dim=1, stable=True)
+    else:
+        if balance.shape != mask.shape:
+            raise ValueError(f"balance must be {list(mask.shape)}, got {list(balance.shape)}")
+        order = _in_turn(hidden, balance).argsort(dim=1, stable=True)
+    if fewest == 0:
+        raise ValueError("the mask leaves none of a clip's patches")
+    keep = order[:, :fewest].sort(dim=1).values.int()
+    return keep, order[:, fewest:].sort(dim=1).values.int()
+
+
+def _in_turn(last: Tensor, noise: Tensor) -> Tensor:
+    """Keys [B, L]: those that are not `last` first, each of the two groups in noise order."""
+    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
+    return ranks + last * ranks.shape[1]
+
+
 def mask_from_keep(ids_keep: Tensor, num_patches: int) -> Tensor:
     """float32 mask [B, L], 0 keep and 1 removed, of ids_keep [B, K]."""
     mask = torch.ones(ids_keep.shape[0], num_patches, device=ids_keep.device)
@@ -55,23 +95,63 @@ def mask_from_keep(ids_keep: Tensor, num_patches: int) -> Tensor:
 
 
 def draw_ids(
-    strategy: str, grid: Grid, ratio: float, *, seed: int, step: int, samples: Tensor
+    strategy: str,
+    grid: Grid,
+    ratio: float,
+    *,
+    seed: int,
+    step: int,
+    samples: Tensor,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw the masks of one batch: (ids_keep [B, K], ids_mask [B, M]) int32 on samples.device.
+    """Draw the masks of one batch: (ids_keep [B, K], ids_mask [B, M]) int32 on `device`, or on
+    samples.device.
 
     `samples` [B] int64 numbers the clips. Each mask is a function of (seed, step, sample) alone,
-    the same bits on every device, whatever else is in the batch, before and after a resume.
+    the same bits on every device, whatever else is in the batch, before and after a resume. cube,
+    tube_blocks and multiblock are thrown on the host: it waits where samples are on a device.
     """
     keep = num_keep(strategy, grid, ratio)
-    random = _Uniform(seed, step, samples)
+    random = _Uniform(seed, step, samples, device)
     keys = _KEYS[strategy](random, grid, math.prod(grid) - keep)
     return ids_from_noise(keys, keep)
+
+
+def draw_masks(
+    cfg: MaskConfig,
+    grid: Grid,
+    *,
+    seed: int,
+    step: int,
+    samples: Tensor,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a step's clips are masked with: (ids_keep [B * R, K], ids_mask [B * R, D]), where R is
+    cfg.per_clip, the masks of one clip standing together, and D of M masked patches are decoded.
+    """
+    if cfg.per_clip > 1:
+        views = torch.arange(cfg.per_clip, device=samples.device) << _VIEW
+        samples = (samples[:, None] + views).flatten()
+    drawn = dict(seed=seed, step=step, samples=samples, device=device)
+    keep, mask = draw_ids(cfg.strategy, grid, cfg.ratio, **drawn)
+    if cfg.decoder == "all":
+        return keep, mask
+    random = _Uniform(~seed, step, samples, device)
+    keys = random(mask.shape[1])
+    if cfg.decoder == "running_cell":
+        start = (random(1)[:, 0] * 4).long()
+        hidden = mask_shapes.running_cell(grid, int(4 * cfg.decoder_ratio), start).flatten(1)
+        keys = _in_turn(hidden.gather(1, mask.long()), keys)
+    first = keys.argsort(dim=1, stable=True)[:, : num_decoded(cfg, grid)]
+    return keep, mask.gather(1, first)
 
 
 class _Uniform:
     """fp32 numbers in [0, 1) from a counter hash (splitmix64) of (seed, step, sample, index)."""
 
-    def __init__(self, seed: int, step: int, samples: Tensor) -> None:
+    def __init__(self, seed: int, step: int, samples: Tensor, device=None) -> None:
+        self.seed, self.step, self.samples = seed, step, samples
+        samples = samples.to(device or samples.device, non_blocking=True)
         state = _mix(torch.full_like(samples, seed) + _GOLDEN)
         state = _mix(state + _wrap(step * _GOLDEN))
         self.state = _mix(state + samples * _GOLDEN)[:, None]  # [B, 1]
@@ -104,6 +184,18 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def _thrown(random: _Uniform, throw) -> Tensor:
+    """throw(rng, sample) -> bool [...] for each clip, made on the host, on the clips' device. rng
+    gives the clip's own numbers."""
+    found = []
+    for sample in random.samples.tolist():
+        rng = python_random.Random(f"{random.seed} {random.step} {sample}")
+        found.append(throw(rng, sample))
+    found, device = torch.from_numpy(np.stack(found)), random.state.device
+    # From memory that is not pinned the host would wait for all that the device has to do.
+    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+
+
 def _random_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
     return random(math.prod(grid))
 
@@ -113,6 +205,19 @@ def _tube_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
     # Ranks, not noise: two places with the same noise would tear a tube apart.
     rank = random(h * w).argsort(dim=1, stable=True).argsort(dim=1)
     return rank.repeat(1, t)
+
+
+def _tube_ties_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
+    """PySlowFast's AUG.MASK_TUBE: one place is torn where the count is no multiple of t; its first
+    time steps are kept, as argsort leaves ties in order on a CPU."""
+    t, h, w = grid
+    return random(h * w).repeat(1, t)
+
+
+def _per_frame_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
+    t, h, w = grid
+    noise = random(t * h * w).unflatten(1, (t, h * w))
+    return noise.argsort(dim=-1, stable=True).argsort(dim=-1).flatten(1)
 
 
 def _frame_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
@@ -151,6 +256,47 @@ def _block_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
     return -(first + random(t * h * w) * (first == n))
 
 
+def _cell_keys(random: _Uniform, grid: Grid, hidden: Tensor) -> Tensor:
+    """Of cells hidden [B, t or 1, h, w]: those that were given up are hidden at random, so that the
+    count is the same in every clip."""
+    keys = _in_turn(hidden.flatten(1), random(hidden[0].numel())).view(hidden.shape)
+    cell = mask_cell(grid)
+    keys = keys.repeat_interleave(cell, 2).repeat_interleave(cell, 3)
+    return keys.expand(-1, grid[0], -1, -1).flatten(1)
+
+
+def _cube_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
+    (t, h, w), cell = grid, mask_cell(grid)
+    window, cells = (t, h // cell, w // cell), masked // cell**2
+    return _cell_keys(
+        random, grid, _thrown(random, lambda rng, _: mask_shapes.cube(window, cells, rng))
+    )
+
+
+def _tube_blocks_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
+    (t, h, w), cell = grid, mask_cell(grid)
+    window, cells = (h // cell, w // cell), masked // (t * cell**2)
+    return _cell_keys(
+        random,
+        grid,
+        _thrown(random, lambda rng, _: mask_shapes.tube_blocks(window, cells, rng)[None]),
+    )
+
+
+def _multiblock_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
+    """V-JEPA's two masks, clip about, or both of one clip with per_clip = 2. What its blocks leave
+    is cut to the count at random, not in the order of patches; where too little is left, patches
+    under blocks are kept at random."""
+
+    def throw(rng: python_random.Random, sample: int) -> np.ndarray:
+        blocks, scale = mask_shapes.MULTIBLOCK[((sample >> _VIEW) + sample) % 2]
+        shared = python_random.Random(f"{random.seed} {random.step} blocks {blocks}")
+        size = mask_shapes.multiblock_size(grid, scale, shared)
+        return mask_shapes.multiblock(grid, size, blocks, rng)
+
+    return _in_turn(_thrown(random, throw).flatten(1), random(math.prod(grid)))
+
+
 def _running_cell_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
     """Every time step keeps the same number of patches, which run through 2 x 2 cells with time.
 
@@ -175,7 +321,12 @@ def _running_cell_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:
 _KEYS = {
     "random": _random_keys,
     "tube": _tube_keys,
+    "tube_ties": _tube_ties_keys,
+    "tube_blocks": _tube_blocks_keys,
+    "per_frame": _per_frame_keys,
     "frame": _frame_keys,
     "block": _block_keys,
+    "cube": _cube_keys,
+    "multiblock": _multiblock_keys,
     "running_cell": _running_cell_keys,
 }

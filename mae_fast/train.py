@@ -34,7 +34,7 @@ from mae_fast.errors import (
     NonFiniteError,
 )
 from mae_fast.evaluate import held_out_loss
-from mae_fast.masking import draw_ids
+from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.dispatch import backends
 from mae_fast.optim import lr_at, make_optimizer, peak_lr
@@ -225,15 +225,18 @@ class Run:
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """video [B, C, T, H, W], ids_keep [B, K] and ids_mask [B, M] of a micro-step."""
         cfg = self.cfg
-        ids = draw_ids(
-            cfg.mask.strategy,
+        ids = draw_masks(
+            cfg.mask,
             cfg.model.grid,
-            cfg.mask.ratio,
             seed=cfg.train.seed,
             step=self.step,
             samples=batch.samples,
+            device=self.world.device,
         )
-        return batch.video(cfg.model.img_size), *ids
+        video = batch.video(cfg.model.img_size)
+        if cfg.mask.per_clip > 1:
+            video = video.repeat_interleave(cfg.mask.per_clip, dim=0)
+        return video, *ids
 
     def _next(self, batches: Iterator[Batch], window: Window) -> Batch:
         """The next batch, when every rank has its own; _Stop where one cannot or should not go on.

@@ -21,8 +21,8 @@ FIELDS = [(s, f) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)
 FIELDS += [("", f) for f in dataclasses.fields(Config) if f.name not in SECTIONS]
 # Fields of numbers that may be zero; every other is refused at 0.
 ZERO = set(
-    "ratio span_seconds short_side flip workers max_bad_share steps warmup_steps warmup_epochs "
-    "min_lr weight_decay clip_grad seed max_nonfinite".split()
+    "ratio decoder_ratio span_seconds short_side flip workers max_bad_share steps warmup_steps "
+    "warmup_epochs min_lr weight_decay clip_grad seed max_nonfinite".split()
 )
 # As TOML has them; what each kind of field refuses is all but what is named after it.
 VALUES = {
@@ -54,6 +54,9 @@ VALUES = {
 }
 
 
+SHARES = ("ratio", "decoder_ratio", "flip", "max_bad_share")  # at most 1
+
+
 def fits(field, value: str) -> bool:
     """Whether a value of VALUES may stand in this field."""
     kind, name = field.type, field.name
@@ -63,7 +66,7 @@ def fits(field, value: str) -> bool:
         return value == "yes"
     if kind in (int, float) and value == "zero":
         return name in ZERO
-    return kind is float and value == "fraction" and name not in ("ratio", "flip", "max_bad_share")
+    return kind is float and value == "fraction" and name not in SHARES
 
 
 @pytest.fixture

@@ -390,4 +390,7 @@ def test_choices_are_those_of_the_documents():
     assert get_args(kinds["precision"]) == ("fp32", "bf16")
     assert get_args(kinds["device"]) == ("auto", "cpu", "cuda")
     assert get_args(config.Variant) == ("mae_st", "slowfast")
-    assert get_args(config.MaskStrategy) == ("random", "tube", "frame", "block", "running_cell")
+    strategies = (
+        "random tube tube_ties tube_blocks per_frame frame block cube multiblock running_cell"
+    )
+    assert get_args(config.MaskStrategy) == tuple(strategies.split())

@@ -38,8 +38,8 @@ class Batch:
     """Clips before augmentation. `frames`: uint8 [T, H, W, 3] for each clip, of any size.
 
     boxes int32 [n, 4] (top, left, height, width); flips bool [n]; samples int64 [n], the number of
-    the clip in the whole run; paths [n]; bad, the (path, reason) met while making it. Boxes and
-    flips stay on the host, so that no use of them waits for the device.
+    the clip in the whole run; paths [n]; bad, the (path, reason) met while making it. Boxes, flips
+    and samples stay on the host, so that no use of them waits for the device.
     """
 
     frames: list[Tensor]
@@ -53,10 +53,9 @@ class Batch:
         return len(self.frames)
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
-        """The same batch with its frames, in one piece, and its samples on a device."""
+        """The same batch with its frames, in one piece, on a device."""
         flat = _flat(self.frames).to(device, non_blocking=non_blocking)
-        samples = self.samples.to(device, non_blocking=non_blocking)
-        return replace(self, frames=_views(flat, [f.shape for f in self.frames]), samples=samples)
+        return replace(self, frames=_views(flat, [f.shape for f in self.frames]))
 
     def pin_memory(self) -> "Batch":
         """The same batch, what goes to a device in pinned memory; torch's loader calls this."""

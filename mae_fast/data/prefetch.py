@@ -8,7 +8,7 @@ from mae_fast.data.loader import Batch
 
 
 class DevicePrefetch:
-    """The batches of a loader, in order, with frames and samples on `device`.
+    """The batches of a loader, in order, with their frames on `device`.
 
     On CUDA they are copied on a stream of their own, which waits for no step, from pinned memory.
     `ahead()` fetches and copies the next one: call it when a step's work has been launched, and the
@@ -34,10 +34,9 @@ class DevicePrefetch:
         batch, copied = found
         now = torch.cuda.current_stream(self.device)
         now.wait_event(copied)
-        # Their memory is the copying stream's: it is not given to a later batch before this stream
-        # has read it.
-        for t in (*batch.frames[:1], batch.samples):  # all frames lie in one block
-            t.record_stream(now)
+        # Their memory, one block, is the copying stream's: it is not given to a later batch before
+        # this stream has read it.
+        batch.frames[0].record_stream(now)
         return batch
 
     def ahead(self) -> None:

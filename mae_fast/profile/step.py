@@ -57,7 +57,7 @@ def profile(
         model: vit_tiny ... vit_huge, or a run's CONFIG.toml, whose [model] is taken.
         batch: clips a step.
         ratio: masked share in [0, 1); 0: the encoder sees every token.
-        strategy: random, tube, frame, block or running_cell.
+        strategy: one of docs/masks.md: random, tube, cube ...
         engine: what is profiled, by its name in `mae-fast bench ratio`.
         against: another engine, side by side: official_eager.
         precision: fp32, or bf16 by autocast with fp32 weights.
