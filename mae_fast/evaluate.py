@@ -27,7 +27,7 @@ def held_out_loss(
     """{"val_loss", "val_mean_patch_loss", "val_clips"} over CLIPS clips of the held-out `rows`.
 
     The loss is that of all hidden patches under one mask a clip, whatever mask.decoder and per_clip
-    are. val_mean_patch_loss is the loss of predicting, for every masked patch, the patch's own mean.
+    are. val_mean_patch_loss is that of predicting, for every masked patch, the patch's own mean.
     Broken videos are replaced as in training. `waiting` is called now and then; it may raise.
     """
     videos = max(1, 8 // cfg.data.repeat_aug)  # a batch of about 8 clips

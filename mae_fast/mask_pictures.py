@@ -60,8 +60,8 @@ def _figure(rows: list[tuple[str, MaskConfig, int]], grid: Grid, seed: int):
     figure = Figure(figsize=(2.0 + 1.05 * t, 1.15 * len(rows) * h / w + 0.4), layout="constrained")
     panels = figure.subplots(len(rows), t, squeeze=False)
     for line, (name, cfg, clip) in zip(panels, rows, strict=True):
-        drawn = draw_masks(cfg, grid, seed=seed, step=0, samples=torch.tensor([clip]))
-        kinds = torch.full((t * h * w,), 2)
+        drawn = draw_masks(cfg, grid, seed=seed, step=0, samples=torch.tensor([clip], device="cpu"))
+        kinds = torch.full((t * h * w,), 2, device="cpu")
         for kind, ids in enumerate(drawn):
             kinds[ids[0].long()] = kind
         for step, axes in enumerate(line):

@@ -191,9 +191,12 @@ def _thrown(random: _Uniform, throw) -> Tensor:
     for sample in random.samples.tolist():
         rng = python_random.Random(f"{random.seed} {random.step} {sample}")
         found.append(throw(rng, sample))
-    found, device = torch.from_numpy(np.stack(found)), random.state.device
     # From memory that is not pinned the host would wait for all that the device has to do.
-    return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+    device = random.state.device
+    shape, pinned = (len(found), *found[0].shape), device.type == "cuda"
+    hidden = torch.empty(shape, dtype=torch.bool, device="cpu", pin_memory=pinned)
+    np.stack(found, out=hidden.numpy())
+    return hidden.to(device, non_blocking=True)
 
 
 def _random_keys(random: _Uniform, grid: Grid, masked: int) -> Tensor:

@@ -6,13 +6,16 @@ facebookresearch/SlowFast 287ec00 (MaskingGenerator, MaskingGenerator3D), OpenGV
 
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from mae_fast import mask_shapes
-from mae_fast.config import ConfigError, MaskConfig, num_decoded
+from mae_fast.config import Config, ConfigError, MaskConfig, num_decoded, preset
+from mae_fast.data import Batch
+from mae_fast.distributed import World
 from mae_fast.mask_pictures import draw
 from mae_fast.masking import (
     STRATEGIES,
@@ -22,6 +25,8 @@ from mae_fast.masking import (
     mask_from_keep,
     num_keep,
 )
+from mae_fast.model import MaskedAutoencoder
+from mae_fast.train import Run
 
 GRID = (8, 14, 14)
 # (window, ratio, seed of `random`): the hidden cells, packed.
@@ -239,6 +244,24 @@ def test_masks_of_one_clip_stand_together_and_the_first_is_its_only_one():
     keep, _ = draw_masks(MaskConfig(per_clip=3), GRID, **drawn)
     one, _ = draw_masks(MaskConfig(), GRID, **drawn)
     assert torch.equal(keep[::3], one) and len({tuple(row) for row in keep.tolist()}) == 6
+
+
+def test_a_run_takes_each_clip_once_a_mask_and_decodes_a_part():
+    mask = MaskConfig("tube", 0.5, decoder="running_cell", per_clip=3)
+    cfg = Config(model=preset("vit_tiny", img_size=64, num_frames=8), mask=mask)
+    frames = [torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8) for _ in range(2)]
+    boxes = torch.tensor([[0, 0, 64, 64]] * 2, dtype=torch.int32)
+    batch = Batch(frames, boxes, torch.zeros(2).bool(), torch.tensor([4, 9]), ["a", "b"], [])
+    run = SimpleNamespace(cfg=cfg, step=6, world=World(0, 1, torch.device("cpu")))
+    video, keep, decoded = Run._inputs(run, batch)
+    assert torch.equal(video[::3], video[1::3]) and not torch.equal(video[0], video[3])
+    assert [len(x) for x in (video, keep, decoded)] == [6] * 3
+    drawn = draw_masks(mask, (4, 4, 4), seed=0, step=6, samples=torch.tensor([4, 9]))
+    assert torch.equal(keep, drawn[0]) and torch.equal(decoded, drawn[1])
+    assert (keep.shape[1], decoded.shape[1]) == (32, 16)
+    with torch.no_grad():
+        loss, pred, _ = MaskedAutoencoder(cfg.model)(video, ids_keep=keep, ids_mask=decoded)
+    assert pred.shape[:2] == (6, 16) and loss.isfinite()
 
 
 def test_given_masks_of_unlike_counts_are_refused_or_balanced():

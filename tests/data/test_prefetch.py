@@ -70,11 +70,7 @@ def batch(k):
 
 
 def handed_over(k):
-    return [
-        (COMPUTING, "waits for", k),
-        (COMPUTING, "keeps", "torch.uint8"),
-        (COMPUTING, "keeps", "torch.int64"),
-    ]
+    return [(COMPUTING, "waits for", k), (COMPUTING, "keeps", "torch.uint8")]
 
 
 def copied(k):
