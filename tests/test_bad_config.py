@@ -141,6 +141,10 @@ def test_python_is_held_to_the_same_as_toml(section, how):
         (lambda: Config(mask=MaskConfig(ratio=0.9999)), "mask ratio 0.9999 leaves none of 8x14x14"),
         (lambda: Config(mask=MaskConfig("tube", 1e-9)), "ratio 1e-09 leaves nothing to predict"),
         (lambda: Config(model=ModelConfig(in_chans=1)), "to train on video, got 1"),
+        (
+            lambda: ModelConfig(img_size=2**17, patch_size=2),
+            "make 34359738368 patches, more than 2147",
+        ),
         (lambda: Config(model="vit_bse"), "did you mean 'vit_base'"),
         (lambda: Config(train={"batch_size": 2}), "train must be TrainConfig, got {'batch_size'"),
     ],
