@@ -1,0 +1,91 @@
+"""A labelled set told apart by motion alone: the same things, places and frames in every class.
+
+A textured disc, cut out of one piece of footage, moves over a still picture cut out of another, at
+a constant speed in one of four directions, and comes back in on the other side when it leaves. The
+place where it is at any moment is uniform over the picture whatever its direction, so a single
+frame says nothing about the class; turned back in time, a clip of one class is one of another.
+"""
+
+import itertools
+from pathlib import Path
+
+import av
+import numpy as np
+
+from mae_fast.data import VideoReader
+from mae_fast.errors import DataError
+
+CLASSES = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows, columns
+SIDE, FRAMES, FPS = 64, 16, 15
+
+
+def pictures(videos: list[str | Path], count: int) -> list[np.ndarray]:
+    """`count` frames spread over each video, uint8 [H, W, 3], their short side twice SIDE."""
+    found = []
+    for path in videos:
+        with VideoReader(path, "pyav") as reader:
+            wanted = np.linspace(0, reader.num_frames - 1, count).astype(int)
+            found += [f.numpy() for f in reader.read(wanted.tolist(), 2 * SIDE)]
+    if not found:
+        raise DataError("no footage to make a set from")
+    return found
+
+
+def clip(rng: np.random.Generator, label: str, places: list[np.ndarray], things: list[np.ndarray]):
+    """One clip uint8 [FRAMES, SIDE, SIDE, 3] of a class."""
+    place, thing = (_cut(rng, each[rng.integers(len(each))], SIDE) for each in (places, things))
+    radius = rng.uniform(9, 14)
+    at, speed = rng.uniform(0, SIDE, 2), rng.uniform(1.5, 3.0)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    frames = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
+    for t in range(FRAMES):
+        centre = np.round(at + speed * t * np.array(CLASSES[label])).astype(int)
+        # Distances on a torus; the texture goes along.
+        dy, dx = (
+            (grid - c + SIDE // 2) % SIDE - SIDE // 2
+            for grid, c in zip((rows, columns), centre, strict=True)
+        )
+        inside = dy**2 + dx**2 < radius**2
+        frame = place.copy()
+        frame[inside] = thing[(dy + SIDE // 2)[inside], (dx + SIDE // 2)[inside]]
+        frames[t] = frame
+    return frames
+
+
+def _cut(rng: np.random.Generator, picture: np.ndarray, side: int) -> np.ndarray:
+    height, width = picture.shape[:2]
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    return picture[top : top + side, left : left + side]
+
+
+def write_clip(path: Path, frames: np.ndarray) -> None:
+    """An H.264 file whose pixels are nearly those given."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "12"})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        stream.codec_context.gop_size = FRAMES
+        stream.codec_context.thread_count = 1
+        for k, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = k
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def make(
+    folder: Path, name: str, count: int, pictures: list[np.ndarray], seed: int, labelled: bool
+) -> Path:
+    """Write `count` clips, as many of each class, and the list of them (with labels, if so).
+
+    Returns the list. Places and things are of the same pictures, of which no other part of the set
+    may have any.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, label in zip(range(count), itertools.cycle(CLASSES)):
+        path = folder / name / f"{i:05d}.mp4"
+        write_clip(path, clip(rng, label, pictures, pictures))
+        rows.append(f"{name}/{path.name} {label}" if labelled else f"{name}/{path.name}")
+    listed = folder / f"{name}.txt"
+    listed.write_text("\n".join(rows) + "\n")
+    return listed
