@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -488,14 +489,16 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def load_config(path: str | Path, preset: str = "") -> Config:
-    """Read a run's TOML file; `preset` takes the place of the one in its [model]. Raises
-    ConfigError, naming the key and the nearest known one."""
+def load_config(
+    path: str | Path, preset: str = "", build: Callable[[dict], Any] | None = None
+) -> Config:
+    """Read a run's TOML file; `preset` takes the place of the one in its [model], and `build` that
+    of config_from_dict. Raises ConfigError, naming the key and the nearest known one."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         if preset and isinstance(tree.setdefault("model", {}), dict):
             tree["model"]["preset"] = preset
-        return config_from_dict(tree)
+        return (build or config_from_dict)(tree)
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
@@ -515,27 +518,33 @@ def as_config(cfg: "Config | str | Path") -> Config:
     return cfg
 
 
-def config_from_dict(tree: dict[str, Any]) -> Config:
-    """Build a Config from nested tables. `recipe` at the top and `preset` in [model] fill in
-    what the tables leave out."""
+def config_from_dict(
+    tree: dict[str, Any],
+    kind: type = Config,
+    sections: Mapping[str, type] = _SECTIONS,
+    recipes: Mapping[str, dict] = RECIPES,
+) -> Any:
+    """Build a Config from nested tables. `recipe` at the top (the first by default) and `preset` in
+    [model] fill in what the tables leave out. Another task's run has its own kind, sections and
+    recipes."""
     require(isinstance(tree, dict), "a configuration must be a table", tree)
     tree = dict(tree)
-    recipe = tree.pop("recipe", "mae_st")
-    if not isinstance(recipe, str) or recipe not in RECIPES:
-        raise ConfigError(_unknown("recipe", recipe, RECIPES))
-    _check_keys("", tree, Config)
+    recipe = tree.pop("recipe", next(iter(recipes)))
+    if not isinstance(recipe, str) or recipe not in recipes:
+        raise ConfigError(_unknown("recipe", recipe, recipes))
+    _check_keys("", tree, kind)
     tables = {}
-    for key, cls in _SECTIONS.items():
+    for key, cls in sections.items():
         values = tree.pop(key, {})
         preset_like = key == "model" and isinstance(values, str)
         hint = f', as in [model] preset = "{values}"' if preset_like else ""
         require(isinstance(values, dict), f"[{key}] must be a table{hint}", values)
-        tables[key] = {**RECIPES[recipe].get(key, {}), **values}
+        tables[key] = {**recipes[recipe].get(key, {}), **values}
         _check_keys(key, tables[key], cls, also=("preset",) if key == "model" else ())
     model = tables.pop("model")
     name = model.pop("preset", "vit_large")
-    sections = {key: _SECTIONS[key](**values) for key, values in tables.items()}
-    return Config(model=preset(name, **model), **sections, **tree)
+    made = {key: sections[key](**values) for key, values in tables.items()}
+    return kind(model=preset(name, **model), **made, **tree)
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

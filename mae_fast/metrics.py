@@ -94,7 +94,11 @@ def _line(row: dict[str, Any]) -> str:
             f"{row['memory_mb']:.0f} MB  {row['seconds_left'] / 60:.1f} min left"
         )
     if "val_loss" in row:
-        words.append(f"held out {row['val_loss']:.4f} (mean {row['val_mean_patch_loss']:.4f})")
+        words.append(f"held out {row['val_loss']:.4f}")
+        if "val_mean_patch_loss" in row:
+            words[-1] += f" (mean {row['val_mean_patch_loss']:.4f})"
+        if "val_acc1" in row:
+            words[-1] += f" (top-1 {row['val_acc1']:.1%})"
     return "  ".join(words)
 
 

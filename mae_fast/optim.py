@@ -50,7 +50,8 @@ def clipped_step(optimizer: torch.optim.AdamW, lr: float | Tensor, clip: float) 
     """
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     for group in optimizer.param_groups:
-        group["lr"], group["capturable"] = lr, capturing  # torch refuses one, or warns of the other
+        scaled = lr * group["lr_scale"] if "lr_scale" in group else lr  # layer decay
+        group["lr"], group["capturable"] = scaled, capturing  # torch refuses, or warns of the other
     norm = clipped_adamw(optimizer, clip)
     optimizer.zero_grad(set_to_none=True)
     return norm

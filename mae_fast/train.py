@@ -11,17 +11,17 @@ import math
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_fast import checkpoint, distributed, graph, metrics, resume
 from mae_fast.config import Config, as_config, to_dict
-from mae_fast.data import BadVideos, Batch, make_loader, read_index
+from mae_fast.data import BadVideos, Batch, ClipDataset, Loader, make_loader, read_index
 from mae_fast.data.prefetch import DevicePrefetch
 from mae_fast.distributed import PeerLost, World
 from mae_fast.environment import environment
@@ -52,12 +52,16 @@ def pretrain(cfg: Config | str | Path) -> dict[str, Any]:
     NonFiniteError, and Interrupted after a signal, when the run has been saved. In another thread
     than the main one there are no signals.
     """
-    cfg = as_config(cfg)
+    return run(Run, as_config(cfg))
+
+
+def run(kind: type["Run"], cfg: Config) -> dict[str, Any]:
+    """Do a run of a kind, alone or as one of torchrun's processes."""
     world = distributed.start(cfg.train.device)
     try:
         heard = Signals(alone=world.size == 1)
         with heard, backends(**cfg.train.backends), metrics.sturdy_stderr():
-            row = Run(cfg, world, heard).train()
+            row = kind(cfg, world, heard).train()
         distributed.gather(None, world)  # ranks leave together, when the writer has written
         return row
     finally:
@@ -95,8 +99,8 @@ class Run:
         if self.total > checkpoint.LAST_STEP:
             raise ConfigError(f"{self.total} steps: a checkpoint's name holds eight digits")
         torch.manual_seed(cfg.train.seed)
-        self.model = MaskedAutoencoder(cfg.model).to(world.device)
-        self.optimizer = make_optimizer(self.model, cfg.train)
+        self.model = self._make_model().to(world.device)
+        self.optimizer = self._make_optimizer()
         self.step, self.nonfinite, self.run = 0, 0, uuid.uuid4().hex
         self.fault: DataError | None = None  # why this rank cannot go on
         self.whole = True  # false from an update's begin until its step is counted
@@ -115,6 +119,18 @@ class Run:
             precision=cfg.train.precision,
             graph=self._graph(),
         )
+
+    # What another task does otherwise; the rest is every run's.
+
+    def _make_model(self) -> nn.Module:
+        return MaskedAutoencoder(self.cfg.model)
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        return make_optimizer(self.model, self.cfg.train)
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of the step numbered `step` from 0."""
+        return learning_rate(self.cfg, step, self.total, len(self.rows), self.world.size)
 
     def train(self) -> dict[str, Any]:
         """Run every step that is left; leaves a checkpoint of the last and curves.png."""
@@ -217,8 +233,7 @@ class Run:
         for _ in range(self.cfg.train.accum_steps):
             self.trainer.micro(*self._inputs(self._next(batches, window)))
         self.whole = False
-        rate = learning_rate(self.cfg, self.step, self.total, len(self.rows), self.world.size)
-        loss, norm = self.trainer.update(rate)
+        loss, norm = self.trainer.update(self._rate(self.step))
         window.losses.append(loss)
         window.norms.append(norm)
 
@@ -285,7 +300,7 @@ class Run:
             "step": self.step,
             "epoch": self.step * _videos_per_step(cfg, self.world.size) / len(self.rows),
             "loss": sum(finite) / len(finite) if finite else math.nan,
-            "lr": learning_rate(cfg, self.step - 1, self.total, len(self.rows), self.world.size),
+            "lr": self._rate(self.step - 1),
             "grad_norm": norms[-1],
             "clips_per_s": clips * self.world.size / seconds,
             "step_seconds": seconds / steps,
@@ -334,7 +349,8 @@ class Run:
             f"{self.folder / 'nonfinite.jsonl'}"
         )
 
-    def _loader(self):
+    def _loader(self, clips: Callable[..., ClipDataset] = ClipDataset) -> Loader:
+        """The batches of the steps that are left."""
         cfg, accum = self.cfg, self.cfg.train.accum_steps
         return make_loader(
             self.rows,
@@ -347,6 +363,7 @@ class Run:
             rank=self.world.rank,
             world=self.world.size,
             waiting=self.signals.look_up,
+            clips=clips,
         )
 
     def _save(self) -> None:

@@ -38,8 +38,9 @@ class Batch:
     """Clips before augmentation. `frames`: uint8 [T, H, W, 3] for each clip, of any size.
 
     boxes int32 [n, 4] (top, left, height, width); flips bool [n]; samples int64 [n], the number of
-    the clip in the whole run; paths [n]; bad, the (path, reason) met while making it. Boxes, flips
-    and samples stay on the host, so that no use of them waits for the device.
+    the clip in the whole run; paths [n]; bad, the (path, reason) met while making it; labels int64
+    [n], the classes of labelled clips. What is not pixels stays on the host, so that no use of it
+    waits for the device.
     """
 
     frames: list[Tensor]
@@ -48,6 +49,7 @@ class Batch:
     samples: Tensor
     paths: list[str]
     bad: list[tuple[str, str]]
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -70,14 +72,16 @@ class Batch:
     def pack(self) -> tuple[Tensor, tuple]:
         """(all frames as one uint8 vector, the rest), for another process; see unpack."""
         shapes = [tuple(f.shape) for f in self.frames]
-        numbers = (self.boxes.numpy(), self.flips.numpy(), self.samples.numpy())
+        given = (self.boxes, self.flips, self.samples, self.labels)
+        numbers = [None if t is None else t.numpy() for t in given]
         return _flat(self.frames), (shapes, numbers, self.paths, self.bad)
 
     @staticmethod
     def unpack(flat: Tensor, rest: tuple) -> "Batch":
         """The inverse of pack."""
         shapes, numbers, paths, bad = rest
-        return Batch(_views(flat, shapes), *map(torch.from_numpy, numbers), paths, bad)
+        *numbers, labels = (None if x is None else torch.from_numpy(x) for x in numbers)
+        return Batch(_views(flat, shapes), *numbers, paths, bad, labels)
 
 
 def _flat(frames: list[Tensor]) -> Tensor:
@@ -107,6 +111,7 @@ def join(batches: list[Batch]) -> Batch:
         samples=torch.cat([b.samples for b in batches]),
         paths=[p for b in batches for p in b.paths],
         bad=[x for b in batches for x in b.bad],
+        labels=None if batches[0].labels is None else torch.cat([b.labels for b in batches]),
     )
 
 
@@ -183,14 +188,16 @@ class ClipDataset(Dataset):
             bad=bad,
         )
 
-    def _read(self, video: int, path: str, frames: int, wanted: Tensor) -> Tensor:
+    def _read(
+        self, video: int, path: str, frames: int, wanted: Tensor, short_side: int | None = None
+    ) -> Tensor:
         total, ordered, seekable, whole = self._access[video].tolist()
         hidden = self._hidden.get(video, "")
         access = Access(total, bool(ordered), bool(seekable), hidden, bool(whole))
         with VideoReader(path, self.cfg.decoder, access if total else None, self.cfg.strict) as r:
             if r.num_frames < frames:
                 raise BadVideo(path, f"changed: {r.num_frames} frames, {frames} when indexed")
-            return r.read(wanted, self.cfg.short_side)
+            return r.read(wanted, self.cfg.short_side if short_side is None else short_side)
 
     def _indices(self, rng, frames: int, fps: float) -> list[Tensor]:
         """Frame numbers of each clip; all within one window of span_seconds, unless that is 0."""
@@ -234,18 +241,20 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     waiting: Callable[[], None] = lambda: None,
+    clips: Callable[..., ClipDataset] = ClipDataset,
 ) -> Loader:
     """Batches of steps start, ..., start + steps - 1, each of batch_size videos times repeat_aug.
 
     Step s of rank r holds the global draws from (s * world + r) * batch_size on, so a run that
     starts in mid-epoch, or is split over ranks, draws the same samples. cfg.workers processes.
-    `waiting` is called while a batch is waited for, ten times a second; it may raise.
+    `waiting` is called while a batch is waited for, ten times a second; it may raise. `clips` makes
+    the dataset.
     """
     # A range, not a list: a bench asks for a thousand million steps.
     stride = world * batch_size
     first = start * stride + rank * batch_size
     firsts = range(first, first + steps * stride, stride)
-    return Loader(ClipDataset(rows, cfg, num_frames, seed), firsts, batch_size, waiting)
+    return Loader(clips(rows, cfg, num_frames, seed), firsts, batch_size, waiting)
 
 
 class BadVideos:

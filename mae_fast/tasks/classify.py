@@ -1,0 +1,167 @@
+"""Fine-tuning: the training loop of `pretrain` with a classifier, labels, and rates by layer."""
+
+import functools
+import hashlib
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_fast import checkpoint, train
+from mae_fast.classifier import VideoClassifier, init_head, param_groups
+from mae_fast.config import num_keep
+from mae_fast.data import Batch, Loader, read_index
+from mae_fast.distributed import World
+from mae_fast.errors import ConfigError
+from mae_fast.masking import draw_ids
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize
+from mae_fast.optim import lr_at
+from mae_fast.signals import Signals, Told
+from mae_fast.tasks import score
+from mae_fast.tasks.augment import erase, mix, soft_cross_entropy
+from mae_fast.tasks.clips import LabelledClips, Views, classes_of, numbers_of
+from mae_fast.tasks.config import FinetuneConfig, as_config
+from mae_fast.weights import classifier as weights
+
+log = logging.getLogger("mae_fast")
+
+
+def finetune(cfg: FinetuneConfig | str | Path) -> dict[str, Any]:
+    """Fine-tune as `cfg`, or the TOML file of that path, says, resuming the run found in its
+    output. Returns the last row of metrics; raises as `pretrain` does."""
+    return train.run(FinetuneRun, as_config(cfg))
+
+
+class FinetuneRun(train.Run):
+    """A run that learns labels. What is not here is every run's."""
+
+    cfg: FinetuneConfig
+
+    def __init__(self, cfg: FinetuneConfig, world: World, signals: Signals) -> None:
+        if not cfg.data.index:
+            raise ConfigError("data.index is empty: make one with `mae-fast index FOLDER`")
+        rows = read_index(cfg.data.index)
+        self.classes = classes_of(rows, cfg.data.classes)
+        if cfg.data.val_index:
+            numbers_of(read_index(cfg.data.val_index), self.classes)
+        self.micro = 0  # of this step
+        super().__init__(cfg, world, signals)
+
+    def _make_model(self) -> VideoClassifier:
+        cfg = self.cfg
+        model = VideoClassifier(cfg.classifier_of(len(self.classes)))
+        scratch, begun = cfg.init == "scratch", bool(checkpoint.checkpoints(self.folder))
+        if not scratch and not begun:
+            for line in weights.load(model, cfg.init):
+                if self.world.writer:
+                    log.info("%s: %s", cfg.init, line)
+        if cfg.classifier.family != "mae_st" or not scratch:
+            init_head(model, cfg.classifier.head_scale)
+        return model.train()
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        t = self.cfg.train
+        groups = param_groups(self.model, t.weight_decay, t.layer_decay)
+        return torch.optim.AdamW(groups, lr=0.0, betas=t.betas, eps=t.eps, fused=True)
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.cfg, step, self.total, len(self.rows), self.world.size)
+
+    def _loader(self) -> Loader:
+        how = dict(classes=self.classes, policy=self.cfg.augment.randaugment)
+        return super()._loader(functools.partial(LabelledClips, **how))
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """video [B, C, T, H, W], target [B, classes] and, under a mask, ids_keep [B, K]."""
+        cfg, a = self.cfg, self.cfg.augment
+        key = (cfg.train.seed, self.step, self.micro % cfg.train.accum_steps, self.world.rank)
+        self.micro += 1
+        rng = np.random.default_rng(key)
+        torch.manual_seed(int(rng.integers(2**62)))  # dropout's and drop path's, also once resumed
+        video = normalised(batch, self.model)
+        if a.erasing:
+            erase(rng, video, a.erasing)
+        labels = batch.labels.to(video.device, non_blocking=True)
+        target = mix(
+            rng, video, labels, len(self.classes), mixup=a.mixup, cutmix=a.cutmix,
+            probability=a.mix_prob, switch=a.switch_prob, smoothing=a.smoothing,
+        )  # fmt: skip
+        ratio = mask_ratio(cfg.train.mask_ratio, self.step, self.total)
+        length = cfg.model.num_patches
+        if num_keep("random", cfg.model.grid, ratio) == length:
+            return video, target
+        how = dict(seed=cfg.train.seed, step=self.step, samples=batch.samples)
+        keep, _ = draw_ids("random", cfg.model.grid, ratio, **how)
+        return video, target, keep.to(video.device, non_blocking=True)
+
+    def _loss(self, video: Tensor, target: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        return soft_cross_entropy(self.wrapped(video, ids_keep), target)
+
+    def _state(self) -> dict[str, Any]:
+        digest = hashlib.sha256(repr(numbers_of(self.rows, self.classes)).encode()).hexdigest()
+        return super()._state() | {"classes": list(self.classes), "labels": digest[:16]}
+
+    def _take_folder(self):
+        found = super()._take_folder()
+        if found and found[0].get("labels") != self._state()["labels"]:
+            self._unlock()
+            raise ConfigError(f"{self.folder} holds a run with other labels: choose another output")
+        return found
+
+    def _held_out(self) -> dict[str, Any]:
+        """Loss and accuracy of one middle view of every held-out video; by the writer alone."""
+        if not self.val_rows or not self.world.writer:
+            return {}
+        cfg = self.cfg
+        short = cfg.test.short_side or cfg.model.img_size
+        views = Views(self.val_rows, cfg.data, cfg.model.num_frames, short, 1, 1)
+        labels = torch.tensor(numbers_of(self.val_rows, self.classes), device="cpu")
+        try:
+            logits, _ = score.logits_of(
+                self.model, views, range(len(views.rows)), cfg.train.precision,
+                self.signals.look_up,
+            )  # fmt: skip
+        except Told:
+            return {}
+        finally:
+            self.model.train()
+        logits = logits[:, 0]
+        good = logits.isfinite().all(1)
+        loss = torch.nn.functional.cross_entropy(logits[good], labels[good])
+        right = (logits.argmax(1) == labels) & good
+        return {"val_loss": float(loss), "val_acc1": float(right.double().mean())}
+
+
+def normalised(batch: Batch, model: VideoClassifier) -> Tensor:
+    """The cropped, resized and mirrored clips [n, 3, T, size, size], normalised by the family's
+    mean and deviation of each channel, where the frames are."""
+    size = model.cfg.model.img_size
+    numbers = zip(batch.frames, batch.boxes.tolist(), batch.flips.tolist(), strict=True)
+    clips = [crop_resize(f, box, flip, size, 0.0, 1.0) for f, box, flip in numbers]
+    video = torch.stack(clips)
+    mean, std = (video.new_tensor(t).view(3, 1, 1, 1) for t in model.family.pixels)
+    return video.sub_(mean).div_(std)
+
+
+def mask_ratio(first: float, step: int, total: int) -> float:
+    """The share of patches that are left out in a step: from `first` to 0 by half a cosine."""
+    return first * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def learning_rate(cfg: FinetuneConfig, step: int, total: int, videos: int, world: int) -> float:
+    """The rate of the topmost layers in the step numbered `step` from 0, as each official code
+    warms up: VideoMAE reaches the peak in the last step of it, the others in the one after."""
+    t = cfg.train
+    videos_a_step = t.batch_size * t.accum_steps * world
+    scale = videos_a_step * (cfg.data.repeat_aug if t.count_repeats else 1) / 256
+    floor_scale = scale if t.scale_min_lr else 1.0
+    peak, floor, start = t.blr * scale, t.min_lr * floor_scale, t.warmup_lr * floor_scale
+    warmup = t.warmup_steps if t.steps else t.warmup_epochs * videos / videos_a_step
+    if step < warmup:
+        to_last = cfg.classifier.family in ("videomae", "transformers")
+        return start + (peak - start) * step / max(warmup - to_last, 1)
+    return lr_at(step, total, warmup, peak, floor)

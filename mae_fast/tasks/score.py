@@ -1,0 +1,260 @@
+"""Tests of a classifier: every view of every video, once, and what their combinations score."""
+
+import html
+import io
+import json
+import logging
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from mae_fast import checkpoint, distributed
+from mae_fast.classifier import VideoClassifier
+from mae_fast.data import VideoRow, read_index
+from mae_fast.errors import CheckpointError, ConfigError
+from mae_fast.files import write, writing
+from mae_fast.tasks.clips import Views, numbers_of
+from mae_fast.tasks.config import FinetuneConfig, from_state, load
+
+log = logging.getLogger("mae_fast")
+_WORST = 12
+
+
+def test(
+    run: Annotated[str, tyro.conf.arg(metavar="CONFIG|CHECKPOINT")],
+    /,
+    index: str = "",
+    output: str = "",
+    temporal: int = 0,
+    spatial: int = 0,
+    short_side: int = 0,
+    batch_size: int = 8,
+) -> None:
+    """Test a fine-tuned classifier on all views of every video of an index.
+
+    Leaves logits.safetensors (every view's), results.json and index.html in the output. Videos that
+    do not decode count as wrong and are listed. Under torchrun each video is one process's.
+
+    Args:
+        run: a run's TOML file, or its folder (the last checkpoint in it), or one checkpoint.
+        index: videos with labels; by default the run's data.val_index.
+        output: folder of the results; by default `test` in the run's folder.
+        temporal: clips spread over a video; by default the run's test.temporal.
+        spatial: square crops, 1 or 3; by default the run's test.spatial.
+        short_side: pixels of the short side; by default the run's test.short_side.
+        batch_size: views that go through the model together.
+    """
+    path, cfg, model, classes = load_run(run)
+    rows = labelled(index or cfg.data.val_index)
+    t = cfg.test
+    temporal, spatial = temporal or t.temporal, spatial or t.spatial
+    if spatial not in (1, 3) or temporal < 1:
+        raise ConfigError(f"views must be 1 or more by 1 or 3, got {temporal} x {spatial}")
+    short = short_side or t.short_side or cfg.model.img_size
+    views = Views(rows, cfg.data, cfg.model.num_frames, short, temporal, spatial)
+    labels = torch.tensor(numbers_of(rows, classes), device="cpu")
+    world = distributed.start(cfg.train.device)
+    try:
+        model.to(world.device)
+        mine = range(world.rank, len(rows), world.size)
+        found = logits_of(model, views, mine, cfg.train.precision, size=batch_size)
+        parts = distributed.gather(found, world)
+        if not world.writer:
+            return
+        logits = torch.empty(len(rows), len(views), len(classes))
+        for rank, (part, _) in enumerate(parts):
+            logits[rank :: world.size] = part
+        bad = [x for _, some in parts for x in some]
+    finally:
+        distributed.finish()
+    folder = Path(output or path.parent / "test")
+    results = {
+        "checkpoint": str(path),
+        "videos": len(rows),
+        "bad_videos": len(bad),
+        "views": f"{temporal} x {spatial}",
+        "short_side": short,
+        "sampling": cfg.data.sampling,
+        **accuracies(logits, labels),
+    }
+    save(folder, results, logits, labels, rows, classes, bad)
+    for key, value in results.items():
+        print(f"{key}: {value:.2%}" if isinstance(value, float) else f"{key}: {value}")
+    for name, reason in bad[:20]:
+        print(f"bad video, counted as wrong: {name}: {reason}")
+    print(folder / "index.html")
+
+
+test.__test__ = False  # a verb, and no test of pytest's
+
+
+def load_run(run: str) -> tuple[Path, FinetuneConfig, VideoClassifier, tuple[str, ...]]:
+    """(checkpoint, configuration, classifier in eval mode, classes) of a run's TOML file, folder or
+    checkpoint. Raises CheckpointError where that is no fine-tuned classifier of a run."""
+    path = Path(run)
+    if path.suffix == ".toml":
+        path = Path(load(path).output)
+    if path.is_dir():
+        found = checkpoint.checkpoints(path)
+        if not found:
+            raise CheckpointError(f"{path} holds no checkpoint: fine-tune first")
+        path = found[-1]
+    state, tensors = checkpoint.read(path)
+    config = state.get("config")
+    if not isinstance(config, dict) or "classifier" not in config or "classes" not in state:
+        raise CheckpointError(f"{path} is not a checkpoint of `mae-fast finetune`")
+    try:
+        cfg = from_state(config)
+    except (KeyError, TypeError, ConfigError) as e:
+        raise CheckpointError(f"{path}: the configuration in its state is none: {e}") from e
+    classes = tuple(state["classes"])
+    model = VideoClassifier(cfg.classifier_of(len(classes)))
+    checkpoint.restore(tensors, model)
+    return path, cfg, model.eval(), classes
+
+
+def labelled(index: str) -> list[VideoRow]:
+    """All rows of an index, broken videos too: they are counted."""
+    if not index:
+        raise ConfigError("no videos to test on: give --index, or data.val_index in the run")
+    return read_index(index, broken=True)
+
+
+@torch.no_grad()
+def logits_of(
+    model: VideoClassifier,
+    views: Views,
+    numbers: range,
+    precision: str = "fp32",
+    waiting: Callable[[], None] = lambda: None,
+    size: int = 8,
+) -> tuple[Tensor, list[tuple[str, str]]]:
+    """(logits [n, views, classes] fp32 on the CPU, (path, reason) of bad videos), NaN for these."""
+    from mae_fast.tasks.classify import normalised
+
+    model.eval()
+    device, bad = model.head.weight.device, []
+    shape = (len(views), model.head.out_features)
+    found = []
+    for batch in views.of(numbers, waiting):
+        if batch.bad:
+            bad += batch.bad
+            found.append(torch.full(shape, torch.nan, device="cpu"))
+            continue
+        video = normalised(batch.to(device), model)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            parts = [model(part) for part in video.split(size)]
+        found.append(torch.cat(parts).float().cpu())
+    return torch.stack(found) if found else torch.empty(0, *shape), bad
+
+
+def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and top-5 of the means over views of softmax and of logits, and of the middle view
+    alone, for logits [N, V, C] whose last view is the middle one. A NaN is wrong."""
+    views = logits[:, :-1] if logits.shape[1] > 1 else logits
+    combined = {
+        "softmax_mean": views.softmax(dim=-1).mean(dim=1),
+        "logit_mean": views.mean(dim=1),
+        "1x1": logits[:, -1],
+    }
+    found = {}
+    for name, scores in combined.items():
+        good = scores.isfinite().all(dim=1, keepdim=True)
+        for k in (1, 5):
+            top = scores.nan_to_num().topk(min(k, scores.shape[1]), dim=1).indices
+            right = ((top == labels[:, None]) & good).any(dim=1)
+            found[f"top{k}_{name}"] = float(right.double().mean())
+    return found
+
+
+def confusion(scores: Tensor, labels: Tensor) -> Tensor:
+    """Counts [C, C], rows the label, columns the prediction; bad videos are in no column."""
+    classes, good = scores.shape[1], scores.isfinite().all(dim=1)
+    pairs = labels[good] * classes + scores[good].argmax(dim=1)
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def save(
+    folder: Path,
+    results: dict[str, Any],
+    logits: Tensor,
+    labels: Tensor,
+    rows: list[VideoRow],
+    classes: tuple[str, ...],
+    bad: list[tuple[str, str]],
+) -> None:
+    """logits.safetensors, results.json, bad_videos.json and index.html."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"paths": json.dumps([r.path for r in rows]), "classes": json.dumps(classes)}
+        tensors = {"logits": logits, "labels": labels}
+        checkpoint.write_tensors(folder / "logits.safetensors", tensors, names)
+    write(folder / "results.json", json.dumps(results, indent=2))
+    write(folder / "bad_videos.json", json.dumps(bad, indent=2))
+    write(folder / "index.html", page(results, logits, labels, rows, classes, bad))
+
+
+def page(results, logits, labels, rows, classes, bad) -> str:
+    """Accuracies, a confusion table, and the surest mistakes with a frame of each."""
+    scores = (logits[:, :-1] if logits.shape[1] > 1 else logits).softmax(dim=-1).mean(dim=1)
+    table, known = confusion(scores, labels), html.escape
+    lines = [f"<tr><th>{known(k)}</th><td>{known(_said(v))}</td></tr>" for k, v in results.items()]
+    parts = ["<!doctype html><meta charset=utf-8><title>test</title><style>", _STYLE, "</style>"]
+    parts += ["<h1>Test</h1><table>", *lines, "</table>"]
+    if len(classes) <= 30:
+        head = "".join(f"<th>{known(c)}</th>" for c in classes)
+        body = "".join(
+            f"<tr><th>{known(c)}</th>{''.join(f'<td>{int(n)}</td>' for n in row)}</tr>"
+            for c, row in zip(classes, table, strict=True)
+        )
+        parts.append(f"<h2>Confusion: rows are labels</h2><table><tr><th></th>{head}</tr>{body}")
+    else:
+        off = table.clone().fill_diagonal_(0).flatten().topk(20)
+        pairs = (divmod(int(i), len(classes)) for n, i in zip(*off, strict=True) if n)
+        body = "".join(
+            f"<tr><td>{known(classes[a])}</td><td>{known(classes[b])}</td>"
+            f"<td>{int(table[a, b])}</td></tr>"
+            for a, b in pairs
+        )
+        parts.append(f"<h2>Most often taken for another</h2><table>{body}")
+    parts.append("</table><h2>The surest mistakes</h2>")
+    wrong = scores.argmax(dim=1) != labels
+    sure = torch.where(wrong, scores.amax(dim=1).nan_to_num(-1), -1.0)
+    for i in sure.argsort(descending=True)[:_WORST].tolist():
+        if sure[i] > 0:
+            said = f"{classes[scores[i].argmax()]} ({sure[i]:.0%}), is {classes[labels[i]]}"
+            parts.append(f"<figure>{_frames(rows[i])}<figcaption>{known(rows[i].path)}: "
+                         f"{known(said)}</figcaption></figure>")  # fmt: skip
+    parts += [f"<p>bad, counted as wrong: {known(p)}: {known(r)}</p>" for p, r in bad]
+    return "\n".join(parts).encode("utf-8", "replace").decode()
+
+
+def _said(value: Any) -> str:
+    return f"{value:.2%}" if isinstance(value, float) else str(value)
+
+
+def _frames(row: VideoRow) -> str:
+    """Three frames of a video, as an <img>."""
+    from PIL import Image
+
+    from mae_fast.data import BadVideo, VideoReader
+
+    try:
+        with VideoReader(row.path, "pyav", strict=False) as reader:
+            at = [row.start + int(row.frames * x) for x in (0.1, 0.5, 0.9)]
+            frames = reader.read(at, 112)
+    except (BadVideo, IndexError):
+        return ""
+    buffer = io.BytesIO()
+    Image.fromarray(torch.cat(list(frames), dim=1).numpy()).save(buffer, "JPEG")
+    return f"<img src='data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}'>"
+
+
+_STYLE = """body { font: 15px system-ui; max-width: 60rem; margin: auto; padding: 1rem }
+table { border-collapse: collapse } td, th { padding: 0.2rem 0.6rem; text-align: left }
+img { max-width: 100% }"""
