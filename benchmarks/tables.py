@@ -108,7 +108,9 @@ def targets_table(ladder: list[dict], ops: list[dict]) -> str:
 
     def reached(product: str) -> float | None:
         ours = base and base["engines"][OURS]
-        return share(base, ours, ours["step"], product) if base and "limits" in base else None
+        if not base or "limits" not in base:
+            return None
+        return share(base["limits"], {"flop": ours["flop"]}, ours["step"], product)
 
     def op(name: str, of: Callable[[dict], float]) -> float | None:
         record = next((r for r in reversed(ops) if r["op"] == name), None)
@@ -210,7 +212,7 @@ def _speed_up(record: dict) -> float:
 
 
 def _share(record: dict) -> float:
-    return share(record, record, record["seconds"][record["chosen"]])
+    return share(record["limits"], record, record["seconds"][record["chosen"]])
 
 
 def ladder_tables(records: list[dict]) -> str:

@@ -1,15 +1,18 @@
 """What a training step costs, by formula: parameters, bytes, memory, time, communication.
 
-FLOP are counted in mae_fast/bench/flops.py. Time is a model, not a measurement: each kind of work
-has an amount, counted from shapes, and a rate, which is a ceiling of the device times a share of
-it; kinds do not overlap. Bytes are the least that each op moves, as its kernels are written.
+FLOP and bytes are those of mae_fast/bench/flops.py. Time is a model, not a measurement: each kind of
+work has an amount, counted from shapes, and a rate, which is a ceiling of the device times a share
+of it; kinds do not overlap.
 """
 
 from typing import NamedTuple
 
-from mae_fast.bench.flops import BASE_RATIO, patch_values, step_parts
+import torch
+
+from mae_fast.bench.flops import BASE_RATIO, by_part, step_work
 from mae_fast.config import ModelConfig
 from mae_fast.masking import num_keep
+from mae_fast.ops.work import ADAMW_BYTES, Both
 
 USABLE = 0.92  # of a device's memory; assumed: the rest is the runtime's own, and holes
 # Shares of a GPU's ceilings: assumed. Nothing has run on one.
@@ -115,7 +118,7 @@ def parameters(cfg: ModelConfig) -> int:
 def encoder_parameters(cfg: ModelConfig) -> int:
     """Patch embedding, cls, positions, blocks and the norm after them."""
     dim, cls = cfg.embed_dim, int(cfg.cls_embed)
-    embedding = dim * (patch_values(cfg) + 1 + cls)
+    embedding = dim * (cfg.in_chans * cfg.t_patch_size * cfg.patch_size**2 + 1 + cls)
     blocks = cfg.depth * _block_parameters(cfg, dim)
     return embedding + _positions(cfg, dim, cfg.sep_pos_embed) + blocks + 2 * dim
 
@@ -140,45 +143,43 @@ def _block_parameters(cfg: ModelConfig, dim: int) -> int:
     return 4 * dim * dim + 2 * dim * hidden + biases + 4 * dim
 
 
-def op_bytes(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[str, int]:
-    """Bytes that each op moves in a step, forward and backward; the residual is fp32, and what
-    products take and give has p bytes a value."""
+def step_bytes(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[str, float]:
+    """Bytes that each op moves in a step, forward and backward, p bytes a value that products take
+    and give: the least (mae_fast/ops/work.py), and what is made again in backward."""
+    found: dict[str, float] = {"casts and sums": 0.0, "adamw": ADAMW_BYTES * parameters(cfg)}
+    for (_, op), (forward, backward) in _work(cfg, clips, ratio, p).items():
+        # A norm's output is made again from the sum, an activation's from fc1's.
+        again = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0}.get(op, 0.0)
+        found[op] = found.get(op, 0.0) + forward.bytes * (1 + again) + backward.bytes
+    # The gradients of q's, k's and v's input are summed; where products are not fp32, the
+    # residual's gradient is cast for two of them.
     r, dim, dec = rows(cfg, ratio), cfg.embed_dim, cfg.decoder_embed_dim
     values = r.decoder * dec + cfg.depth * r.seen * dim  # of blocks, once each
-    hidden = int(values * cfg.mlp_ratio)
-    embedded = r.kept if ratio else cfg.num_patches
-    return {
-        "patch_embed": clips * embedded * (2 * patch_values(cfg) + 12 * dim),
-        # Two norms: x, y -> sum, out; dsum, dout, sum -> dx; out made again from the sum.
-        "layer_norm": clips * 2 * values * ((8 + 2 * p) + (12 + p) + (4 + p)),
-        # h -> g; dg, h -> dh; g made again.
-        "bias_gelu": clips * hidden * (2 * p + 3 * p + 2 * p),
-        # q, k, v -> out; q, k, v, out, dout -> dq, dk, dv.
-        "attention": clips * values * 12 * p,
-        # The gradients of q's, k's and v's input are summed; where products are not fp32, the
-        # residual's gradient is cast for two of them.
-        "casts and sums": clips * values * (6 * p + (2 * (4 + p) if p < 4 else 0)),
-        "decoder_tokens": clips * 20 * r.every * dec,
-        # pred and uint8 pixels -> pred's gradient.
-        "masked_mse": clips * r.masked * cfg.pred_dim * (2 * p + 1),
-        # The gradient twice; weight and two moments, read and written.
-        "adamw": 32 * parameters(cfg),
-    }
+    found["casts and sums"] = clips * values * (6 * p + (2 * (4 + p) if p < 4 else 0))
+    return found
+
+
+def _work(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[tuple[str, str], Both]:
+    dtype = torch.bfloat16 if p == 2 else torch.float32
+    return step_work(cfg, clips, ratio or BASE_RATIO, encode_all=ratio == 0, dtype=dtype)
 
 
 def terms(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> list[Term]:
     """The work of one step of `clips` on one device."""
-    r, moved = rows(cfg, ratio), op_bytes(cfg, clips, ratio, device.product_bytes)
-    flop = step_parts(cfg, clips, ratio or BASE_RATIO, encode_all=ratio == 0)
-    attention = flop["encoder attention"].forward + flop["decoder attention"].forward
-    exponentials = cfg.decoder_num_heads * r.decoder * r.every
-    exponentials += cfg.depth * cfg.num_heads * r.seen**2
+    moved = step_bytes(cfg, clips, ratio, device.product_bytes)
+    flop = by_part(_work(cfg, clips, ratio, device.product_bytes))
+    heads = {
+        "encoder": cfg.embed_dim // cfg.num_heads,
+        "decoder": cfg.decoder_embed_dim // cfg.decoder_num_heads,
+    }
+    attention = {phase: flop[f"{phase} attention"].forward for phase in heads}
     amounts = {
         "encoder products": sum(flop["patch embedding"] + flop["encoder products"]),
         "decoder products": sum(flop["decoder products"] + flop["head"]),
-        "attention products": attention * (1 + device.attention_backward / 2),
-        "attention exponentials": 3 * clips * exponentials,
-        "norms and gelu": moved["layer_norm"] + moved["bias_gelu"],
+        "attention products": sum(attention.values()) * (1 + device.attention_backward / 2),
+        # One a score: of its FLOP, 4 a value of a head. In each kernel of backward too.
+        "attention exponentials": 3 * sum(attention[x] / (4 * d) for x, d in heads.items()),
+        "norms and gelu": sum(moved[op] for op in ("layer_norm", "add_layer_norm", "bias_gelu")),
         "casts and sums": moved["casts and sums"],
         "loss and decoder input": moved["masked_mse"] + moved["decoder_tokens"],
         "optimizer": moved["adamw"],

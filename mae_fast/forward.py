@@ -5,8 +5,7 @@ a model (or an adapter) hands over `Params` and a `Spec`. Work is left out only 
 mathematics does not need it; SAVINGS names each of these, and each can be switched off.
 """
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,6 +22,8 @@ from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.ops.linear import linear
 from mae_fast.ops.masked_mse import masked_mse, target_patches
 from mae_fast.ops.patch_embed import patch_embed
+from mae_fast.remade import remade
+from mae_fast.spans import spanned
 
 # What the official code computes and this does not, by name; `without` switches one off.
 SAVINGS = {
@@ -162,6 +163,7 @@ def forward(
     return loss, pred
 
 
+@spanned("encoder")
 def encode(
     params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
 ) -> Tensor:
@@ -184,6 +186,7 @@ def encode(
     return _norm(x, y, params.norm)[1]
 
 
+@spanned("decoder")
 def decode(
     params: Params,
     spec: Spec,
@@ -251,6 +254,7 @@ def _shared_qkv(
     return qkv
 
 
+@spanned("loss")
 def masked_loss(spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
     """The loss of predictions [B, M, P] of the tokens ids_mask [B, M]."""
     target = (spec.target_frames, spec.pred_t_patch, spec.patch, spec.mean, spec.std)
@@ -322,13 +326,13 @@ def transformer_block(
     a = (p.attend or attention)(*qkv).flatten(2)  # [B, S - first, D]
     x, h = _norm(x[:, first:], apply_layer(a, p.proj), p.norm2)
     if type(p.fc1) is Affine:
-        with _made_again(again, h, layer_norm, x, *p.norm2, h.dtype):
+        with remade(again, h, layer_norm, x, *p.norm2, h.dtype):
             activation = bias_gelu, linear(h, p.fc1.weight), p.fc1.bias
     else:
         activation = F.gelu, apply_layer(h, p.fc1)
     g = activation[0](*activation[1:])
     # A module of another's may write into its input: it keeps what it likes.
-    with _made_again(again and type(p.fc2) is Affine, g, *activation):
+    with remade(again and type(p.fc2) is Affine, g, *activation):
         return x, apply_layer(g, p.fc2)
 
 
@@ -337,49 +341,12 @@ def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int, again: bool) ->
     if p.k is None:
         q, k, v = p.q(h)
         return [t.unflatten(-1, (heads, -1)) for t in (q[:, first:], k, v)]
-    with _made_again(again, h, layer_norm, x, *p.norm1, h.dtype):
+    with remade(again, h, layer_norm, x, *p.norm1, h.dtype):
         asked = h[:, first:]
         if h.dtype != x.dtype:  # torch rounds before it adds the bias where rows lie apart
             asked = asked.contiguous()
         inputs = ((asked, p.q), (h, p.k), (h, p.v))
         return [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
-
-
-@contextlib.contextmanager
-def _made_again(again: bool, out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
-    """What is called inside keeps, in place of `out`, how to make it again: function(*args), a pass
-    over memory, once for all that is called inside. Norms and activations are two thirds of what a
-    block would keep for backward. Without `again`, and where a compiler chooses: nothing."""
-    if not again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        yield
-        return
-    storage = out.untyped_storage()._cdata
-    args = [a.detach() if torch.is_tensor(a) else a for a in args]
-    packed, unpacked, made = 0, 0, None
-
-    def pack(t: Tensor):
-        nonlocal packed
-        if t.untyped_storage()._cdata != storage:
-            return t
-        packed += 1
-        return t.shape, t.stride(), t.storage_offset()
-
-    def unpack(kept):
-        nonlocal unpacked, made
-        if torch.is_tensor(kept):
-            return kept
-        if made is None:
-            dispatch.refuse_second_derivative()
-            with torch.no_grad():
-                made = function(*args)
-        again = made.as_strided(*kept)
-        unpacked += 1
-        if unpacked % packed == 0:  # the last one
-            made = None
-        return again
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
 
 
 def _norm(x: Tensor, y: Tensor | None, p: Norm) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_fast import mask_shapes
 from mae_fast.config import Grid, MaskConfig, MaskStrategy, mask_cell, num_decoded, num_keep
+from mae_fast.spans import spanned
 
 STRATEGIES = get_args(MaskStrategy)
 _CELL = (2, 2)  # running cell, as in VideoMAE V2
@@ -22,6 +23,7 @@ _VIEW = 48  # the bit above any run's numbers of clips, where a clip's masks are
 _CUBES = 64  # more than enough cubes to cover any share of the clip that block masking hides
 
 
+@spanned("mask")
 def ids_from_noise(noise: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Sort `noise` [B, L] as the official code does: (ids_keep [B, keep], ids_mask [B, L-keep]).
 

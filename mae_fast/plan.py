@@ -147,7 +147,7 @@ def predict(
             }
             for part in official
         },
-        "bytes_a_step": cost.op_bytes(cfg, batch, ratio, device.product_bytes),
+        "bytes_a_step": cost.step_bytes(cfg, batch, ratio, device.product_bytes),
         "memory": {f"{k}_mb": v / 2**20 for k, v in held._asdict().items()},
         "step": {
             "seconds": seconds,

@@ -22,7 +22,7 @@ from mae_fast.bench import calls
 
 # Of a build with CUDA, of one without, of NCCL, and of Triton.
 NO_DEVICE = ("Found no NVIDIA driver", "not compiled with CUDA", "no GPUs found", "libcuda.so")
-CALLS, POPEN = calls.calls, subprocess.Popen
+POPEN = subprocess.Popen
 
 
 class Device(device.Cpu):
@@ -52,11 +52,6 @@ class Popen(POPEN):
         super().__init__(command, *args, **kwargs)
 
 
-def calls_of_the_cpu(cfg, clips, ratio, device, dtype):
-    """Fake tensors of a CPU: those of a device that is said to be there would start it."""
-    return CALLS(cfg, clips, ratio, "cpu", dtype)
-
-
 def reached(item: records.Item) -> str:
     try:
         item.run()
@@ -70,7 +65,7 @@ def reached(item: records.Item) -> str:
 def main(path: Path) -> None:
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *of: True
     torch.cuda.current_device, torch.cuda.get_device_capability = lambda: 0, lambda *of: (9, 0)
-    calls.calls, calls.Call.real = calls_of_the_cpu, lambda self: torch.empty(0, device="cuda")
+    calls.Call.real = lambda self, device: torch.empty(0, device=device)
     compile.start_nvcc, subprocess.Popen = lambda: "it is not started", Popen
     made = Setting(Device(), records.Records(path, "sources", ()), False, float("inf"))
     for stage in (gpu.BACKGROUND, *gpu.STAGES):

@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installe
 from benchmarks import ladder, tables
 from benchmarks.ops.case import Case
 from mae_fast import backends
-from mae_fast.bench import timing
+from mae_fast.bench import calls, timing
 from mae_fast.bench.baselines import OfficialMAE, normalise
 from mae_fast.bench.baselines.training import CLIP_GRAD
+from mae_fast.bench.calls import step_calls
 from mae_fast.bench.flops import official_step_flop, step_flop
 from mae_fast.bench.ours import encode_all_loss
 from mae_fast.config import ModelConfig, preset
@@ -85,6 +86,27 @@ def test_official_flop_is_what_torch_counts(variant):
     assert official_step_flop(cfg, 2) == pytest.approx(expected, rel=0.01)  # cls into the decoder
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_counts_our_operators(variant):
+    """Whatever backend runs: a user's own FlopCounterMode sees what the references would do."""
+    cfg = VARIANTS[variant]
+    model, video = MaskedAutoencoder(cfg), ladder.make_clips(cfg, 2)
+    ids = ids_from_noise(torch.rand(2, cfg.num_patches), num_keep("random", cfg.grid, 0.9))
+
+    def loss():
+        return forward(model.params(), model.spec, video, *ids)[0]
+
+    assert counted(loss) == step_flop(cfg, 2, 0.9)
+
+
+def test_a_deep_model_is_counted_from_few_blocks():
+    """Recorded as it is: as many calls as what is told of a few of its blocks."""
+    cfg = dataclasses.replace(TINY, depth=5, decoder_depth=6)
+    told = {(c.phase, c.op, c.shape): c.count for c in step_calls(cfg, 2, 0.75)}
+    whole = calls._record(cfg, 2, 0.75, torch.float32, frozenset(), False, False)
+    assert told == {(c.phase, c.op, c.shape): c.count for c in whole.values()}
+
+
 def test_official_flop_of_vit_b_is_the_published_count():
     """273 GFLOP a clip; 0% masked costs 4.6 times as much (counted by hand, from the paper)."""
     assert official_step_flop(preset("vit_base"), 2) / 2 == pytest.approx(273e9, rel=0.005)
@@ -117,10 +139,12 @@ def test_share_of_the_limit_that_bounds():
     limits = {
         "copy": {"bytes": 100, "seconds": [1.0, 2.0, 1.0]},
         "engine_product": {"flop": 10, "seconds": [1.0, 1.0, 1.0]},
+        "torch_mm": {"flop": 5, "seconds": [1.0, 1.0, 1.0]},
     }
-    work = {"bytes": 300, "flop": 0}
-    assert timing.share({"limits": limits}, work, [6.0, 12.0, 6.0]) == 0.5
-    assert timing.share({"limits": limits}, {"bytes": 300, "flop": 20}, [4.0] * 3) == 0.5
+    assert timing.share(limits, {"bytes": 300, "flop": 0}, [6.0, 12.0, 6.0]) == 0.5
+    assert timing.share(limits, {"bytes": 100, "flop": 20}, [4.0] * 3) == 0.5
+    assert timing.share(limits, {"bytes": 300, "flop": 20}, [4.0] * 3) == 0.75
+    assert timing.share(limits, {"flop": 20}, [4.0] * 3, "torch_mm") == 1
 
 
 def test_an_op_that_is_wrong_is_not_timed():

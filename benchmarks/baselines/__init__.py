@@ -4,6 +4,7 @@ model, optimizer, step = BASELINES["official_sdpa"].build(cfg)
 loss = step(clips)  # uint8 [B, C, T, H, W]
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.bench.baselines.transformers_videomae import PEERS
 from mae_fast.config import ModelConfig
 from mae_fast.model import init_weights
+from mae_fast.spans import span
 
 if __name__ != "mae_fast.bench.baselines":
     raise ImportError(f"import mae_fast.bench.baselines, not {__name__}", name=__name__)
@@ -49,7 +51,8 @@ class Official:
         def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
             if clips.dtype == torch.uint8:
                 clips = normalise(clips)
-            return model(clips, ratio, noise, encode_all)[0]
+            with span("compiled", "compiled") if self.compiled else contextlib.nullcontext():
+                return model(clips, ratio, noise, encode_all)[0]
 
         step = make_step(model, optimizer, loss_of, mask_ratio, precision)
         return Built(model, optimizer, step)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast.optim import param_groups
+from mae_fast.spans import span
 
 # PRETRAIN.md of MAE-ST. The learning rate is the recipe's at its peak on one GPU (2 videos).
 BETAS, WEIGHT_DECAY, CLIP_GRAD = (0.9, 0.95), 0.05, 0.02
@@ -62,8 +63,9 @@ def make_step(
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value}")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, CLIP_GRAD)
-        optimizer.step()
+        with span("optimizer", "adamw"):
+            torch.nn.utils.clip_grad_norm_(params, CLIP_GRAD)
+            optimizer.step()
         optimizer.zero_grad()
         if clips.is_cuda:
             torch.cuda.synchronize()

@@ -12,8 +12,7 @@ from mae_fast.bench.calls import Call
 
 def calls(setting: Setting, model: str, batch: int) -> list[Call]:
     """Each different call of one forward in bf16, at 90%."""
-    clips, device = setting.batch(batch), setting.device.type
-    found = package.calls(setting.cfg(model), clips, 0.9, device, torch.bfloat16)
+    found = package.calls(setting.cfg(model), setting.batch(batch), 0.9, torch.bfloat16)
     return [call for call in found if call.op != "linear"]  # torch's there, and the limit itself
 
 

@@ -103,7 +103,7 @@ def show(record: dict) -> None:
     """One line for each backend."""
     for name, samples in record["seconds"].items():
         faster = ratio(record["seconds"][record["baseline"]], samples)
-        reached = share(record, record, samples)
+        reached = share(record["limits"], record, samples)
         print(
             f"{record['op']:16} {record['shape']:32} {name:10} "
             f"{1e3 * statistics.median(samples):9.3f} ms (spread {spread(samples):.0%}), "

@@ -1,6 +1,8 @@
-"""The calls of the ops that a training step makes: which, on what. So that what is tuned, checked
-and timed has the shapes, strides and dtypes of the real thing, and a new op is there by itself."""
+"""The calls of the ops that a training step makes: which, on what, in which phase. So that what is
+counted, tuned, checked and timed has the shapes, strides and dtypes of the real thing, and a new op
+is there by itself."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,30 +11,38 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mae_fast import forward, ops
 from mae_fast import model as model_module
+from mae_fast import ops
+from mae_fast.bench.ours import encode_all_loss
 from mae_fast.config import ModelConfig
+from mae_fast.forward import forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD, MaskedAutoencoder
-from mae_fast.ops import OPS, dispatch
+from mae_fast.ops import dispatch
+from mae_fast.ops.work import Both, outputs, work
+from mae_fast.spans import recording
 
 Run = Callable[[], Sequence[Tensor]]
 # Norms of errors, relative to the greatest among the exact results, beyond twice plain torch's.
 FLOOR = {torch.float32: 4e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
+# Blocks of the encoder and the decoder that a recording runs: the others are as the last but one.
+FEW = 3, 4
 
 
 @dataclass(frozen=True)
 class Call:
-    """One op on arguments, which may be fake until `real`. Its floating tensors get gradients, a
-    clip does not. `count`: so many times in a step; ids are `kept` and the rest of `length`."""
+    """One op on arguments, which may be meta tensors until `real`. Its floating tensors get
+    gradients, a clip does not. `count`: so many times in a step; ids are `kept` and the rest of
+    `length`; `product`: what autocast casts inputs of products to."""
 
     op: str
     args: tuple
+    phase: str = "data"
     count: int = 1
     kept: int = 0
     length: int = 0
+    product: torch.dtype | None = None
 
     @property
     def shape(self) -> str:
@@ -43,6 +53,10 @@ class Call:
             for a in firsts
             if torch.is_tensor(a) and a.dim() > 1
         )
+
+    def work(self) -> Both:
+        """(forward, backward) of one such call, at the least."""
+        return work(self.op, self.args, self.product)
 
     @property
     def differentiable(self) -> bool:
@@ -61,22 +75,22 @@ class Call:
     def reference(self) -> Callable:
         return getattr(import_module(f"mae_fast.ops.{self.op}"), f"{self.op}_ref")
 
-    def real(self) -> "Call":
+    def real(self, device: str = "cpu") -> "Call":
         """The same with memory behind its tensors: numbers of a normal distribution, random bytes,
         and masks; strides as they are."""
-        return replace(self, args=tuple(self._real(a) for a in self.args))
+        return replace(self, args=tuple(self._real(a, device) for a in self.args))
 
-    def _real(self, a):
+    def _real(self, a, device: str):
         if isinstance(a, list):
-            return [self._real(x) for x in a]
-        if not isinstance(a, FakeTensor):
-            return a
+            return [self._real(x, device) for x in a]
+        if not (torch.is_tensor(a) and a.is_meta):
+            return a.to(device) if torch.is_tensor(a) else a
         if a.dtype == torch.int32:
-            generator = torch.Generator(a.device).manual_seed(0)
-            noise = torch.rand(len(a), self.length, device=a.device, generator=generator)
+            generator = torch.Generator(device).manual_seed(0)
+            noise = torch.rand(len(a), self.length, device=device, generator=generator)
             return ids_from_noise(noise, self.kept)[a.shape[1] != self.kept]
         span = 1 + sum((n - 1) * stride for n, stride in zip(a.shape, a.stride(), strict=True))
-        flat = torch.empty(span, dtype=a.dtype, device=a.device)
+        flat = torch.empty(span, dtype=a.dtype, device=device)
         flat = flat.normal_() if a.is_floating_point() else flat.random_(0, 256)
         return flat.as_strided(a.shape, a.stride())  # which may repeat, as an expanded token does
 
@@ -135,58 +149,108 @@ class Call:
         return run
 
 
-def calls(
-    cfg: ModelConfig, clips: int, ratio: float, device: str, dtype: torch.dtype
+@functools.lru_cache(maxsize=256)
+def step_calls(
+    cfg: ModelConfig,
+    clips: int,
+    ratio: float = 0.9,
+    dtype: torch.dtype = torch.float32,
+    without: frozenset[str] = frozenset(),
+    encode_all: bool = False,
+    full_pred: bool = False,
 ) -> list[Call]:
-    """Each different call of one forward, in order, and what the data path calls besides; dtype
-    bfloat16: under autocast.
+    """Each different call of one forward in each phase, in order; that of the head has a phase of
+    its own. dtype bfloat16: under autocast.
 
-    Nothing is computed and no memory taken: all tensors are fake, and the references stand in the
-    place of the ops.
+    Nothing is computed and no memory taken: all tensors are torch's meta tensors, ops give empty
+    ones, and of a deep model few blocks are run.
     """
-    seen, counts = {}, Counter()
+    few = [
+        replace(cfg, depth=min(cfg.depth, n), decoder_depth=min(cfg.decoder_depth, n + 1))
+        for n in (FEW[0] - 1, FEW[0])
+    ]
+    how = (clips, ratio, dtype, without, encode_all, full_pred)
+    last = _record(few[1], *how)
+    more = {"encoder": cfg.depth - FEW[0], "decoder": cfg.decoder_depth - FEW[1]}
+    if max(more.values()) <= 0:
+        return list(last.values())
+    before = _record(few[0], *how)
+    return [
+        replace(c, count=c.count + max(0, more.get(c.phase, 0)) * (c.count - before[key].count))
+        for key, c in last.items()
+    ]
+
+
+def _record(
+    cfg: ModelConfig,
+    clips: int,
+    ratio: float,
+    dtype: torch.dtype,
+    without: frozenset[str],
+    encode_all: bool,
+    full_pred: bool,
+) -> dict[tuple, Call]:
+    seen, counts, order = {}, Counter(), []
     length, kept = cfg.num_patches, num_keep("random", cfg.grid, ratio)
+    product = torch.bfloat16 if dtype == torch.bfloat16 else None
 
-    def recorded(op: str) -> Callable:
-        def record(*args):
-            call = Call(op, args, kept=kept, length=length)
-            seen.setdefault((op, call.shape), call)
-            counts[op, call.shape] += 1
-            return call.reference()(*args)
+    def record(phase: str, op: str, args: tuple) -> object:
+        call = Call(op, args, phase, kept=kept, length=length, product=product)
+        order.append((phase, op, call.shape))
+        seen.setdefault(order[-1], call)
+        counts[order[-1]] += 1
+        outs = tuple(torch.empty(shape, dtype=d) for shape, d in outputs(op, args, product))
+        return outs if len(outs) > 1 else outs[0]
 
-        return record
-
-    called = [op for op in OPS if hasattr(forward, op)]
-    frames = cfg.target_frames
     with (
-        mock.patch.object(ModelConfig, "target_frames", frames),  # fake tensors hold no numbers
+        # Meta tensors hold no numbers, and have no autocast.
+        mock.patch.object(ModelConfig, "target_frames", cfg.target_frames),
         mock.patch.object(model_module, "init_weights"),
-        FakeTensorMode(),
-        torch.device(device),
+        mock.patch.object(dispatch, "autocast_dtype", lambda device: product),
+        torch.device("meta"),
         torch.no_grad(),
-        torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16),
-        mock.patch.multiple(forward, **{op: recorded(op) for op in called}),
     ):
         net = MaskedAutoencoder(cfg)
-        shape = (clips, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-        video = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-        ids = ids_from_noise(torch.rand(clips, length, device=device), kept)
-        forward.forward(net.params(), net.spec, video, *ids)
-        side = cfg.img_size * 5 // 4
-        size = (cfg.num_frames, side, side, cfg.in_chans)
-        sources = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(clips)]
-    box = torch.tensor([3, 5, side - 9, side - 7], dtype=torch.int32, device=device)
-    flips = torch.arange(clips, device=device) % 2 == 0
-    crop = sources, box.repeat(clips, 1), flips, ids[0], cfg.img_size
+        video = _clip(cfg, clips)
+        ids = ids_from_noise(torch.rand(clips, length), kept)
+        with recording(record):
+            if encode_all:
+                encode_all_loss(net, video, *ids, full_pred, without)
+            else:
+                forward(net.params(), net.spec, video, *ids, full_pred, without)
+    head = next(key for key in reversed(order) if key[1] == "linear")
+    counts[head] -= 1
+    found = {k: replace(c, count=counts[k]) for k, c in seen.items() if counts[k]}
+    predicted = full_pred or kept < length  # a mask of 0% leaves nothing to predict
+    return found | {("head", *head[1:]): replace(seen[head], phase="head", count=int(predicted))}
+
+
+def _clip(cfg: ModelConfig, clips: int) -> Tensor:
+    shape = (clips, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
+def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> list[Call]:
+    """Each different call of one forward, whatever its phase, and what the data path calls."""
+    merged: dict[tuple, Call] = {}
+    for call in step_calls(cfg, clips, ratio, dtype):
+        count = call.count + (merged[key].count if (key := (call.op, call.shape)) in merged else 0)
+        merged[key] = replace(merged.get(key, call), count=count)
+    length, kept = cfg.num_patches, num_keep("random", cfg.grid, ratio)
+    side = cfg.img_size * 5 // 4
+    size = (cfg.num_frames, side, side, cfg.in_chans)
+    ids = torch.empty(clips, kept, dtype=torch.int32, device="meta")
+    sources = [torch.empty(size, dtype=torch.uint8, device="meta") for _ in range(clips)]
+    box = torch.tensor([3, 5, side - 9, side - 7], dtype=torch.int32)
+    flips = torch.arange(clips) % 2 == 0
+    crop = sources, box.repeat(clips, 1), flips, ids, cfg.img_size
     pixels = cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, dtype
     data = {
-        "patchify_gather": (video, ids[0], *pixels),
+        "patchify_gather": (_clip(cfg, clips), ids, *pixels),
         "crop_resize_patchify_gather": (*crop, *pixels),
     }
-    return [
-        *(replace(call, count=counts[key]) for key, call in seen.items()),
-        *(Call(op, args, kept=kept, length=length) for op, args in data.items()),
-    ]
+    loading = (Call(op, args, kept=kept, length=length) for op, args in data.items())
+    return [*merged.values(), *loading]
 
 
 def check(call: Call, function: Callable) -> None:
@@ -202,50 +266,6 @@ def check(call: Call, function: Callable) -> None:
         floor = max(floor, FLOOR[torch.bfloat16] if _has_bf16(call.args) else floor)
         error, allowed = float((g - e).norm()), 2 * float((p - e).norm()) + floor * greatest
         assert error <= allowed, f"{call.op} {call.shape}: result {i}: {error:.2e} > {allowed:.2e}"
-
-
-def cost(call: Call) -> dict[str, dict[str, int]]:
-    """{"bytes" or "flop": {direction: what must move, or be computed, at the least}}.
-
-    Bytes: each tensor read or written once, of a clip only the pixels of the tokens asked for; a
-    backward reads the outputs' gradients and what was kept, and writes gradients.
-    """
-    with torch.no_grad():
-        outs = call.reference()(*call.args)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    tensors = [a for a in call.args if torch.is_tensor(a)]
-    written = sum(map(_size, outs))
-    if call.op == "attention":
-        q, k = tensors[:2]
-        flop = 4 * q.numel() * k.shape[1]
-        return {"flop": {"forward": flop, "forward_backward": 3 * flop}}
-    if call.op == "linear":
-        flop = 2 * tensors[0].numel() * len(tensors[1])
-        return {"flop": {"forward": flop, "forward_backward": 3 * flop}}
-    if call.op == "patch_embed":
-        flop = 2 * tensors[1].numel() * tensors[2].numel()
-        return {"flop": {"forward": flop, "forward_backward": 2 * flop}}
-    if call.op == "masked_mse":  # pred and a byte of the clip for each value -> the gradient
-        pred = tensors[0]
-        moved = 2 * _size(pred) + pred.numel()
-        return {"bytes": {"forward": moved, "forward_backward": moved}}
-    if call.op in ("patchify_gather", "crop_resize_patchify_gather"):
-        moved = written + outs[0].numel()
-        return {"bytes": {"forward": moved}}
-    if call.op == "decoder_tokens":  # the gradient of what is visible is a part of dout
-        visible, _, _, pos = tensors[:4]
-        forward = _size(visible) + _size(pos) + written
-        return {"bytes": {"forward": forward, "forward_backward": forward + written + _size(pos)}}
-    # Norms and activations: the large tensors in and out; back, also what was kept.
-    read = sum(_size(t) for t in tensors if t.dim() > 1)
-    back = written + 2 * read  # the inputs are kept
-    if call.op == "add_layer_norm":  # the sum is kept, and its gradient serves both terms
-        back = written + 2 * _size(outs[0])
-    return {"bytes": {"forward": read + written, "forward_backward": read + written + back}}
-
-
-def _size(t: Tensor) -> int:
-    return t.numel() * t.element_size()
 
 
 def _floating(a) -> bool:

@@ -30,6 +30,7 @@ from mae_fast.config import DataConfig, ModelConfig, load_config, preset
 from mae_fast.data import Batch, build_index, make_loader, read_index
 from mae_fast.errors import ConfigError, MaeFastError
 from mae_fast.metrics import memory_mb
+from mae_fast.spans import spanned
 
 QUICK = "quick"
 # For peak memory: blocks of 128 KiB and more go back when freed; setting it stops glibc from
@@ -119,12 +120,15 @@ class LoadedClips:
     def __exit__(self, *exc: object) -> None:
         self.batches.close()
 
+    @spanned("data", "wait")
     def next_batch(self) -> Batch:
         return next(self.batches)
 
+    @spanned("host to device", "copy")
     def to_device(self, batch: Batch) -> Batch:
         return batch.to(self.device, non_blocking=True)
 
+    @spanned("data", "crop_resize")
     def augment(self, batch: Batch) -> Tensor:
         return batch.video(self.cfg.img_size)
 

@@ -6,7 +6,6 @@ built.step(clips, noise, mask_ratio=0.9, encode_all=True)  # masking at 0%
 """
 
 import importlib
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
 from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.bench.baselines.transformers_videomae import nearest
-from mae_fast.bench.flops import BASE_RATIO, Flop, forward_flop, official_parts, step_parts
+from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, forward_flop, step_work
 from mae_fast.bench.ours import Ours
 from mae_fast.config import ModelConfig
 from mae_fast.errors import ConfigError
 from mae_fast.forward import SAVINGS
 from mae_fast.masking import draw_ids, num_keep
+from mae_fast.ops.work import Both
 
 OURS = "mae_fast"
 ALIASES = {"ours": OURS, "transformers": "transformers_sdpa"}
@@ -120,20 +120,23 @@ def same_weights(built: Built) -> None:
             p.copy_(values)
 
 
-def parts(
-    name: str, cfg: ModelConfig, clips: int, masking: Masking, without: Collection[str] = ()
-) -> dict[str, Flop] | None:
-    """FLOP that a step really does, by part; None for a model that is not counted."""
-    ratio = masking.step_ratio(cfg)
-    cfg = model_of(name, cfg)
-    if name == OURS:
-        return step_parts(cfg, clips, ratio, without, masking.encode_all)
+def work(
+    name: str, cfg: ModelConfig, clips: int, masking: Masking, dtype: torch.dtype = torch.float32
+) -> dict[tuple[str, str], Both] | None:
+    """What a step really does at the least; None for a model that is not counted. A baseline does
+    what ours does without its savings, at its own number of tokens."""
     if ":" in name:
         return None
-    found = step_parts(cfg, clips, ratio, SAVINGS, masking.encode_all)
-    if name in OFFICIAL:
-        found["head"] = official_parts(cfg, clips, ratio)["head"]
-    return found
+    ratio, cfg = masking.step_ratio(cfg), model_of(name, cfg)
+    every = name in OFFICIAL and cfg.variant == "mae_st"
+    without = () if name == OURS else SAVINGS
+    return step_work(cfg, clips, ratio, without, masking.encode_all, every, dtype)
+
+
+def parts(name: str, cfg: ModelConfig, clips: int, masking: Masking) -> dict[str, Flop] | None:
+    """FLOP of `work`, by part."""
+    found = work(name, cfg, clips, masking)
+    return found and by_part(found)
 
 
 def flop_limit(cfg: ModelConfig, masking: Masking) -> float:

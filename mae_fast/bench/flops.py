@@ -1,19 +1,23 @@
-"""The FLOP of a training step, part by part: 2 a multiply-add, matrix products only.
+"""What a training step computes and moves at the least, counted from its recorded calls.
 
-Backward does two products for each of forward, but one for the patch embedding, whose pixels want
-no gradient. What attention computes again in backward because it keeps no scores is not counted.
-Checked against torch's FlopCounterMode in tests/test_benchmarks.py.
+FLOP are those of matrix products, 2 a multiply-add. Checked against torch's FlopCounterMode in
+tests/test_benchmarks.py.
 """
 
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
+
+from mae_fast.bench.calls import step_calls
 from mae_fast.config import ModelConfig
 from mae_fast.forward import SAVINGS
-from mae_fast.masking import num_keep
+from mae_fast.ops.work import Both, Work
 
 # At 0% nothing is left to predict: the decoder and the loss are then those of this mask.
 BASE_RATIO = 0.9
+PARTS = ("patch embedding", "encoder products", "encoder attention", "decoder products")
+PARTS += ("decoder attention", "head")
 
 
 class Flop(NamedTuple):
@@ -23,93 +27,67 @@ class Flop(NamedTuple):
     backward: int
 
 
-def step_parts(
+def step_work(
     cfg: ModelConfig,
     clips: int,
-    mask_ratio: float = 0.9,
+    mask_ratio: float = BASE_RATIO,
     without: Collection[str] = (),
     encode_all: bool = False,
-) -> dict[str, Flop]:
-    """FLOP of mae_fast's step by part. `without` names savings switched off; encode_all: the
-    encoder sees every token, the decoder and the loss are as ever."""
-    length, cls = cfg.num_patches, int(cfg.cls_embed)
-    kept = num_keep("random", cfg.grid, mask_ratio)
-    masked, every, dec = length - kept, cls + length, cfg.decoder_embed_dim
-    embedded = length if encode_all or "visible_embed" in without else kept
-    seen = cls + (length if encode_all else kept)
-    wanted = masked  # rows of the last block
-    if {"no_unshuffle", "masked_last_block"} & set(without):
-        wanted = every
-    shared = 0  # tokens whose q, k, v the first decoder block need not compute
-    if not {"no_unshuffle", "shared_mask_tokens"} & set(without) and cfg.decoder_depth > 1:
-        shared = max(0, clips * masked - length)
-    whole = cfg.decoder_depth - 1
-    decoder = whole * _products(every, every, dec, cfg.mlp_ratio)
-    decoder += _products(wanted, every, dec, cfg.mlp_ratio)
-    decoder += _linear(cls + kept, cfg.embed_dim, dec)
-    forward = {
-        "patch embedding": clips * _linear(embedded, patch_values(cfg), cfg.embed_dim),
-        "encoder products": clips * cfg.depth * _products(seen, seen, cfg.embed_dim, cfg.mlp_ratio),
-        "encoder attention": clips * cfg.depth * _attention(seen, seen, cfg.embed_dim),
-        "decoder products": clips * decoder - 3 * _linear(shared, dec, dec),
-        "decoder attention": clips
-        * (whole * _attention(every, every, dec) + _attention(wanted, every, dec)),
-        "head": clips * _linear(masked, dec, cfg.pred_dim),
-    }
-    return {
-        part: Flop(flop, flop if part == "patch embedding" else 2 * flop)
-        for part, flop in forward.items()
-    }
+    full_pred: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[tuple[str, str], Both]:
+    """{(phase, op): (forward, backward)} of mae_fast's step, its optimizer left out. `without`
+    names savings switched off; encode_all: the encoder sees every token, the decoder and the loss
+    are as ever; full_pred: every token is predicted."""
+    found: dict[tuple[str, str], Both] = {}
+    how = (frozenset(without), encode_all, full_pred)
+    for call in step_calls(cfg, clips, mask_ratio, dtype, *how):
+        key = call.phase, call.op
+        before = found.get(key, (Work(), Work()))
+        found[key] = tuple(a + b * call.count for a, b in zip(before, call.work(), strict=True))
+    return found
 
 
-def official_parts(cfg: ModelConfig, clips: int, mask_ratio: float = 0.9) -> dict[str, Flop]:
-    """FLOP of the official step by part: no saving, and in mae_st a prediction of every token. At
-    ratio 0 its encoder sees every token, and so does its decoder's entry."""
-    parts = step_parts(cfg, clips, mask_ratio, without=SAVINGS)
-    if cfg.variant == "mae_st":
-        tokens = cfg.num_patches + int(cfg.cls_embed)
-        head = clips * _linear(tokens, cfg.decoder_embed_dim, cfg.pred_dim)
-        parts["head"] = Flop(head, 2 * head)
-    return parts
+def official_work(
+    cfg: ModelConfig, clips: int, mask_ratio: float = BASE_RATIO, **how
+) -> dict[tuple[str, str], Both]:
+    """The same of the official step: no saving, and in mae_st a prediction of every token (cls left
+    out, under 0.1% of it). At ratio 0 its encoder sees every token, and so does its decoder's entry."""
+    every = cfg.variant == "mae_st"
+    return step_work(cfg, clips, mask_ratio, SAVINGS, full_pred=every, **how)
 
 
-def step_flop(
-    cfg: ModelConfig,
-    clips: int,
-    mask_ratio: float = 0.9,
-    without: Collection[str] = (),
-    encode_all: bool = False,
-) -> int:
+def by_part(work: dict[tuple[str, str], Both]) -> dict[str, Flop]:
+    """FLOP under PARTS."""
+    found = dict.fromkeys(PARTS, Flop(0, 0))
+    for (phase, op), (forward, backward) in work.items():
+        if forward.flop:
+            kind = "" if phase in PARTS else " attention" if op == "attention" else " products"
+            found[phase + kind] = Flop(int(forward.flop), int(backward.flop))
+    return found
+
+
+def step_parts(*args, **how) -> dict[str, Flop]:
+    """FLOP of `step_work` by part."""
+    return by_part(step_work(*args, **how))
+
+
+def official_parts(*args, **how) -> dict[str, Flop]:
+    """FLOP of `official_work` by part."""
+    return by_part(official_work(*args, **how))
+
+
+def step_flop(*args, **how) -> int:
     """FLOP of mae_fast's step, forward and backward."""
-    return sum(map(sum, step_parts(cfg, clips, mask_ratio, without, encode_all).values()))
+    return sum(map(sum, step_parts(*args, **how).values()))
 
 
-def official_step_flop(cfg: ModelConfig, clips: int, mask_ratio: float = 0.9) -> int:
+def official_step_flop(*args, **how) -> int:
     """FLOP of the official step, forward and backward."""
-    return sum(map(sum, official_parts(cfg, clips, mask_ratio).values()))
+    return sum(map(sum, official_parts(*args, **how).values()))
 
 
 def forward_flop(cfg: ModelConfig, mask_ratio: float) -> int:
     """FLOP of the official forward of one clip: the paper's count. Its ratios are the paper's too:
     forward_flop(cfg, 0) / forward_flop(cfg, 0.9) is 7.7 for ViT-L."""
     return sum(part.forward for part in official_parts(cfg, 1, mask_ratio).values())
-
-
-def patch_values(cfg: ModelConfig) -> int:
-    """Pixels of one patch, all channels."""
-    return cfg.in_chans * cfg.t_patch_size * cfg.patch_size**2
-
-
-def _linear(tokens: int, inputs: int, outputs: int) -> int:
-    return 2 * tokens * inputs * outputs
-
-
-def _products(queries: int, keys: int, dim: int, mlp_ratio: float) -> int:
-    """A block's linear layers: q, proj and the MLP for queries; k and v for keys."""
-    hidden = int(dim * mlp_ratio)
-    return _linear(queries, dim, 2 * dim + 2 * hidden) + _linear(keys, dim, 2 * dim)
-
-
-def _attention(queries: int, keys: int, dim: int) -> int:
-    """Scores, and their product with v."""
-    return 4 * queries * keys * dim

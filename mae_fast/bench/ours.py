@@ -60,11 +60,16 @@ class Ours:
 
 
 def encode_all_loss(
-    model: MaskedAutoencoder, clips: Tensor, ids_keep: Tensor, ids_mask: Tensor
+    model: MaskedAutoencoder,
+    clips: Tensor,
+    ids_keep: Tensor,
+    ids_mask: Tensor,
+    full_pred: bool = False,
+    without: Collection[str] = (),
 ) -> Tensor:
     """The loss on masked tokens where the encoder has seen every token, and hands over the kept."""
     params, s = model.params(), model.spec
     latent = encode(params, s, clips, torch.cat([ids_keep, ids_mask], dim=1))
     latent = latent[:, : latent.shape[1] - ids_mask.shape[1]]  # (cls and) the kept stand first
-    pred = decode(params, s, latent, ids_keep, ids_mask)
-    return masked_loss(s, pred, clips, ids_mask)
+    pred = decode(params, s, latent, ids_keep, ids_mask, full_pred, without)
+    return masked_loss(s, pred[:, -ids_mask.shape[1] :], clips, ids_mask)

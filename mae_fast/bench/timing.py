@@ -76,11 +76,14 @@ def spread(samples: Sequence[float]) -> float:
     return (max(samples) - min(samples)) / statistics.median(samples)
 
 
-def share(
-    record: dict, work: dict, seconds: Sequence[float], product: str = "engine_product"
-) -> float:
-    """Of the product rate where `work` has "flop", else of the copy bandwidth for its "bytes": the
-    median over the rounds of a record, whose "limits" were timed in the same rounds."""
-    unit, name = ("flop", product) if work["flop"] else ("bytes", "copy")
-    limit = record["limits"][name]
-    return work[unit] / limit[unit] * ratio(limit["seconds"], seconds)
+def share(limits: dict, work: dict, seconds: Sequence[float], product: str = "") -> float:
+    """What `work` needs at the least of what it took: of its "flop" at the rate of `product` (by
+    default the fastest), or of its "bytes" at that of a copy, whichever is more; the median over
+    rounds. `limits` were timed in the same ones, as mae_fast.bench.machine.as_record has them."""
+    products = [product] if product else [name for name in limits if "flop" in limits[name]]
+
+    def of(unit: str, name: str) -> float:
+        return work[unit] / limits[name][unit] * ratio(limits[name]["seconds"], seconds)
+
+    flop = min((of("flop", name) for name in products), default=0.0) if work.get("flop") else 0.0
+    return max(flop, of("bytes", "copy") if work.get("bytes") else 0.0)

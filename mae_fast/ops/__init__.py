@@ -14,3 +14,6 @@ from mae_fast.ops import (  # noqa: F401  every op, so that dispatch.OPS is whol
     patchify_gather,
 )
 from mae_fast.ops.dispatch import OPS  # noqa: F401
+from mae_fast.ops.work import register
+
+register()  # torch's counter of FLOP knows our operators from here on

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+from mae_fast.spans import spanned
 
 
 def _state(optimizer: torch.optim.AdamW, p: Tensor) -> dict[str, Tensor]:
@@ -163,6 +164,7 @@ def adamw(
         torch._foreach_copy_(list(copies.values()), list(copies))
 
 
+@spanned("optimizer", "adamw")
 @torch.no_grad()
 def clipped_adamw(
     optimizer: torch.optim.AdamW, clip: float, copies: Mapping[Tensor, Tensor] | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.layer_norm import layer_norm_ref, why_not_cpp, why_not_triton
+from mae_fast.spans import spanned
 
 
 def add_layer_norm_ref(
@@ -82,6 +83,7 @@ OP = dispatch.Op(
 )
 
 
+@spanned(op="add_layer_norm")
 def add_layer_norm(
     x: Tensor,
     y: Tensor,

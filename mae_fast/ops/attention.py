@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_fast.ops import attention_libraries as libraries
 from mae_fast.ops import dispatch
+from mae_fast.spans import spanned
 
 log = logging.getLogger("mae_fast")
 
@@ -147,6 +148,7 @@ OP = _Attention(
 )
 
 
+@spanned(op="attention")
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, Sq, H, d], k, v [B, Sk, H, d] -> [B, Sq, H, d]. Raises ValueError on other shapes."""
     heads = (q.shape[0], *q.shape[2:])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+from mae_fast.spans import spanned
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor) -> Tensor:
@@ -62,6 +63,7 @@ OP = dispatch.Op(
 )
 
 
+@spanned(op="bias_gelu")
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """x [..., F], bias [F] -> [..., F]. Raises ValueError on shapes that do not fit."""
     if x.shape[-1:] != bias.shape:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.patchify_gather import count_tokens, gather_patches
+from mae_fast.spans import spanned
 
 _NAME = "crop_resize_patchify_gather"
 
@@ -94,6 +95,7 @@ OP = dispatch.Op(
 )
 
 
+@spanned(op="crop_resize_patchify_gather")
 def crop_resize_patchify_gather(
     frames: list[Tensor],
     boxes: Tensor,

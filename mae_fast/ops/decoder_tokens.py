@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+from mae_fast.spans import spanned
 
 
 def decoder_tokens_ref(
@@ -121,6 +122,7 @@ OP = dispatch.Op(
 )
 
 
+@spanned(op="decoder_tokens")
 def decoder_tokens(
     visible: Tensor,
     cls: Tensor | None,

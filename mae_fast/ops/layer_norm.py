@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+from mae_fast.spans import spanned
 
 
 def layer_norm_ref(
@@ -94,6 +95,7 @@ OP = dispatch.Op(
 )
 
 
+@spanned(op="layer_norm")
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> Tensor:

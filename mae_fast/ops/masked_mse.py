@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.patchify_gather import gather_patches, normalise, why_not_cuda, why_not_triton
+from mae_fast.spans import spanned
 
 NORM_PIX = ("none", "patch", "channel")
 
@@ -147,6 +148,7 @@ OP = dispatch.Op(
 )
 
 
+@spanned("loss", "masked_mse")
 def masked_mse(
     pred: Tensor,
     video: Tensor,

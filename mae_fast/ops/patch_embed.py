@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_fast.ops import dispatch
-from mae_fast.ops.linear import linear
+from mae_fast.ops.linear import product
 from mae_fast.ops.patchify_gather import (
     check_clip,
     patchify_gather_ref,
     why_not_cpp,
     why_not_triton,
 )
+from mae_fast.spans import spanned
 
 
 def patch_embed_ref(
@@ -32,7 +33,7 @@ def patch_embed_ref(
 ) -> Tensor:
     """The specification."""
     patches = patchify_gather_ref(video, ids, t_patch, patch, mean, std, weight.dtype)
-    return linear(patches, weight, bias) + F.embedding(ids, pos)
+    return product(patches, weight, bias) + F.embedding(ids, pos)
 
 
 dispatch.LIBRARY.define(
@@ -70,7 +71,7 @@ def _(dout, video, ids, length, t_patch, patch, mean, std, dtype, pos_dtype, *ne
 def _forward_cpu(video, ids, weight, bias, pos, t_patch, patch, mean, std):
     ops = torch.ops.mae_fast
     patches = ops.patchify_gather_fwd(video, ids, t_patch, patch, mean, std, weight.dtype)
-    out = linear(patches, weight, bias).to(torch.promote_types(weight.dtype, pos.dtype))
+    out = product(patches, weight, bias).to(torch.promote_types(weight.dtype, pos.dtype))
     ops.patch_embed_add_pos(out, ids, pos)
     return out
 
@@ -82,7 +83,7 @@ def _backward_cpu(dout, video, ids, length, t_patch, patch, mean, std, dtype, po
     dweight = dout.new_empty((0, video.shape[1] * t_patch * patch * patch), dtype=dtype)
     if needs_weight:
         patches = ops.patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype)
-        dweight = linear(columns, patches.flatten(0, 1).t())
+        dweight = product(columns, patches.flatten(0, 1).t())
     return dweight, dbias, dpos
 
 
@@ -128,6 +129,7 @@ OP = dispatch.Op(
 )
 
 
+@spanned("patch embedding", "patch_embed")
 def patch_embed(
     video: Tensor,
     ids: Tensor,

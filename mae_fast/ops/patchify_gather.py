@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+from mae_fast.spans import spanned
 
 
 def gather_patches(video: Tensor, ids: Tensor, t_patch: int, patch: int) -> Tensor:
@@ -121,6 +122,7 @@ def check_clip(op: str, video: Tensor, ids: Tensor, t_patch: int, patch: int) ->
     return count_tokens(op, video.shape[2:], t_patch, patch)
 
 
+@spanned(op="patchify_gather")
 def patchify_gather(
     video: Tensor,
     ids: Tensor,

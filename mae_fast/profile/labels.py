@@ -1,48 +1,16 @@
-"""Names for what a profiler sees: the phase of the step and the op that each event belongs to.
-
-Labels exist only inside `labelled(built)`: there, functions of `mae_fast.forward` and modules of
-the baselines open a range of torch's profiler, so a step that is not profiled pays nothing.
+"""Names for what others' models do, in the terms of our phases and ops. Ours open their spans
+themselves (mae_fast/spans.py); modules of the baselines get theirs only inside `labelled(model)`.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from unittest import mock
 
-import torch
 from torch import nn
-from torch.profiler import record_function
 
-import mae_fast.bench.ours
-import mae_fast.forward
-import mae_fast.step
-from mae_fast.bench.baselines.training import Built
-from mae_fast.bench.cell import LoadedClips
+from mae_fast.spans import span, spanned
 
-PREFIX = "mae_fast label:"
-# Functions that the engine calls, by name: (phase, op); an empty phase is that of the caller.
-FUNCTIONS = {
-    "ids_from_noise": ("mask", "mask"),
-    "encode": ("encoder", "rest"),
-    "decode": ("decoder", "rest"),
-    "masked_loss": ("loss", "masked_mse"),
-    "patch_embed": ("patch embedding", "patch_embed"),
-    "decoder_tokens": ("decoder", "decoder_tokens"),
-    "masked_mse": ("loss", "masked_mse"),
-    "layer_norm": ("", "layer_norm"),
-    "add_layer_norm": ("", "add_layer_norm"),
-    "linear": ("", "linear"),
-    "attention": ("", "attention"),
-    "bias_gelu": ("", "bias_gelu"),
-    "clipped_step": ("optimizer", "adamw"),
-}
-LOADING = {
-    "next_batch": ("data", "wait"),
-    "to_device": ("host to device", "copy"),
-    "augment": ("data", "crop_resize"),
-}
-# Methods and modules of the baselines, in the terms of our ops; the first name that a module's
-# path starts with gives its phase.
+# The first name that a module's path starts with gives its phase.
 METHODS = {
     "encode": ("encoder", "rest"),
     "decode": ("decoder", "decoder_tokens"),
@@ -60,43 +28,18 @@ PATHS = {
 
 
 @contextlib.contextmanager
-def labelled(built: Built) -> Iterator[None]:
-    """Everything that `built` calls in here is named."""
+def labelled(model: nn.Module) -> Iterator[None]:
+    """What the modules of a model compute in here is named. A compiled graph has none, and hooks
+    would break it; an accelerated model's forward is not its class's, and names itself."""
     with contextlib.ExitStack() as stack:
-        for module in (mae_fast.forward, mae_fast.bench.ours, mae_fast.step):
-            for name in FUNCTIONS.keys() & vars(module).keys():
-                called = _ranged(getattr(module, name), *FUNCTIONS[name])
-                stack.enter_context(mock.patch.object(module, name, called))
-        for name, where in LOADING.items():
-            loading = _ranged(getattr(LoadedClips, name), *where)
-            stack.enter_context(mock.patch.object(LoadedClips, name, loading))
-        clip = _ranged(torch.nn.utils.clip_grad_norm_, "optimizer", "adamw")
-        stack.enter_context(mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip))
-        step = _ranged(built.optimizer.step, "optimizer", "adamw")
-        stack.enter_context(mock.patch.object(built.optimizer, "step", step))
-        compiled = built.model._compiled_call_impl
-        if compiled is None:
-            # An accelerated model's forward is not its class's: its modules are not called.
-            if "forward" not in vars(built.model):
-                _label_modules(built.model, stack)
-        else:  # a graph has no modules, and hooks would break it
-            whole = _ranged(compiled, "compiled", "compiled")
-            stack.enter_context(mock.patch.object(built.model, "_compiled_call_impl", whole))
+        if model._compiled_call_impl is None and "forward" not in vars(model):
+            _label_modules(model, stack)
         yield
 
 
-def _ranged(function: Callable, phase: str, op: str) -> Callable:
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        with record_function(f"{PREFIX}{phase}|{op}"):
-            return function(*args, **kwargs)
-
-    return run
-
-
 def _label_modules(model: nn.Module, stack: contextlib.ExitStack) -> None:
-    for name in METHODS.keys() & {n for n in METHODS if callable(getattr(model, n, None))}:
-        method = _ranged(getattr(model, name), *METHODS[name])
+    for name in (n for n in METHODS if callable(getattr(model, n, None))):
+        method = spanned(*METHODS[name])(getattr(model, name))
         stack.enter_context(mock.patch.object(model, name, method))
     for path, module in model.named_modules():
         phase = next((PATHS[p] for p in PATHS if path.startswith(p)), "")
@@ -104,7 +47,7 @@ def _label_modules(model: nn.Module, stack: contextlib.ExitStack) -> None:
         if not path:  # what a peer does outside its modules is its loss; ours has methods
             phase, op = "loss", None if hasattr(model, "encode") else "masked_mse"
         if op:
-            _range_module(module, f"{PREFIX}{phase}|{op}", stack)
+            _name_module(module, phase, op, stack)
 
 
 def _op_of(module: nn.Module) -> str | None:
@@ -126,15 +69,15 @@ def _op_of(module: nn.Module) -> str | None:
     return "decoder_tokens" if "Decoder" in kind else None
 
 
-def _range_module(module: nn.Module, name: str, stack: contextlib.ExitStack) -> None:
-    open_ranges = []
+def _name_module(module: nn.Module, phase: str, op: str, stack: contextlib.ExitStack) -> None:
+    open_spans = []
 
     def enter(*_) -> None:
-        open_ranges.append(record_function(name))
-        open_ranges[-1].__enter__()
+        open_spans.append(span(phase, op))
+        open_spans[-1].__enter__()
 
     def leave(*_) -> None:
-        open_ranges.pop().__exit__(None, None, None)
+        open_spans.pop().__exit__(None, None, None)
 
     before = module.register_forward_pre_hook(enter)
     after = module.register_forward_hook(leave, always_call=True)

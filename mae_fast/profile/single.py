@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from mae_fast.bench import machine
-from mae_fast.bench.calls import Call, Run, calls, check, cost
+from mae_fast.bench.calls import Call, Run, calls, check
 from mae_fast.bench.cell import Setting, config_of
 from mae_fast.bench.ratio_table import text_table
-from mae_fast.bench.timing import clock, interleave, ratio, spread
+from mae_fast.bench.timing import clock, interleave, share, spread
 from mae_fast.environment import environment
 from mae_fast.errors import BackendError, ConfigError
 from mae_fast.ops import OPS
@@ -27,16 +27,16 @@ def profile_op(
     cfg, device = config_of(model), setting.device
 
     def of_step(count: int) -> list[Call]:
-        return [c for c in calls(cfg, count, mask_ratio, device, dtype) if c.op == op]
+        return [c for c in calls(cfg, count, mask_ratio, dtype) if c.op == op]
 
     found = of_step(clips)
     if not found:
-        known = ", ".join(dict.fromkeys(c.op for c in calls(cfg, 1, mask_ratio, device, dtype)))
+        known = ", ".join(dict.fromkeys(c.op for c in calls(cfg, 1, mask_ratio, dtype)))
         raise ConfigError(f"unknown op {op!r} (known: {known})")
     limits = machine.limits(model == "quick", device, dtype)
     with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
         told = [
-            time_call(big.real(), small.real(), limits, device)
+            time_call(big.real(device), small.real(device), limits, device)
             for big, small in zip(found, of_step(min(SMALL, clips)), strict=True)
         ]
     return {
@@ -66,7 +66,9 @@ def time_call(
         except (BackendError, AssertionError) as e:
             usable.pop(name, None)
             declined[name] = str(e)
-    work, told = cost(call), {}
+    forward, backward = call.work()
+    work = {"forward": forward._asdict(), "forward_backward": (forward + backward)._asdict()}
+    told: dict[str, Any] = {}
     for direction, run_of in zip(DIRECTIONS, (call.forward, call.both), strict=True):
         if direction != "forward" and not call.differentiable:
             continue
@@ -79,7 +81,7 @@ def time_call(
         told[direction] = {
             "seconds": {name: seconds[name] for name in usable},
             "share_of_limit": {
-                name: _share(work, direction, recorded, seconds[name]) for name in usable
+                name: share(recorded, work[direction], seconds[name]) for name in usable
             },
             "limits": recorded,
         }
@@ -95,15 +97,6 @@ def _timer(device: str):
     return clock(device) if device == "cuda" else None
 
 
-def _share(work: dict, direction: str, limits: dict, seconds: list[float]) -> float | None:
-    """Of the machine's product rate or copy bandwidth, whichever bounds the op."""
-    unit, amounts = next(iter(work.items()))
-    if direction not in amounts:
-        return None
-    bounds = [limit for limit in limits.values() if unit in limit]
-    return min(amounts[direction] / x[unit] * ratio(x["seconds"], seconds) for x in bounds)
-
-
 def single_table(told: dict[str, Any]) -> str:
     """A table for each call, a line for each backend, and why others do not run."""
     lines = [
@@ -112,18 +105,18 @@ def single_table(told: dict[str, Any]) -> str:
         + ("; from cold caches" if told["device"] == "cpu" else "")
     ]
     for call in told["calls"]:
-        bound = {"flop": "products", "bytes": "a copy"}[next(iter(call["work"]))]
+        bound = "the limit"
         head, rows = ["backend"], []
         for direction in DIRECTIONS:
             head += [direction.replace("_", " + "), f"of {bound}"] if direction in call else []
         for name in call["forward"]["seconds"]:
             rows.append([name])
             for found in (call[d] for d in DIRECTIONS if d in call):
-                samples, share = found["seconds"][name], found["share_of_limit"][name]
+                samples, reached = found["seconds"][name], found["share_of_limit"][name]
                 rows[-1].append(
                     f"{1e3 * statistics.median(samples):.2f} ms ({spread(samples):.0%})"
                 )
-                rows[-1].append("-" if share is None else f"{share:.0%}")
+                rows[-1].append(f"{reached:.0%}")
         lines.append(f"\n{call['shape']}, {call['calls_a_step']} a step\n{text_table(head, rows)}")
     lines += [f"{name}: {reason}" for name, reason in told["calls"][0]["declined"].items()]
     return "\n".join(lines)

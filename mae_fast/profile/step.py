@@ -21,9 +21,10 @@ from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
 from mae_fast.files import write as write_file
 from mae_fast.files import writing
+from mae_fast.ops.work import Work
 from mae_fast.profile.memory import Timeline, timeline
 from mae_fast.profile.trace import Trace, Where, trace
-from mae_fast.profile.work import Work, least
+from mae_fast.profile.work import least
 
 # Of the step without a profiler, the machine's limits, and a profiled step; told of are medians.
 ROUNDS = 5
@@ -132,7 +133,7 @@ def profile_steps(
         found = seen[cell.engine]
         median, first = statistics.median(found.seconds), found.traces[0]
         first.profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
-        work = least(cell.engine, cell.cfg, clips, cell.masking, 2 if dtype != torch.float32 else 4)
+        work = least(cell.engine, cell.cfg, clips, cell.masking, dtype)
         engines.append(
             {
                 "engine": cell.engine,
@@ -287,7 +288,7 @@ def run_with_nvtx(cell: Cell, setting: Setting, clips: int) -> None:
     for _ in range(4):
         step()
     torch.cuda.synchronize()
-    with labelled(built), torch.autograd.profiler.emit_nvtx():
+    with labelled(built.model), torch.autograd.profiler.emit_nvtx():
         torch.cuda.cudart().cudaProfilerStart()
         step()
         torch.cuda.synchronize()

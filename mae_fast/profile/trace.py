@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from mae_fast.bench.baselines.training import Built
-from mae_fast.profile.labels import PREFIX, labelled
+from mae_fast.profile.labels import labelled
+from mae_fast.spans import PREFIX, span
 
 STEP = f"{PREFIX}rest|rest"
 NODE = "autograd::engine::evaluate_function: "
@@ -81,7 +82,7 @@ def trace(
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
     profiler = torch_profile(activities=activities, profile_memory=memory)
-    with labelled(built), profiler as found, record_function(STEP):
+    with labelled(built.model), profiler as found, span("rest", "rest"):
         step()
         synchronize()
     events = [e for e in found.events() if e.device_type.name == "CPU"]

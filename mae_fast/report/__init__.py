@@ -192,7 +192,7 @@ def _ops_section(page: Page, ops: list[Record]) -> None:
     for r in ops:
         chosen, baseline = r["seconds"][r["chosen"]], r["seconds"][r["baseline"]]
         limit = "product rate" if r["flop"] else "copy bandwidth"
-        reached = share(r, r, chosen)
+        reached = share(r["limits"], r, chosen)
         rows.append(
             [
                 r["op"],

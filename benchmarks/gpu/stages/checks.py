@@ -45,7 +45,7 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def graphed(setting: Setting, call: Call) -> dict:
     """An op's forward and backward, captured and replayed, give what they give without a graph."""
-    call = call.real()
+    call = call.real(setting.device.type)
     backend = own_backend(setting, call)
     run = call.both(call.function(backend))
     with setting.autocast():

@@ -15,12 +15,13 @@ from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
 from mae_fast.bench.baselines.training import CLIP_GRAD, LR
-from mae_fast.bench.calls import Call, Run, check, cost
+from mae_fast.bench.calls import Call, Run, check
 from mae_fast.bench.machine import as_record
-from mae_fast.bench.timing import interleave, ratio
+from mae_fast.bench.timing import interleave, share
 from mae_fast.config import TrainConfig
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch
+from mae_fast.ops.work import ADAMW_BYTES
 from mae_fast.optim import clipped_step, make_optimizer
 
 MODELS, BATCH = ("vit_base", "vit_large"), 64
@@ -56,10 +57,10 @@ def inductor(setting: Setting, call: Call) -> Callable:
 
 def measure(setting: Setting, case: Case, limits: dict, variants: dict[str, Callable]) -> dict:
     """The record of one call: forward, and forward with backward, by variant."""
-    call, two = case.call.real(), case.two.real()
+    call, two = case.call.real(setting.device.type), case.two.real(setting.device.type)
     kept, declined, wrong = usable(setting, call, two, variants)
-    with setting.autocast():
-        work = cost(call)
+    forward, backward = call.work()
+    work = {"forward": forward._asdict(), "forward_backward": (forward + backward)._asdict()}
     seconds, measured_limits = {}, {}
     directions = {"forward": call.forward}
     if call.differentiable:
@@ -81,14 +82,14 @@ def measure(setting: Setting, case: Case, limits: dict, variants: dict[str, Call
         "batch": setting.batch(BATCH),
         "calls_a_step": call.count,
         "seconds_a_call": seconds,
-        **work,
+        "work": work,
         "limits": measured_limits,
         "declined": declined,
         "wrong": wrong,
         "conditions": setting.device.conditions(),
         "told": "; ".join(
             f"{name} {1e6 * statistics.median(s):.0f} us"
-            f" {share(work, last, measured_limits[last], s):.0%}"
+            f" {share(measured_limits[last], work[last], s):.0%}"
             for name, s in seconds[last].items()
         ),
     }
@@ -127,13 +128,6 @@ def cast(setting: Setting, run: Run) -> Run:
             return run()
 
     return under_autocast
-
-
-def share(work: dict, direction: str, limits: dict, seconds: list[float]) -> float:
-    """Of the product rate or the copy bandwidth of the same rounds: the median."""
-    unit, name = ("flop", "product") if "flop" in work else ("bytes", "copy")
-    limit = limits[name]
-    return work[unit][direction] / limit[unit] * ratio(limit["seconds"], seconds)
 
 
 def adamw(setting: Setting, model: str, limits: dict) -> dict:
@@ -186,21 +180,20 @@ def adamw(setting: Setting, model: str, limits: dict) -> dict:
         setting.rounds(ROUNDS),
         timer=lambda run: setting.device.time(run, cold=True),
     )
-    # g for the norm; p, g, m, v -> p, m, v
-    work = {"bytes": {"step": 32 * count}}
+    work = {"bytes": ADAMW_BYTES * count}
     recorded = as_record(limits, found)
     return {
         "op": "adamw",
         "shape": f"{count / 1e6:.1f} M parameters",
         "model": model,
         "seconds_a_call": {"step": {name: found[name] for name in timed}},
-        **work,
+        "work": {"step": work},
         "limits": {"step": recorded},
         "declined": declined,
         "wrong": wrong,
         "told": "; ".join(
             f"{name} {1e6 * statistics.median(found[name]):.0f} us"
-            f" {share(work, 'step', recorded, found[name]):.0%}"
+            f" {share(recorded, work, found[name]):.0%}"
             for name in timed
         ),
     }

@@ -74,7 +74,7 @@ def compile_share(setting: Setting, share: int, of: int) -> None:
         for part in range(parts.get(case.call.op, 1))
     ]
     for call, part, of_parts in tasks[share::of]:
-        call = call.real()
+        call = call.real(setting.device.type)
         try:
             own_backend(setting, call)
         except Declined:
@@ -111,7 +111,7 @@ def tune(setting: Setting, call: Call) -> dict:
     """The fastest candidate of each kernel that the call launches, one kernel at a time, the others
     at their best so far. A candidate that does not launch, or gives other results than the first
     that does, is out."""
-    call = call.real()
+    call = call.real(setting.device.type)
     own_backend(setting, call)
     sizes, report = {}, []
     for direction, run in runs(setting, call).items():
