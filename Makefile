@@ -81,7 +81,7 @@ sanitize: setup
 	  --ignore=../../tests/ops/test_dispatch.py -k 'not home' $(ARGS) ../../tests/ops
 
 bench: setup
-	@$(BIN)/python -m pytest benchmarks --benchmark-group-by=func \
+	@$(BIN)/python -m pytest mae_fast/bench/bench_ops.py --benchmark-group-by=func \
 	  --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 # From the checkout as it is: a machine with a GPU may have nothing that can be installed.

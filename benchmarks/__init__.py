@@ -6,7 +6,7 @@
 no_unshuffle,masked_last_block,shared_mask_tokens} --official MAE_ST
     $L --model videomae_base --engines transformers_{eager,sdpa}
     $L --engines mae_fast_encode_all
-    python -m benchmarks.ops --out benchmarks/results/ops.jsonl
+    mae-fast bench ops --out benchmarks/results/ops.jsonl
     python -m benchmarks.curves --out benchmarks/results/curves.jsonl
     make tables
 

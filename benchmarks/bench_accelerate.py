@@ -106,26 +106,29 @@ def compare(family: str, args: Args) -> None:
     built.clear()  # what follows needs the memory
     engines = {
         name: {
-            "step": step[name],
-            "forward_backward": forward_backward[name],
+            "clips": args.batch,
+            "until_update": forward_backward[name],
             "peak_memory_mb": measure(family, name, args),
         }
         for name in names
     }
     record = {
+        "kind": "steps",
         "what": "training step before and after mae_fast.accelerate, float clips, interleaved",
         "model": "quick" if args.quick else "vit_base",
         "family": family,
         "batch_clips": args.batch,
         "ratio": RATIO,
         "precision": args.precision,
+        "device": "cpu",
         "engines": engines,
+        "seconds": step,
         "environment": environment(),
     }
     for name, engine in engines.items():
-        faster = [ratio(engine[k], engines[AFTER][k]) for k in ("step", "forward_backward")]
+        faster = [ratio(of[name], of[AFTER]) for of in (step, forward_backward)]
         print(
-            f"{family:13} {name:12} {statistics.median(engine['step']):8.3f} s a step, accelerated "
+            f"{family:13} {name:12} {statistics.median(step[name]):8.3f} s a step, accelerated "
             f"{faster[0]:5.2f}x, forward + backward {faster[1]:5.2f}x, "
             f"{engine['peak_memory_mb']:6.0f} MB"
         )

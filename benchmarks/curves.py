@@ -55,14 +55,14 @@ def main(args: Args) -> None:
     print(f"greatest relative difference {greatest:.1e}")
     if args.out:
         record = {
+            "kind": "losses",
             "what": "losses, ops chosen against all forced to reference",
             "model": "quick" if args.quick else args.model,
             "batch_clips": args.batch,
             "ratio": 0.9,
             "precision": "fp32",
             "lr": LR,
-            "chosen": chosen,
-            "reference": reference,
+            "losses": {"chosen": chosen, "reference": reference},
             "greatest_relative_difference": greatest,
             "environment": environment(),
         }

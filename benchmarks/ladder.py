@@ -103,8 +103,8 @@ def compare(args: Args, batch: int) -> None:
     built.clear()  # what follows needs the memory
     engines = {
         name: {
-            "step": seconds[name],
-            "forward_backward": update_after[name],
+            "clips": batch,
+            "until_update": update_after[name],
             "flop": flop(name, cfg, batch, args.ratio),
             "peak_memory_mb": measure_memory(
                 "benchmarks.ladder", memory_arguments(name, args, batch)
@@ -113,21 +113,24 @@ def compare(args: Args, batch: int) -> None:
         for name in names
     }
     record = {
+        "kind": "steps",
         "what": "training step, synthetic clips, interleaved",
         "model": "quick" if args.quick else args.model,
         "batch_clips": batch,
         "ratio": args.ratio,
         "precision": args.precision,
+        "device": "cpu",
         "engines": engines,
+        "seconds": {name: seconds[name] for name in names},
         "limits": machine.as_record(limits, seconds),
         "environment": environment(),
     }
     if args.official:
-        record[REPOSITORY] = OfficialRepository(args.official).source()
+        engines[REPOSITORY]["source"] = OfficialRepository(args.official).source()
     for name, engine in engines.items():
-        faster = [ratio(engine[key], engines[OURS][key]) for key in ("step", "forward_backward")]
+        faster = [ratio(of[name], of[OURS]) for of in (seconds, update_after)]
         print(
-            f"{name:28} {batch} clips, {statistics.median(engine['step']):8.3f} s a step, "
+            f"{name:28} {batch} clips, {statistics.median(seconds[name]):8.3f} s a step, "
             f"{faster[0]:5.2f}x ours, forward + backward {faster[1]:5.2f}x, "
             f"{engine['peak_memory_mb']:6.0f} MB"
         )

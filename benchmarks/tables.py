@@ -14,6 +14,7 @@ from mae_fast.bench.ratio_table import NOISY, summary
 from mae_fast.bench.timing import ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.ops import OPS
+from mae_fast.report.rows import AFTER, OURS, STEP_HEAD, op_faster, op_share, step_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,7 +35,9 @@ the same process before anything is timed. Machines differ, and one machine with
 eager spends much of its time on page faults of its score matrices, so its ratio moves from record
 to record: take the lowest.
 """
-OURS, ENCODE_ALL = "mae_fast", "mae_fast_encode_all"
+
+
+FUSED, PEER = "official_sdpa_fused_adamw", "transformers_sdpa"
 
 
 def main(argv: list[str]) -> int:
@@ -55,14 +58,14 @@ def main(argv: list[str]) -> int:
 def tables(results: Path) -> str:
     """Everything that is generated, from a folder of records."""
     ladder, ops = read(results / "ladder.jsonl"), read(results / "ops.jsonl")
-    timed = [r for r in ops if "op" in r]
-    overhead = [r for r in ops if "ops" in r]
+    timed = [r for r in ops if r["kind"] == "op"]
+    ratios = read(results / "ratio.jsonl")
     parts = [
         targets_table(ladder, timed),
         ladder_tables(ladder),
         accelerate_table(read(results / "accelerate.jsonl")),
-        ratio_table(read(results / "ratio.jsonl")),
-        ops_table(timed, overhead[-1] if overhead else None),
+        ratio_table(ratios),
+        ops_table(timed, {r["op"]: r for r in ops if r["kind"] == "call"}),
         curves_line(read(results / "curves.jsonl")),
         step_table(read(results / "steps.jsonl")),
     ]
@@ -101,45 +104,41 @@ def targets_table(ladder: list[dict], ops: list[dict]) -> str:
     base = _ladder(ladder, "vit_base", "official_eager")
     fused = _ladder(ladder, "vit_base", "official_sdpa_fused_adamw")
     peer = _ladder(ladder, "videomae_base", "transformers_sdpa")
-    dense = _ladder(ladder, "vit_base", ENCODE_ALL)
-
-    def faster(record: dict | None, name: str, key: str = "step") -> float | None:
-        return record and ratio(record["engines"][name][key], record["engines"][OURS][key])
+    dense = [r for r in ladder if (r["model"], r["ratio"]) == ("vit_base", 0.0)]
+    memory = [base and base["engines"][n]["peak_memory_mb"] for n in ("official_eager", OURS)]
 
     def reached(product: str) -> float | None:
-        ours = base and base["engines"][OURS]
         if not base or "limits" not in base:
             return None
-        return share(base["limits"], {"flop": ours["flop"]}, ours["step"], product)
+        work = {"flop": base["engines"][OURS]["flop"]}
+        return share(base["limits"], work, base["seconds"][OURS], product)
 
     def op(name: str, of: Callable[[dict], float]) -> float | None:
         record = next((r for r in reversed(ops) if r["op"] == name), None)
         return record and of(record)
 
+    def masking() -> float | None:
+        """The encoder's 0% beside the record of 90% that was taken in the same rounds."""
+        for zero in reversed(dense):
+            limits = zero["limits"]
+            found = [r for r in ladder if r["ratio"] == 0.9 and r.get("limits") == limits]
+            if found:
+                return ratio(zero["seconds"][OURS], found[-1]["seconds"][OURS])
+        return None
+
     vit_base = preset("vit_base")
     possible = step_flop(vit_base, 2, encode_all=True) / step_flop(vit_base, 2)
-    memory = [base and base["engines"][n]["peak_memory_mb"] for n in ("official_eager", OURS)]
+    eager = "step, against official eager"
+    both = "forward + backward, against official eager"
     rows = [
-        ("step, against official eager", 2.5, faster(base, "official_eager")),
-        (
-            "forward + backward, against official eager",
-            2.2,
-            faster(base, "official_eager", "forward_backward"),
-        ),
-        (
-            "step, against official + SDPA + fused AdamW",
-            1.1,
-            faster(fused, "official_sdpa_fused_adamw"),
-        ),
-        (
-            "step, against transformers' VideoMAE-B with SDPA",
-            1.3,
-            faster(peer, "transformers_sdpa"),
-        ),
+        (eager, 2.5, _faster(base, "official_eager")),
+        (both, 2.2, _faster(base, "official_eager", until_update=True)),
+        ("step, against official + SDPA + fused AdamW", 1.1, _faster(fused, FUSED)),
+        ("step, against transformers' VideoMAE-B with SDPA", 1.3, _faster(peer, PEER)),
         ("peak memory of official eager, over ours", 2.0, base and memory[0] / memory[1]),
-        (f"0% masked against 90%, of {possible:.1f}x in FLOP", 4.0, faster(dense, ENCODE_ALL)),
-        ("patchify, gather and embed, against official", 15.0, op("patch_embed", _speed_up)),
-        ("loss, against official", 10.0, op("masked_mse", _speed_up)),
+        (f"0% masked against 90%, of {possible:.1f}x in FLOP", 4.0, masking()),
+        ("patchify, gather and embed, against official", 15.0, op("patch_embed", op_faster)),
+        ("loss, against official", 10.0, op("masked_mse", op_faster)),
         ("loss, share of copy bandwidth (stretch)", "60%", op("masked_mse", _share)),
         ("step, share of the rate of the engine's own products", "85%", reached("engine_product")),
         ("step, share of the rate of torch's sgemm", "85%", reached("torch_mm")),
@@ -157,34 +156,38 @@ def targets_table(ladder: list[dict], ops: list[dict]) -> str:
 def headline(ladder: list[dict]) -> str:
     """The README's line: a step of ViT-B, where it was measured, and how much that moves."""
     base = _ladder(ladder, "vit_base", "official_eager")
-    fused = _ladder(ladder, "vit_base", "official_sdpa_fused_adamw")
+    fused = _ladder(ladder, "vit_base", FUSED)
     times = _all_times(ladder)
     if not base or not fused:
         return "A training step of ViT-B is **unmeasured**."
-    eager = ratio(base["engines"]["official_eager"]["step"], _ours(base)["step"])
-    sdpa = ratio(fused["engines"]["official_sdpa_fused_adamw"]["step"], _ours(fused)["step"])
     return (
         f"**A training step of ViT-B on 2 CPU cores** (2 clips, 90% masked, fp32) is "
-        f"**{eager:.1f}x** as fast as the\nofficial code ({times[0]:.1f}x to {times[-1]:.1f}x over "
-        f"{len(times)} records), and {sdpa:.2f}x as fast as the official code with SDPA and\n"
-        f"fused AdamW ({where([base])}).\n"
+        f"**{_faster(base, 'official_eager'):.1f}x** as fast as the\nofficial code ({times[0]:.1f}x"
+        f" to {times[-1]:.1f}x over {len(times)} records), and {_faster(fused, FUSED):.2f}x as "
+        f"fast as the official code with SDPA and\nfused AdamW ({where([base])}).\n"
         "On a GPU: **unmeasured**. All numbers: [docs/results.md](docs/results.md)."
     )
 
 
-def _ours(record: dict) -> dict:
-    return record["engines"][OURS]
+def _faster(record: dict | None, name: str, until_update: bool = False) -> float | None:
+    """Ours over an engine; until_update: of forward and backward alone."""
+    if record is None:
+        return None
+    if until_update:
+        engines = record["engines"]
+        return ratio(engines[name]["until_update"], engines[OURS]["until_update"])
+    return ratio(record["seconds"][name], record["seconds"][OURS])
+
+
+def _is_base(r: dict, model: str) -> bool:
+    key = (r["model"], r["batch_clips"], r["ratio"], r["precision"])
+    return key == (model, 2, 0.9, "fp32")
 
 
 def _all_times(ladder: list[dict]) -> list[float]:
     """Official eager's step over ours, of every record of ViT-B at 2 clips, 90%, fp32; sorted."""
-    key = ("vit_base", 2, 0.9, "fp32")
-    return sorted(
-        ratio(r["engines"]["official_eager"]["step"], _ours(r)["step"])
-        for r in ladder
-        if (r["model"], r["batch_clips"], r["ratio"], r["precision"]) == key
-        and "official_eager" in r["engines"]
-    )
+    found = (r for r in ladder if _is_base(r, "vit_base") and "official_eager" in r["seconds"])
+    return sorted(_faster(r, "official_eager") for r in found)
 
 
 def _target(what: str, least: float | str, measured: float | None) -> list[str]:
@@ -199,25 +202,17 @@ def _target(what: str, least: float | str, measured: float | None) -> list[str]:
 
 def _ladder(records: list[dict], model: str, engine: str) -> dict | None:
     """The newest record of a model at 2 clips, 90% and fp32 that has the engine."""
-    for r in reversed(records):
-        key = (r["model"], r["batch_clips"], r["ratio"], r["precision"])
-        if key == (model, 2, 0.9, "fp32") and engine in r["engines"]:
-            return r
-    return None
-
-
-def _speed_up(record: dict) -> float:
-    """Of the backend that is chosen, over the baseline."""
-    return ratio(record["seconds"][record["baseline"]], record["seconds"][record["chosen"]])
+    found = (r for r in reversed(records) if _is_base(r, model) and engine in r["seconds"])
+    return next(found, None)
 
 
 def _share(record: dict) -> float:
-    return share(record["limits"], record, record["seconds"][record["chosen"]])
+    return op_share(record)[0]
 
 
 def ladder_tables(records: list[dict]) -> str:
-    """The newest ladder of each model, batch, ratio and precision: every engine against ours."""
-    records = [r for r in records if ENCODE_ALL not in r["engines"]]
+    """The newest record of several engines for each model, batch, ratio and precision."""
+    records = [r for r in records if len(r["seconds"]) > 1]
     found = newest(records, "model", "batch_clips", "ratio", "precision")
     parts = []
     for model, masked, precision in dict.fromkeys(
@@ -226,65 +221,25 @@ def ladder_tables(records: list[dict]) -> str:
         key = (model, masked, precision)
         group = [r for r in found if (r["model"], r["ratio"], r["precision"]) == key]
         group.sort(key=lambda r: r["batch_clips"])
-        rows = [row for r in group for row in _ladder_rows(r)]
-        rounds = sorted({len(r["engines"][OURS]["step"]) for r in group})
+        rows = [[f"`{name}`", *rest] for r in group for name, *rest in step_rows(r)]
         parts.append(
             f"**{model}, {masked:.0%} masked, {precision}** - training steps interleaved, medians "
-            f"of {' and '.join(map(str, rounds))} rounds with (spread); ratios round by round. "
-            f"{where(group)}.\n\n"
-            + table(
-                "engine|clips|seconds a step|mae_fast's speed-up|forward + backward|peak memory",
-                rows,
-            )
+            f"with their spread; ratios round by round. {where(group)}.\n\n"
+            + table("|".join(STEP_HEAD), rows)
         )
     return "\n".join(parts)
 
 
-def _ladder_rows(record: dict) -> list[list[str]]:
-    ours, rows = record["engines"][OURS], []
-    for name, engine in record["engines"].items():
-        faster = ["-", "-"]
-        if engine is not ours:
-            faster = [f"{ratio(engine[k], ours[k]):.2f}x" for k in ("step", "forward_backward")]
-        rows.append(
-            [
-                f"`{name}`",
-                str(record["batch_clips"]),
-                f"{statistics.median(engine['step']):.2f} ({spread(engine['step']):.0%})",
-                *faster,
-                f"{engine['peak_memory_mb']:.0f} MB",
-            ]
-        )
-    return rows
-
-
 def accelerate_table(records: list[dict]) -> str:
     """The newest record of each family: its own model against the same one, accelerated."""
-    rows, found = [], newest(records, "family", "batch_clips", "precision")
-    for r in found:
-        after = r["engines"]["accelerated"]
-        for name, before in r["engines"].items():
-            if before is after:
-                continue
-            memory = [f"{e['peak_memory_mb']:.0f}" for e in (before, after)]
-            rows.append(
-                [
-                    f"{r['family']}, {name}",
-                    str(r["batch_clips"]),
-                    " -> ".join(
-                        f"{statistics.median(e['step']):.2f} ({spread(e['step']):.0%})"
-                        for e in (before, after)
-                    ),
-                    *(f"{ratio(before[k], after[k]):.2f}x" for k in ("step", "forward_backward")),
-                    f"{' -> '.join(memory)} MB",
-                ]
-            )
-    if not rows:
+    found = newest(records, "family", "batch_clips", "precision")
+    if not found:
         return ""
+    rows = [[f"{r['family']}, {name}", *rest] for r in found for name, *rest in step_rows(r)]
+    head = "|".join(STEP_HEAD).replace(OURS, AFTER)
     return (
         "**accelerate** - other people's models of B size, 90% masked, before and after the one "
-        f"line, float clips, fp32, interleaved. {where(found)}.\n\n"
-        + table("model|clips|seconds a step (spread)|step|forward + backward|peak memory", rows)
+        f"line, float clips, fp32, interleaved. {where(found)}.\n\n" + table(head, rows)
     )
 
 
@@ -342,13 +297,13 @@ def _loading_cell(cell: dict | None) -> str:
     return f"{data['seconds_a_clip']:.2f}{'!' if data['spread'] > NOISY else ''}{times}"
 
 
-def ops_table(records: list[dict], overhead: dict | None) -> str:
+def ops_table(records: list[dict], calls: dict[str, dict]) -> str:
     """One row for each op, and shape that was timed: the backend chosen, against the baseline."""
-    latest, rows = newest(records, "op", "shape"), []
+    latest, rows = newest(records, "op", "shape", "direction"), []
     for name, op in sorted(OPS.items()):
         cost = "unmeasured"
-        if overhead and name in overhead["ops"]:
-            ways = overhead["ops"][name]
+        if name in calls:
+            ways = calls[name]["seconds"]
             cost = ", ".join(
                 f"{1e6 * statistics.median(ways[way]):.0f}" if way in ways else "-"
                 for way in ("public", "bare", "reference")
@@ -369,21 +324,20 @@ def ops_table(records: list[dict], overhead: dict | None) -> str:
 
 
 def _op_cells(record: dict) -> list[str]:
-    samples = record["seconds"][record["chosen"]]
-    limit = "product rate" if record["flop"] else "copy bandwidth"
+    samples, (reached, limit) = record["seconds"][record["chosen"]], op_share(record)
     return [
-        f"{_speed_up(record):.2f}x {record['baseline']}, {record['shape']} "
+        f"{op_faster(record):.2f}x {record['baseline']}, {record['shape']} "
         f"({record['chosen']}, spread {spread(samples):.0%})",
-        f"{_share(record):.0%} of {limit}",
+        f"{reached:.0%} of {limit}",
     ]
 
 
 def curves_line(records: list[dict]) -> str:
     """How far losses move apart when every op is forced to its reference."""
     lines = [
-        f"{r['model']}, {len(r['chosen'])} steps: the losses with the ops chosen and with every op "
-        f"forced to its reference differ by {r['greatest_relative_difference']:.1e} at most "
-        f"({where([r])}).\n"
+        f"{r['model']}, {len(r['losses']['chosen'])} steps: the losses with the ops chosen and "
+        f"with every op forced to its reference differ by {r['greatest_relative_difference']:.1e} "
+        f"at most ({where([r])}).\n"
         for r in newest(records, "model")
     ]
     return "\n".join(lines)
@@ -391,28 +345,13 @@ def curves_line(records: list[dict]) -> str:
 
 def step_table(records: list[dict]) -> str:
     """The newest record of steps.jsonl for each thing timed: how long, under which conditions."""
-    rows = []
-    for r in newest(records, "model", "variant", "what", "batch_clips", "ratio", "precision"):
-        wait = "none" if r["data_wait_share"] is None else f"{r['data_wait_share']:.1%}"
-        rows.append(
-            [
-                f"{r['model']} ({r['variant']}), "
-                f"{r['what'].split('training step')[-1].strip(', ')}",
-                str(r["batch_clips"]),
-                f"{r['ratio']:.0%}",
-                r["precision"],
-                f"{r['median_seconds']:.2f} ({len(r['seconds'])}, {spread(r['seconds']):.0%})",
-                f"{r['clips_per_second']:.2f}",
-                wait,
-                f"{r['peak_memory_mb']:.0f} MB",
-                where([r]),
-            ]
-        )
-    return table(
-        "training step|clips|masked|precision|seconds (median of n, spread)|clips/s"
-        "|waiting for data|peak memory|where",
-        rows,
-    )
+    found = newest(records, "model", "variant", "what", "batch_clips", "ratio", "precision")
+    rows = [
+        [f"{r['model']} ({r['variant']}), {r['what']}", *rest, where([r])]
+        for r in found
+        for _, *rest in step_rows(r)
+    ]
+    return table("|".join(["step", *STEP_HEAD[1:], "where"]), rows)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ VERBS = {
         "tell what changed between two records, with confidence intervals",
     ),
     "bench history": ("mae_fast.bench.compare", "history", "draw records commit by commit"),
+    "bench ops": ("mae_fast.bench.ops", "ops", "time every op by backend, beside its limit"),
     "bench step": ("mae_fast.bench.step", "step", "time whole training steps"),
     "report": ("mae_fast.report", "report", "write what was measured as one HTML page"),
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),

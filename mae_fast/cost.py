@@ -1,6 +1,6 @@
 """What a training step costs, by formula: parameters, bytes, memory, time, communication.
 
-FLOP and bytes are those of mae_fast/bench/flops.py. Time is a model, not a measurement: each kind of
+FLOP and bytes are those of mae_fast/bench/flops.py. Time is a model, no measurement: each kind of
 work has an amount, counted from shapes, and a rate, which is a ceiling of the device times a share
 of it; kinds do not overlap.
 """

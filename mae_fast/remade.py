@@ -1,9 +1,9 @@
 """Recomputation of one cheap tensor in backward, in place of keeping it.
 
 Why not torch's selective checkpointing: it decides by operator, runs a whole region again and keeps
-its inputs. Here the region would be a block whose products and attention are to be kept, and what is
+its inputs. Here the region would be a block whose products and attention are to be kept; what is
 cheap to make again (a norm, an activation) is an operator of ours in one backend and several of
-torch's in another, so a policy by operator cannot name it. Hooks on one tensor can: nothing but that
+torch's in another, so a policy by operator cannot name it. Hooks on a tensor can: nothing but that
 tensor is made again, once, however many products have saved it.
 """
 

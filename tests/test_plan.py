@@ -94,9 +94,7 @@ def test_recorded_memory_is_predicted_within_10_percent():
     newest = {}
     for record, device in recorded():
         for step in records.steps(record):
-            engines = record.get("cells") or record["engines"]
-            dense = step.ratio == 0 and "cells" not in record
-            engine = engines["mae_fast_encode_all" if dense else "mae_fast"]
+            engine = record["engines"]["mae_fast"]
             newest[step.clips, step.ratio] = engine["peak_memory_mb"], device
     assert len(newest) >= 6
     for (clips, ratio), (want, device) in newest.items():
@@ -176,6 +174,8 @@ def test_what_binds(capsys):
 
 def test_a_record_stands_beside_the_prediction(capsys, tmp_path):
     record = {
+        "kind": "steps",
+        "what": "steps: vit_large",
         "stage": "steps",
         "item": "vit_large 64 clips mae_fast",
         "status": "measured",
@@ -183,8 +183,11 @@ def test_a_record_stands_beside_the_prediction(capsys, tmp_path):
         "at": "2026-01-01T00:00:00",
         "model": "vit_large",
         "ratio": 0.9,
-        "batch": 64,
-        "step_seconds": {"mae_fast": [0.1, 0.1]},
+        "batch_clips": 64,
+        "precision": "bf16",
+        "device": "cuda",
+        "engines": {"mae_fast": {"clips": 64}},
+        "seconds": {"mae_fast": [0.1, 0.1]},
         "environment": dict.fromkeys(records.ENVIRONMENT, "x") | {"cuda:0": "NVIDIA H100 80GB"},
     }
     (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")

@@ -54,9 +54,10 @@ class Checked(html.parser.HTMLParser):
 
 def ratio_record(masked: float, model: str = "vit_base", seconds: float = 1.0) -> dict:
     names = ("mae_fast", "official_eager")
-    cell = {"rounds": [0, 1], "clips": 2, "peak_memory_mb": 1000.0, "flop_a_clip": 1e9}
+    cell = {"rounds": [0, 1], "clips": 2, "peak_memory_mb": 1000.0, "flop": 2e9}
     cell |= {"parts": {"encoder": 1 - masked, "decoder": 0.5, "optimizer": 0.1}, "data": None}
     return {
+        "kind": "ratio",
         "what": "training step by masking ratio, synthetic clips, interleaved",
         "model": model,
         "strategy": "random",
@@ -67,7 +68,7 @@ def ratio_record(masked: float, model: str = "vit_base", seconds: float = 1.0) -
         "batch_clips": 2,
         "baseline": "official_eager",
         "seconds": {n: [seconds * (2.5 - masked), 2.0 * (i + 1)] for i, n in enumerate(names)},
-        "cells": {name: copy.deepcopy(cell) for name in names},
+        "engines": {name: copy.deepcopy(cell) for name in names},
         "rounds": [0, 1],
         "limits": {"engine_product": {"flop": 1e9, "seconds": [0.1, 0.1]}},
         "flop_limit": 1 / (1.1 - masked),
@@ -81,8 +82,9 @@ def profile_record() -> dict:
     part |= {"share": 0.5, "flop": 1e9, "bytes": 1e6, "share_of_limit": 0.4}
     left = {"phase": "unaccounted", "op": "", "direction": "", "seconds": 0.5, "share": 0.5}
     held = {"seconds": [0.0, 1.0], "holders": {"weights": [1.0, 2.0]}, "peak_mb": 2.0}
-    engine = {"engine": "mae_fast", "seconds": [1.0, 1.1], "parts": [part, left], "memory": held}
+    engine = {"parts": [part, left], "memory": held, "state_mb": 1.0}
     return {
+        "kind": "profile",
         "what": "one training step by phase and op",
         "model": "vit_base",
         "batch_clips": 2,
@@ -91,7 +93,8 @@ def profile_record() -> dict:
         "device": "cpu",
         "product_rate": 1e11,
         "copy_rate": 1e10,
-        "engines": [engine | {"state_mb": 1.0}],
+        "engines": {"mae_fast": engine},
+        "seconds": {"mae_fast": [1.0, 1.1]},
         "environment": dict.fromkeys(records.ENVIRONMENT, "x"),
     }
 

@@ -65,7 +65,8 @@ class Records:
         }
 
     def add(self, stage: str, item: str, status: str, **data: Any) -> None:
-        name = {"stage": stage, "item": item, "status": status, "sources": self.sources}
+        name = {"kind": "check", "what": f"{stage}: {item}", "stage": stage, "item": item}
+        name |= {"status": status, "sources": self.sources}
         record = {**name, "at": time.strftime("%Y-%m-%dT%H:%M:%S"), **data}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
@@ -121,7 +122,7 @@ def work(stage: str, items: Iterator[Item], records: Records, deadline: float) -
             except Exception as e:
                 text = "".join(traceback.format_exception(e))
                 status, data = FAILED, {"reason": f"{type(e).__name__}: {e}", "traceback": text}
-        data = {**data, "seconds": round(time.time() - began, 3), "environment": conditions}
+        data = {**data, "took": round(time.time() - began, 3), "environment": conditions}
         records.add(stage, item.name, status, **data)
         told = data.get("reason", "").splitlines()[:1] or [data.get("told", "")]
         print(f"{stage}: {item.name}: {status}: {told[0]}", flush=True)

@@ -113,9 +113,9 @@ class Call:
 
         return run
 
-    def both(self, function: Callable) -> Run:
+    def both(self, function: Callable, of: Callable[[Tensor], Tensor] = lambda dout: dout) -> Run:
         """A run of the function and its backward: outputs, then gradients. Without anything to
-        differentiate, the outputs."""
+        differentiate, the outputs. `of` brings an output's gradient into the function's order."""
         args = [a.detach().requires_grad_() if _floating(a) else a for a in self.args]
         leaves = [a for a in args if _floating(a)]
         douts: list[Tensor] = []
@@ -129,7 +129,7 @@ class Call:
                 for out in outs:  # drawn in fp32: in fp64 a generator gives other numbers
                     dout = torch.ones(out.shape, device=out.device)
                     dout = dout.normal_(generator=generator) if out.dim() else dout
-                    douts.append(dout.to(out.dtype))
+                    douts.append(of(dout.to(out.dtype)))
             grads = torch.autograd.grad(outs, leaves, douts, allow_unused=True)
             return [*(o.detach() for o in outs), *(g for g in grads if g is not None)]
 
@@ -241,7 +241,8 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
     size = (cfg.num_frames, side, side, cfg.in_chans)
     ids = torch.empty(clips, kept, dtype=torch.int32, device="meta")
     sources = [torch.empty(size, dtype=torch.uint8, device="meta") for _ in range(clips)]
-    box = torch.tensor([3, 5, side - 9, side - 7], dtype=torch.int32)
+    top, left = side // 90, side // 55
+    box = torch.tensor([top, left, side - 3 * top, side - left - top], dtype=torch.int32)
     flips = torch.arange(clips) % 2 == 0
     crop = sources, box.repeat(clips, 1), flips, ids, cfg.img_size
     pixels = cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, dtype

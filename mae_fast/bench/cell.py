@@ -6,7 +6,6 @@ mae_fast.bench.cell`.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import resource
@@ -24,15 +23,14 @@ from torch import Tensor
 
 from mae_fast.bench import engines
 from mae_fast.bench.baselines.training import Built
-from mae_fast.bench.engines import Masking
+from mae_fast.bench.engines import QUICK, Masking, config_of  # noqa: F401
 from mae_fast.bench.timing import clock
-from mae_fast.config import DataConfig, ModelConfig, load_config, preset
+from mae_fast.config import DataConfig, ModelConfig
 from mae_fast.data import Batch, build_index, make_loader, read_index
 from mae_fast.errors import ConfigError, MaeFastError
 from mae_fast.metrics import memory_mb
 from mae_fast.spans import spanned
 
-QUICK = "quick"
 # For peak memory: blocks of 128 KiB and more go back when freed; setting it stops glibc from
 # raising the number. It makes steps a third slower.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
@@ -71,14 +69,6 @@ class Setting:
     device: str
     precision: str
     seed: int
-
-
-@functools.cache
-def config_of(model: str) -> ModelConfig:
-    """A model by name. ConfigError where there is none."""
-    if model == QUICK:
-        return preset("vit_tiny", img_size=64, depth=2, decoder_depth=2)
-    return load_config(model).model if model.endswith(".toml") else preset(model)
 
 
 def make_clips(cfg: ModelConfig, clips: int, setting: Setting) -> Tensor:

@@ -83,11 +83,7 @@ def compare_records(
 ) -> list[dict[str, Any]]:
     """A row for each name that both records of a subject have."""
     pairs = [
-        (a[s], b[s], name)
-        for s in a
-        if s in b
-        for name in records.seconds(a[s])
-        if name in records.seconds(b[s])
+        (a[s], b[s], name) for s in a if s in b for name in _seconds(a[s]) if name in _seconds(b[s])
     ]
     generator = np.random.default_rng(seed)
     level = 1 - (1 - CONFIDENCE) / max(1, len(pairs))  # together they hold with CONFIDENCE
@@ -107,7 +103,7 @@ def change(
     a: Record, b: Record, name: str, generator: np.random.Generator, level: float = CONFIDENCE
 ) -> Change:
     """Of the median time of `name` between two records."""
-    x, y = records.seconds(a)[name], records.seconds(b)[name]
+    x, y = _seconds(a)[name], _seconds(b)[name]
     product = next((p for p in PRODUCTS if _product(a, p, x) and _product(b, p, y)), None)
     if product is None:
         return Change(*interval(x, y, generator, level), None)
@@ -151,7 +147,7 @@ def history(
 
     panels: dict[tuple, list[Record]] = {}
     for record in (r for path in results for r in records.read(path)):
-        if set(names) & records.seconds(record).keys():
+        if set(names) & _seconds(record).keys():
             panels.setdefault(records.subject(record), []).append(record)
     if not panels:
         raise ConfigError(f"{', '.join(results)}: no record has {', '.join(names)}")
@@ -175,7 +171,7 @@ def _draw_history(
 ) -> None:
     at, median, below, above = [], [], [], []
     for number, record in enumerate(found):
-        samples = records.seconds(record).get(name)
+        samples = _seconds(record).get(name)
         if samples:
             _, low, high = interval([1.0], samples, generator)
             at.append(number)
@@ -194,6 +190,10 @@ def _pick(what: str) -> dict[tuple, Record]:
     if line == 0 or abs(line) > len(found):
         raise ConfigError(f"{match[1]} has lines 1 to {len(found)}, not {line}")
     return records.newest([found[line - 1 if line > 0 else line]])
+
+
+def _seconds(record: Record) -> dict[str, list[float]]:
+    return record.get("seconds", {})
 
 
 def _product(record: Record, name: str, samples: Sequence[float]) -> list[float] | None:

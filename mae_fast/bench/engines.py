@@ -5,6 +5,7 @@ built.step(clips, noise, mask_ratio=0.75)
 built.step(clips, noise, mask_ratio=0.9, encode_all=True)  # masking at 0%
 """
 
+import functools
 import importlib
 from dataclasses import dataclass
 
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
 from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
-from mae_fast.bench.baselines.transformers_videomae import nearest
+from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, nearest
 from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, forward_flop, step_work
 from mae_fast.bench.ours import Ours
-from mae_fast.config import ModelConfig
+from mae_fast.config import ModelConfig, load_config, preset
 from mae_fast.errors import ConfigError
 from mae_fast.forward import SAVINGS
 from mae_fast.masking import draw_ids, num_keep
 from mae_fast.ops.work import Both
 
-OURS = "mae_fast"
+OURS, QUICK = "mae_fast", "quick"
 ALIASES = {"ours": OURS, "transformers": "transformers_sdpa"}
 
 
@@ -56,6 +57,16 @@ class Masking:
         order = torch.cat(ids, dim=1).long()
         ranks = torch.arange(order.shape[1], device=device) / order.shape[1]
         return torch.empty(order.shape, device=device).scatter_(1, order, ranks.expand_as(order))
+
+
+@functools.cache
+def config_of(model: str) -> ModelConfig:
+    """A model by name. ConfigError where there is none."""
+    if model == QUICK:
+        return preset("vit_tiny", img_size=64, depth=2, decoder_depth=2)
+    if model == "videomae_base":
+        return VIDEOMAE_B
+    return load_config(model).model if model.endswith(".toml") else preset(model)
 
 
 def name_of(engine: str) -> str:

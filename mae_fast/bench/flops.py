@@ -52,7 +52,7 @@ def official_work(
     cfg: ModelConfig, clips: int, mask_ratio: float = BASE_RATIO, **how
 ) -> dict[tuple[str, str], Both]:
     """The same of the official step: no saving, and in mae_st a prediction of every token (cls left
-    out, under 0.1% of it). At ratio 0 its encoder sees every token, and so does its decoder's entry."""
+    out, under 0.1% of it). At ratio 0 its encoder and its decoder's entry see every token."""
     every = cfg.variant == "mae_st"
     return step_work(cfg, clips, mask_ratio, SAVINGS, full_pred=every, **how)
 

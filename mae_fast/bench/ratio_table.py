@@ -32,19 +32,19 @@ def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
         probe, name = log["probe"][cell.key], cell.engine
         done = parts(name, config_of(cell.model), 1, cell.masking)
         record["seconds"][name] = [log["rounds"][n]["seconds"][cell.key] for n in lines]
-        record["cells"][name] = {
+        record["engines"][name] = {
             "rounds": lines,
             "clips": probe["clips"],
             "peak_memory_mb": probe["peak_memory_mb"],
-            "flop_a_clip": done and sum(map(sum, done.values())),
+            "flop": done and probe["clips"] * sum(map(sum, done.values())),
             "parts": log["parts"][cell.key],
             "data": log["data"].get(cell.key),
         }
     for record in found.values():
         names = list(record["seconds"])
         record["baseline"] = OFFICIAL if OFFICIAL in names else names[0]
-        record["batch_clips"] = max(e["clips"] for e in record["cells"].values())
-        used = sorted({n for e in record["cells"].values() for n in e["rounds"]})
+        record["batch_clips"] = max(e["clips"] for e in record["engines"].values())
+        used = sorted({n for e in record["engines"].values() for n in e["rounds"]})
         limits = [log["rounds"][n]["limits"] for n in used]
         commits = dict.fromkeys(str(log["rounds"][n]["commit"]) for n in used)
         record["environment"] = log["environment"] | {"commit": ", ".join(commits)}
@@ -59,6 +59,7 @@ def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
 def _new_record(log: dict[str, Any], cell: Cell) -> dict:
     cfg = config_of(cell.model)
     return {
+        "kind": "ratio",
         "what": "training step by masking ratio, synthetic clips, interleaved",
         "model": cell.model,
         "strategy": cell.strategy,
@@ -67,7 +68,7 @@ def _new_record(log: dict[str, Any], cell: Cell) -> dict:
         "device": log["setting"]["device"],
         "asked_clips": log["clips"],
         "seconds": {},
-        "cells": {},
+        "engines": {},
         "flop_limit": flop_limit(cfg, cell.masking),
         "forward_gflop": forward_flop(cfg, cell.masking.official_ratio(cfg)) / 1e9,
         "environment": log["environment"],
@@ -88,7 +89,7 @@ def summary(records: list[dict]) -> dict[str, Any]:
 
 
 def _cell(record: dict, dense: dict | None, name: str) -> dict[str, Any]:
-    engine, seconds = record["cells"][name], record["seconds"][name]
+    engine, seconds = record["engines"][name], record["seconds"][name]
     clips, median = engine["clips"], statistics.median(seconds)
     told = {
         "model": record["model"],
@@ -107,7 +108,7 @@ def _cell(record: dict, dense: dict | None, name: str) -> dict[str, Any]:
         "noisy": spread(seconds) > NOISY,
         "peak_memory_mb": engine["peak_memory_mb"],
         "forward_gflop": record["forward_gflop"],
-        "gflop_a_clip": engine["flop_a_clip"] and engine["flop_a_clip"] / 1e9,
+        "gflop_a_clip": engine["flop"] and engine["flop"] / clips / 1e9,
         "share_of_product_rate": _share(record, name),
         "flop_limit": record["flop_limit"],
         "against_itself_at_0": faster(dense, name, record, name),
@@ -136,28 +137,28 @@ def faster(base: dict | None, base_name: str, record: dict, name: str) -> dict |
 
 def _samples(record: dict, name: str) -> tuple[dict[int, float], int]:
     """({round: seconds}, clips a step)."""
-    engine = record["cells"][name]
+    engine = record["engines"][name]
     return dict(zip(engine["rounds"], record["seconds"][name], strict=True)), engine["clips"]
 
 
 def _share(record: dict, name: str) -> float | None:
     """FLOP really done, of what the machine's best product does in the same rounds."""
-    engine = record["cells"][name]
-    if engine["flop_a_clip"] is None:
+    engine = record["engines"][name]
+    if engine["flop"] is None:
         return None
-    samples, clips = _samples(record, name)
+    samples, _ = _samples(record, name)
     shares = []
     products = [limit for limit in record["limits"].values() if "flop" in limit]
     for number, seconds in samples.items():
         at = record["rounds"].index(number)
         best = max(limit["flop"] / limit["seconds"][at] for limit in products)
-        shares.append(engine["flop_a_clip"] * clips / seconds / best)
+        shares.append(engine["flop"] / seconds / best)
     return statistics.median(shares)
 
 
 def parts_of(record: dict, name: str) -> dict[str, float]:
     """Seconds a clip by part: the shares of a profiled step, of the median step."""
-    engine, found = record["cells"][name], {}
+    engine, found = record["engines"][name], {}
     each = statistics.median(record["seconds"][name]) / engine["clips"]
     total = sum(engine["parts"].values())
     for phase, seconds in engine["parts"].items():
@@ -188,7 +189,7 @@ def lost(record: dict, dense: dict | None, name: str) -> dict[str, dict]:
 
 def _data(record: dict, dense: dict | None, name: str) -> dict | None:
     """Loading and computing: seconds a clip, the share of waiting, and the speed-up over 0%."""
-    data = record["cells"][name]["data"]
+    data = record["engines"][name]["data"]
     if not data:
         return None
     told = {
@@ -199,7 +200,7 @@ def _data(record: dict, dense: dict | None, name: str) -> dict | None:
         "repeat": data["repeat"],
         "spread": spread(data["seconds"]),
     }
-    before = dense and dense["cells"].get(name, {}).get("data")
+    before = dense and dense["engines"].get(name, {}).get("data")
     if before:
         seconds = statistics.median(before["seconds"]) / before["clips"]
         told["against_itself_at_0"] = seconds / told["seconds_a_clip"]

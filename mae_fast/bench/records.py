@@ -2,12 +2,14 @@
 
 A record says what was timed, under which conditions, and keeps every sample:
 
-    what         a sentence            environment   mae_fast.environment.environment()
-    precision    fp32 or bf16          seconds       {name: [a sample for each round]}
-    baseline     one of the names      limits        as mae_fast.bench.machine.as_record, if timed
-    model, batch_clips, ratio          of a step; of an op: op and shape
+    kind         one of KINDS, which names the fields that it has beside these
+    what         a sentence
+    environment  mae_fast.environment.environment()
+    seconds      {name: [a sample for each round]}
+    baseline     one of the names, where others are held against it
+    limits       as mae_fast.bench.machine.as_record, timed in the same rounds
 
-Older records lie otherwise; FORMS tells how, and `seconds` reads them all.
+Those of `make gpu` also tell their stage, item and status.
 """
 
 import json
@@ -21,18 +23,32 @@ from mae_fast.errors import ConfigError
 Record = dict[str, Any]
 ENVIRONMENT = ("mae_fast", "python", "torch", "cpu", "commit")
 STEP = {"model": str, "batch_clips": int, "ratio": (int, float), "precision": str}
-# Form -> the field that shows it, and the fields that it must have beside `what`. The first that
-# fits is a record's form; "timed" is the one to write today.
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpu": ("stage", {"item": str, "status": str, "sources": str, "at": str}),
-    "profile": ("product_rate", {**STEP, "device": str, "engines": list}),
-    "ladder": ("engines", {**STEP, "engines": dict}),
-    "overhead": ("ops", {"ops": dict, "calls_a_sample": int}),
-    "curves": ("greatest_relative_difference", {"model": str, "precision": str}),
-    "op": ("op", {"shape": str, "dtype": str, "baseline": str, "chosen": str, "seconds": dict}),
-    "step": ("variant", {**STEP, "variant": str, "device": str, "seconds": list}),
-    "timed": ("seconds", {"precision": str, "baseline": str, "seconds": dict}),
+STEP |= {"device": str}
+# What a record is of, and the fields that it has.
+KINDS: dict[str, dict[str, Any]] = {
+    # Training steps; ratio 0: the encoder sees every token. Of each engine what was measured:
+    # clips, rounds (of its samples), peak_memory_mb, flop, until_update (before the optimizer).
+    "steps": {**STEP, "engines": dict, "seconds": dict},
+    # The same by `bench ratio`; of each engine also its parts, and steps with loading (data).
+    "ratio": {**STEP, "engines": dict, "seconds": dict, "strategy": str, "flop_limit": float},
+    # One step by phase and op: of each engine its parts and its memory.
+    "profile": {
+        **STEP,
+        "engines": dict,
+        "seconds": dict,
+        "product_rate": float,
+        "copy_rate": float,
+    },
+    # One op on one call, by backend; flop and bytes: what it does at the least.
+    "op": {"op": str, "shape": str, "direction": str, "precision": str, "seconds": dict},
+    # One call of an op on its smallest input, by way.
+    "call": {"op": str, "seconds": dict},
+    # Losses step by step, by how they were computed.
+    "losses": {"model": str, "precision": str, "losses": dict},
+    # Something that holds or does not.
+    "check": {},
 }
+GPU = {"item": str, "status": str, "sources": str, "at": str}
 
 
 def append(path: str | Path, record: Record) -> None:
@@ -81,60 +97,35 @@ def read(path: str | Path) -> list[Record]:
     return found
 
 
-def form(record: Record) -> str | None:
-    """Which of FORMS a record has; None for something else."""
-    return next((name for name, (shows, _) in FORMS.items() if shows in record), None)
-
-
 def problems(record: Any) -> list[str]:
     """What keeps something from being a record; empty for a record."""
     if not isinstance(record, dict):
         return [f"a {type(record).__name__}, not an object"]
-    name = form(record)
-    if name is None:
-        return ["it has no seconds"]
-    fields = dict(FORMS[name][1]) | {"environment": dict}
-    if name != "gpu":
-        fields["what"] = str
+    kind = record.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        return [f"kind must be one of {', '.join(KINDS)}, got {kind!r:.60}"]
+    fields = {"environment": dict, "what": str} | (GPU if "stage" in record else {})
+    if record.get("status", "measured") == "measured":
+        fields |= KINDS[kind]
     found = [
-        f"{field} must be {_name(kind)}, got {record.get(field)!r:.60}"
-        for field, kind in fields.items()
-        if not isinstance(record.get(field), kind)
+        f"{field} must be {_name(of)}, got {record.get(field)!r:.60}"
+        for field, of in fields.items()
+        if not isinstance(record.get(field), of)
     ]
     if found:
         return found
     lacking = [key for key in ENVIRONMENT if key not in record["environment"]]
     if lacking:
         found.append(f"environment lacks {', '.join(lacking)}")
-    samples = seconds(record)
-    if not samples and name not in ("gpu", "curves"):
+    samples = record.get("seconds", {})
+    if "seconds" in fields and not samples:
         found.append("it has no samples")
     for series, values in samples.items():
         if not values or not all(_is_time(v) for v in values):
             found.append(f"samples of {series} must be seconds above 0, got {values!s:.60}")
-    if "baseline" in fields and record["baseline"] not in samples:
+    if "baseline" in record and record["baseline"] not in samples:
         found.append(f"baseline {record['baseline']} is none of {', '.join(samples)}")
     return found
-
-
-def seconds(record: Record) -> dict[str, list[float]]:
-    """{name: samples in seconds} of a record in any form, in the order of the rounds."""
-    match form(record):
-        case "profile":
-            return {engine["engine"]: engine["seconds"] for engine in record["engines"]}
-        case "ladder":
-            return {name: engine["step"] for name, engine in record["engines"].items()}
-        case "overhead":
-            ways = record["ops"].items()
-            return {f"{op} {way}": s for op, found in ways for way, s in found.items()}
-        case "step":
-            return {"mae_fast": record["seconds"]}
-        case "gpu":
-            found = (record.get(k) for k in ("step_seconds", "seconds_a_clip", "seconds"))
-            return next((f for f in found if isinstance(f, dict)), {})
-        case "op" | "timed":
-            return record["seconds"]
-    return {}
 
 
 class Step(NamedTuple):
@@ -147,29 +138,18 @@ class Step(NamedTuple):
 
 
 def steps(record: Record) -> list[Step]:
-    """The steps of mae_fast that a record of any form holds."""
-    name, times = form(record), seconds(record)
-    if name == "gpu":
-        model, ratio, clips = (record.get(k) for k in ("model", "ratio", "batch"))
-        if record["stage"] == "steps" and "mae_fast" in times:
-            return [Step(model, ratio, clips, times["mae_fast"])]
-        if record["stage"] == "ratios" and "this" in times:
-            return [Step(model, ratio, clips, [clips * s for s in times["this"]])]
+    """The steps of mae_fast that a record holds."""
+    seconds = record.get("seconds", {})
+    if record["kind"] not in ("steps", "ratio") or "mae_fast" not in seconds:
         return []
-    if name == "timed" and "mae_fast" in record.get("cells", {}):
-        clips = record["cells"]["mae_fast"]["clips"]
-        return [Step(record["model"], record["ratio"], clips, times["mae_fast"])]
-    if name not in ("ladder", "step"):
-        return []
-    model, ratio, clips = (record[k] for k in ("model", "ratio", "batch_clips"))
-    found = {"mae_fast": ratio, "mae_fast_encode_all": 0.0}
-    return [Step(model, r, clips, times[engine]) for engine, r in found.items() if engine in times]
+    clips = record["engines"].get("mae_fast", {}).get("clips", record["batch_clips"])
+    return [Step(record["model"], record["ratio"], clips, seconds["mae_fast"])]
 
 
 def subject(record: Record) -> tuple:
     """What was timed: records that can be compared have the same."""
-    fields = ("what", "stage", "item", "family", "model", "variant", "op", "shape")
-    fields += ("batch_clips", "clips", "ratio", "strategy", "precision", "dtype", "device")
+    fields = ("what", "stage", "item", "family", "model", "variant", "op", "shape", "direction")
+    fields += ("batch_clips", "ratio", "strategy", "precision", "device")
     return tuple((f, record[f]) for f in fields if isinstance(record.get(f), str | int | float))
 
 

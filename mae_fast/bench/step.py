@@ -59,7 +59,10 @@ def step(
     else:
         seconds, waits = time_synthetic(cfg, train, ratio, steps, warmup), []
     median = statistics.median(seconds)
+    engine = {"clips": batch, "peak_memory_mb": metrics.memory_mb(torch.device(device))}
+    engine |= {"data_wait_share": statistics.median(waits)} if waits else {}
     record = {
+        "kind": "steps",
         "what": "training step" + (" from video" if index else ", synthetic clips"),
         "model": model,
         "variant": variant,
@@ -67,19 +70,17 @@ def step(
         "ratio": ratio,
         "precision": precision,
         "device": device,
-        "seconds": seconds,
-        "median_seconds": median,
-        "clips_per_second": batch / median,
-        "data_wait_share": statistics.median(waits) if waits else None,
-        "peak_memory_mb": metrics.memory_mb(torch.device(device)),
+        "baseline": "mae_fast",
+        "engines": {"mae_fast": engine},
+        "seconds": {"mae_fast": seconds},
         "environment": environment(),
     }
     spread = (max(seconds) - min(seconds)) / median
     print(
         f"{model} ({variant}), {record['what']}, {batch} clips, {ratio:.0%} masked, {precision}, "
         f"{device}: {median:.3f} s a step (median of {len(seconds)}, spread {spread:.0%}), "
-        f"{batch / median:.2f} clips/s, peak {record['peak_memory_mb']:.0f} MB"
-        + (f", {record['data_wait_share']:.1%} of the time waiting for data" if waits else "")
+        f"{batch / median:.2f} clips/s, peak {engine['peak_memory_mb']:.0f} MB"
+        + (f", {engine['data_wait_share']:.1%} of the time waiting for data" if waits else "")
     )
     if out:
         append(out, record)

@@ -36,8 +36,8 @@ def roofline(told: dict[str, Any]):
     roof = [min(product, x * copy) / 1e9 for x in lines]
     axes.plot(lines, roof, color="gray", label="this machine, measured in this process")
     marks, named = [(product / copy, product / 1e9)], []
-    for number, engine in enumerate(told["engines"]):
-        axes.scatter([], [], 60, color=f"C{number}", label=engine["engine"])
+    for number, (name, engine) in enumerate(told["engines"].items()):
+        axes.scatter([], [], 60, color=f"C{number}", label=name)
         for part in engine["parts"]:
             if not (part.get("flop") and part.get("bytes") and part["seconds"] > 0):
                 continue
@@ -105,7 +105,7 @@ def memory(told: dict[str, Any]):
     if figure is None:
         return None
     panels = figure.subplots(len(told["engines"]), squeeze=False)[:, 0]
-    for axes, engine in zip(panels, told["engines"], strict=True):
+    for axes, (name, engine) in zip(panels, told["engines"].items(), strict=True):
         held = engine["memory"]
         ranked = sorted(held["holders"].items(), key=lambda item: -max(item[1], default=0.0))
         shown, rest = ranked[:HOLDERS], ranked[HOLDERS:]
@@ -115,7 +115,7 @@ def memory(told: dict[str, Any]):
             names, series = zip(*shown, strict=True)
             axes.stackplot(held["seconds"], *series, labels=names, step="post", linewidth=0)
         axes.set(
-            title=f"{engine['engine']}: on top of {engine['state_mb']:.0f} MB of weights and "
+            title=f"{name}: on top of {engine['state_mb']:.0f} MB of weights and "
             f"moments, {held['peak_mb']:.0f} MB at the peak",
             xlabel="seconds of the profiled step",
             ylabel="MB",

@@ -41,8 +41,6 @@ def profile(
     against: str = "",
     precision: Literal["fp32", "bf16"] = "fp32",
     device: Literal["cpu", "cuda"] = "cpu",
-    op: str = "",
-    shape: str = "",
     with_data: str = "",
     workers: int = 2,
     out: str = "runs/profile",
@@ -63,8 +61,6 @@ def profile(
         against: another engine, side by side: official_eager.
         precision: fp32, or bf16 by autocast with fp32 weights.
         device: where the model runs.
-        op: only this op, on the arguments that it gets in a step of `shape`: every backend.
-        shape: the model whose shapes `op` gets; by default that of `model`.
         with_data: a folder of videos; the step loads its clips from them, as in training.
         workers: processes that decode, with with_data.
         out: the folder of what is written.
@@ -72,12 +68,6 @@ def profile(
         json: print one JSON document, and nothing else on stdout.
     """
     setting = Setting(device, precision, seed=0)
-    if op:
-        from mae_fast.profile.single import profile_op, single_table
-
-        told = profile_op(op, shape or model, batch, ratio, setting)
-        print(jsonlib.dumps(told, indent=1) if json else single_table(told))
-        return None
     cells = [Cell(model, strategy, ratio, name_of(e)) for e in (engine, against) if e]
     for cell in cells:
         reason = why_not(cell.engine, cell.cfg, cell.masking)
@@ -128,24 +118,21 @@ def profile_steps(
         name: limit.amount / statistics.median(seconds[name]) for name, limit in limits.items()
     }
     product = max(rate for name, rate in rates.items() if limits[name].unit == "flop")
-    engines = []
+    engines: dict[str, dict[str, Any]] = {}
     for cell in cells:
         found = seen[cell.engine]
         median, first = statistics.median(found.seconds), found.traces[0]
         first.profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
         work = least(cell.engine, cell.cfg, clips, cell.masking, dtype)
-        engines.append(
-            {
-                "engine": cell.engine,
-                "seconds": found.seconds,
-                "profiled_seconds": statistics.median(t.seconds for t in found.traces),
-                "parts": parts(found.traces, median, work, product, rates["copy"]),
-                "launches": sum(row.launches for row in first.rows.values()),
-                "state_mb": state_mb(built[cell.engine]),
-                "memory": found.memory._asdict(),
-            }
-        )
+        engines[cell.engine] = {
+            "profiled_seconds": statistics.median(t.seconds for t in found.traces),
+            "parts": parts(found.traces, median, work, product, rates["copy"]),
+            "launches": sum(row.launches for row in first.rows.values()),
+            "state_mb": state_mb(built[cell.engine]),
+            "memory": found.memory._asdict(),
+        }
     return {
+        "kind": "profile",
         "what": "one training step by phase and op" + (", with loading" if videos else ""),
         "model": cells[0].model,
         "batch_clips": clips,
@@ -157,6 +144,7 @@ def profile_steps(
         "product_rate": product,
         "copy_rate": rates["copy"],
         "engines": engines,
+        "seconds": {name: found.seconds for name, found in seen.items()},
         "environment": environment(),
     }
 
@@ -301,12 +289,12 @@ def write(told: dict[str, Any], folder: Path, device: str) -> list[str]:
 
     write_file(folder / "profile.json", jsonlib.dumps(told) + "\n")
     files = [folder / "profile.json"]
-    files += [folder / f"{engine['engine']}.trace.json" for engine in told["engines"]]
+    files += [folder / f"{name}.trace.json" for name in told["engines"]]
     files += [draw(told, folder) for draw in (draw_roofline, draw_memory)]
     if device == "cuda":
-        files += [folder / f"{engine['engine']}.memory.pickle" for engine in told["engines"]]
+        files += [folder / f"{name}.memory.pickle" for name in told["engines"]]
         files.append(folder / "deeper.sh")
-        files[-1].write_text(DEEPER.format(**told, name=told["engines"][0]["engine"]))
+        files[-1].write_text(DEEPER.format(**told, name=next(iter(told["engines"]))))
     return [str(f) for f in files if f]
 
 
@@ -330,12 +318,13 @@ def print_tables(told: dict[str, Any]) -> None:
         f"{title(told)}, {told['device']}; limits here: {told['product_rate'] / 1e9:.0f} GFLOP/s, "
         f"{told['copy_rate'] / 1e9:.1f} GB/s"
     )
-    for engine in told["engines"]:
-        step = statistics.median(engine["seconds"])
+    for name, engine in told["engines"].items():
+        samples = told["seconds"][name]
+        step = statistics.median(samples)
         left = engine["parts"][-1]["seconds"]
         print(
-            f"\n{engine['engine']}: {step:.3f} s a step without profiler (spread "
-            f"{spread(engine['seconds']):.0%}), {engine['profiled_seconds']:.3f} s with it; "
+            f"\n{name}: {step:.3f} s a step without profiler (spread "
+            f"{spread(samples):.0%}), {engine['profiled_seconds']:.3f} s with it; "
             f"unaccounted {left / step:+.1%}"
             + (f"; {engine['launches']} launches" if told["device"] == "cuda" else "")
         )
@@ -347,8 +336,8 @@ def print_tables(told: dict[str, Any]) -> None:
             f"{held['peak_mb']:.0f} MB: {top}"
         )
     for other in others:
-        print(f"\n{first['engine']} beside {other['engine']}, milliseconds")
-        print(text_table(BESIDE, list(_beside(first, other))))
+        print(f"\n{first} beside {other}, milliseconds")
+        print(text_table(BESIDE, list(_beside(told, first, other))))
     print("wrote " + ", ".join(told["files"]))
 
 
@@ -391,15 +380,15 @@ def _rows(engine: dict[str, Any], told: dict[str, Any]) -> Iterator[list[str]]:
         ]
 
 
-def _beside(first: dict[str, Any], other: dict[str, Any]) -> Iterator[list[str]]:
+def _beside(told: dict[str, Any], first: str, other: str) -> Iterator[list[str]]:
     """Rows of the same phase and op; an empty cell where only one engine has it."""
     ours, theirs = (
         {key: sum(p["seconds"] for p in both.values()) for key, both in _grouped(e)}
-        for e in (first, other)
+        for e in (told["engines"][first], told["engines"][other])
     )
     for phase, op in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get((phase, op)), theirs.get((phase, op))
         times = f"{b / a:.2f}x" if a and b and phase not in ("idle", "unaccounted") else "-"
         yield [phase, op, *("-" if x is None else f"{1e3 * x:.1f}" for x in (a, b)), times]
-    total = [statistics.median(e["seconds"]) for e in (first, other)]
+    total = [statistics.median(told["seconds"][name]) for name in (first, other)]
     yield ["step", "", *(f"{1e3 * t:.1f}" for t in total), f"{total[1] / total[0]:.2f}x"]

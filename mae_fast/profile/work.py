@@ -1,4 +1,4 @@
-"""The least that each part of a profiled step must compute and move: the work of its recorded calls,
+"""The least that each part of a profiled step must compute and move: that of its recorded calls,
 put where the profile puts the time."""
 
 import torch
@@ -17,8 +17,9 @@ def least(
     """The work of a step of engine `name`, where there are formulas for it."""
     found: dict[Where, Work] = {}
     for (phase, op), both in (engines.work(name, cfg, clips, masking, dtype) or {}).items():
-        if name != OURS and op == "add_layer_norm":  # a baseline's norm: it adds elsewhere
-            op = "layer_norm"
+        if name != OURS and op == "add_layer_norm":
+            # A baseline adds elsewhere. Its norm: sum -> out; dout, sum -> dx.
+            op, both = "layer_norm", (both[0] * 0.5, both[1] * 0.75)
         for backward, work in enumerate(both):
             where = Where("decoder" if phase == "head" else phase, op, bool(backward))
             found[where] = found.get(where, Work()) + work

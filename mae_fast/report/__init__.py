@@ -10,16 +10,16 @@ from mae_fast.bench import records
 from mae_fast.bench.ratio_table import CELL_HEAD, LOST, NOISY, cell_row, paper_table, summary
 from mae_fast.bench.records import Record
 from mae_fast.bench.timing import ratio as times
-from mae_fast.bench.timing import share, spread
+from mae_fast.bench.timing import spread
 from mae_fast.errors import ConfigError
 from mae_fast.files import write, write_figure
 from mae_fast.profile.pictures import memory as memory_figure
 from mae_fast.profile.pictures import roofline as roofline_figure
 from mae_fast.report import pictures
 from mae_fast.report.page import Page
+from mae_fast.report.rows import OP_HEAD, OURS, STEP_HEAD, op_row, op_share, step_rows
 
-OURS, OFFICIAL, ENCODE_ALL = "mae_fast", "official_eager", "mae_fast_encode_all"
-AFTER = "accelerated"  # another's model, by mae_fast.accelerate
+OFFICIAL = "official_eager"
 
 
 def report(
@@ -60,23 +60,18 @@ def write_page(path: Path) -> Path:
 
 
 def build(found: list[Record], sources: list[str]) -> Page:
-    """The page of these records; of each subject and machine the newest counts, and the newest that
-    encodes every token."""
-    by_form: dict[str, list[Record]] = {}
-
-    def key(r: Record) -> tuple:
-        return records.subject(r), records.where(r), ENCODE_ALL in records.seconds(r)
-
-    for record in {key(r): r for r in found}.values():
-        by_form.setdefault(records.form(record), []).append(record)
-    ratios = [r for r in by_form.get("timed", []) if "cells" in r]
-    page = Page("mae_fast: what was measured", _lead(ratios, by_form.get("ladder", [])))
+    """The page of these records; of each subject and machine the newest counts."""
+    latest = list({(records.subject(r), records.where(r)): r for r in found}.values())
+    ratios = [r for r in latest if r["kind"] == "ratio"]
+    steps = [r for r in latest if r["kind"] == "steps"]
+    engines = [r for r in steps if len(r["seconds"]) > 1]
+    page = Page("mae_fast: what was measured", _lead(ratios, engines))
     _ratio_sections(page, ratios)
-    _ladder_section(page, by_form.get("ladder", []))
-    _ops_section(page, by_form.get("op", []))
-    for number, record in enumerate(by_form.get("profile", [])):
+    _engines_section(page, engines)
+    _ops_section(page, [r for r in latest if r["kind"] == "op"])
+    for number, record in enumerate(r for r in latest if r["kind"] == "profile"):
         _profile_section(page, record, number)
-    _memory_section(page, ratios, by_form.get("ladder", []))
+    _memory_section(page, [*ratios, *steps])
     _all_section(page, found)
     _environment_section(page, found, sources)
     return page
@@ -96,7 +91,7 @@ def _lead(ratios: list[Record], ladders: list[Record]) -> list[str]:
         )
     if not said:
         for r in ladders:
-            names = records.seconds(r)
+            names = r["seconds"]
             if OURS in names and OFFICIAL in names:
                 faster = times(names[OFFICIAL], names[OURS])
                 said.append(f"{records.title(r)}: {faster:.2f}x as fast as {OFFICIAL}.")
@@ -153,65 +148,28 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         page.table(["masked", "engine", "part", "share of step", "speed-up without it"], rows)
 
 
-def _ladder_section(page: Page, ladders: list[Record]) -> None:
-    if not ladders:
+def _engines_section(page: Page, found: list[Record]) -> None:
+    if not found:
         return
     page.section("Engines", "Training steps taken in turn; ratios round by round.")
-    for number, record in enumerate(ladders):
-        named = records.seconds(record)
-        ours = named.get(OURS) or named.get(AFTER)
-        figure = pictures.ladder(list(named.items()), records.title(record))
-        page.figure(f"engines-{number}", figure, f"Engines: {records.title(record)}")
-        rows = []
-        for name, samples in named.items():
-            faster = f"{times(samples, ours):.2f}x" if ours else "-"
-            peak = record["engines"][name].get("peak_memory_mb")
-            rows.append(
-                [
-                    name,
-                    f"{statistics.median(samples):.3f}",
-                    f"{spread(samples):.0%}",
-                    str(len(samples)),
-                    faster,
-                    "-" if peak is None else f"{peak:.0f}",
-                ]
-            )
-        head = ["engine", "seconds a step", "spread", "samples", "mae_fast is faster", "peak MB"]
-        page.table(head, rows)
+    for number, record in enumerate(found):
+        title = records.title(record)
+        figure = pictures.ladder(list(record["seconds"].items()), title)
+        page.figure(f"engines-{number}", figure, f"Engines: {title}")
+        page.table(STEP_HEAD, step_rows(record))
 
 
-def _ops_section(page: Page, ops: list[Record]) -> None:
-    if not ops:
+def _ops_section(page: Page, found: list[Record]) -> None:
+    if not found:
         return
     page.section(
         "Ops against the machine's limits",
-        "Forward and backward; the limit is copy bandwidth, or the rate of a large product, timed "
-        "in the same rounds.",
+        "The limit is copy bandwidth, or the rate of a large product, whichever binds, timed in "
+        "the same rounds.",
     )
-    rows, bars = [], []
-    for r in ops:
-        chosen, baseline = r["seconds"][r["chosen"]], r["seconds"][r["baseline"]]
-        limit = "product rate" if r["flop"] else "copy bandwidth"
-        reached = share(r["limits"], r, chosen)
-        rows.append(
-            [
-                r["op"],
-                r["shape"],
-                r["dtype"],
-                r["chosen"],
-                f"{1e3 * statistics.median(chosen):.3f}",
-                f"{spread(chosen):.0%}",
-                f"{reached:.0%}",
-                limit,
-                f"{times(baseline, chosen):.2f}x",
-                r["baseline"],
-                str(r["environment"]["commit"]),
-            ]
-        )
-        bars.append((f"{r['op']}, {r['shape']}", reached, limit))
+    bars = [(f"{r['op']}, {r['shape']}", *op_share(r)) for r in found]
     page.figure("ops", pictures.ops(bars, "ops"), "Share of the machine's limit by op")
-    head = ["op", "shape", "dtype", "backend", "ms", "spread", "share", "of", "speed-up", "over"]
-    page.table([*head, "commit"], rows)
+    page.table(OP_HEAD, map(op_row, found))
 
 
 def _profile_section(page: Page, record: Record, number: int) -> None:
@@ -224,13 +182,13 @@ def _profile_section(page: Page, record: Record, number: int) -> None:
     for kind, figure in (("roofline", roofline_figure), ("memory", memory_figure)):
         page.figure(f"{kind}-{number}", figure(record), f"{kind.capitalize()}: {title}")
     rows = []
-    for engine in record["engines"]:
+    for name, engine in record["engines"].items():
         for part in engine["parts"]:
             flop, limit = part.get("flop"), part.get("share_of_limit")
             rate = flop / part["seconds"] / 1e9 if flop and part["seconds"] > 0 else None
             rows.append(
                 [
-                    engine["engine"],
+                    name,
                     part["phase"],
                     part["op"] or "-",
                     part["direction"] or "-",
@@ -244,26 +202,23 @@ def _profile_section(page: Page, record: Record, number: int) -> None:
     page.table(head, rows)
 
 
-def _memory_section(page: Page, ratios: list[Record], ladders: list[Record]) -> None:
-    rows = []
-    for record in [*ratios, *ladders]:
-        engines = record.get("cells") or record["engines"]
-        for name, engine in engines.items():
-            if engine.get("peak_memory_mb"):
-                clips = engine.get("clips", record["batch_clips"])
-                row = [record["model"], f"{record['ratio']:.0%}", name, str(clips)]
-                rows.append([*row, record["precision"], f"{engine['peak_memory_mb']:.0f}"])
-    if not rows:
-        return
-    page.section("Memory", "Peak of a process of its own (CPU: resident; GPU: allocated).")
-    page.table(["model", "masked", "engine", "clips", "precision", "peak MB"], rows)
+def _memory_section(page: Page, steps: list[Record]) -> None:
+    rows = [
+        [r["model"], f"{r['ratio']:.0%}", name, str(e["clips"]), r["precision"], f"{peak:.0f}"]
+        for r in steps
+        for name, e in r["engines"].items()
+        if (peak := e.get("peak_memory_mb"))
+    ]
+    if rows:
+        page.section("Memory", "Peak of a process of its own (CPU: resident; GPU: allocated).")
+        page.table(["model", "masked", "engine", "clips", "precision", "peak MB"], rows)
 
 
 def _all_section(page: Page, found: list[Record]) -> None:
     page.section("Every record", "All samples as they were recorded: median and spread.")
     rows = [
         [
-            record.get("what", record.get("stage", "")),
+            record["what"],
             records.describe(record),
             name,
             f"{statistics.median(samples):.4g}",
@@ -272,7 +227,7 @@ def _all_section(page: Page, found: list[Record]) -> None:
             str(record["environment"]["commit"]),
         ]
         for record in found
-        for name, samples in records.seconds(record).items()
+        for name, samples in record.get("seconds", {}).items()
     ]
     page.table(["what", "of", "name", "seconds", "spread", "samples", "commit"], rows)
 
@@ -295,29 +250,29 @@ def _environment_section(page: Page, found: list[Record], sources: list[str]) ->
 
 def _commands(found: list[Record]) -> list[str]:
     """What measures such records again, once each."""
-    lines = {}
-    for r in found:
-        form, step = records.form(r), f"--model {r.get('model')}"
-        if form == "timed" and "cells" in r:
-            lines[f"mae-fast bench ratio {step} --batch {r['asked_clips']}"] = None
-        elif form == "ladder":
-            lines[f"python -m benchmarks.ladder {step} --batch {r['batch_clips']}"] = None
-        elif form == "profile":
-            clips = f"--batch {r['batch_clips']} --ratio {r['ratio']}"
-            clips += " --with-data FOLDER" if r.get("workers") is not None else ""
-            others = [e["engine"] for e in r["engines"][1:]]
-            lines[
-                f"mae-fast profile {step} {clips}" + "".join(f" --against {o}" for o in others)
-            ] = None
-        elif form == "step":
-            lines[f"mae-fast bench step {step} --batch {r['batch_clips']}"] = None
-        elif form in ("op", "overhead"):
-            lines["python -m benchmarks.ops"] = None
-        elif form == "curves":
-            lines["python -m benchmarks.curves"] = None
-        elif form == "gpu":
-            lines["make gpu"] = None
-    return list(lines)
+    return list(dict.fromkeys(_command(r) for r in found))
+
+
+def _command(r: Record) -> str:
+    if "stage" in r:
+        return "make gpu"
+    model, clips = f"--model {r.get('model')}", f"--batch {r.get('batch_clips')}"
+    if "family" in r:
+        return f"python -m benchmarks.bench_accelerate --families {r['family']} {clips}"
+    match r["kind"]:
+        case "ratio":
+            return f"mae-fast bench ratio {model} --batch {r['asked_clips']}"
+        case "steps" if len(r["seconds"]) > 1:
+            return f"python -m benchmarks.ladder {model} {clips}"
+        case "steps":
+            return f"mae-fast bench step {model} {clips}"
+        case "profile":
+            loading = " --with-data FOLDER" if r.get("workers") is not None else ""
+            others = "".join(f" --against {name}" for name in list(r["engines"])[1:])
+            return f"mae-fast profile {model} {clips} --ratio {r['ratio']}{loading}{others}"
+        case "losses":
+            return f"python -m benchmarks.curves {model}"
+    return "mae-fast bench ops"
 
 
 def _group_title(key: tuple) -> str:

@@ -236,7 +236,7 @@ def record(masked, seconds, rounds, clips=2, parts=None, data=None) -> dict:
         "rounds": rounds,
         "clips": clips,
         "peak_memory_mb": 1.0,
-        "flop_a_clip": 1e9,
+        "flop": 1e9 * clips,
         "parts": parts,
         "data": data,
     }
@@ -248,7 +248,7 @@ def record(masked, seconds, rounds, clips=2, parts=None, data=None) -> dict:
         "device": "cpu",
         "asked_clips": 2,
         "seconds": {OURS: seconds},
-        "cells": {OURS: each},
+        "engines": {OURS: each},
         "rounds": rounds,
         "limits": limits,
         "flop_limit": 2.0,

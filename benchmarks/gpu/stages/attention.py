@@ -11,28 +11,27 @@ import torch
 from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import MEASURED, Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages.kernels import BATCH, measure, own
+from benchmarks.gpu.stages.kernels import BATCH, items_of
 from mae_fast.kernels import configs
 from mae_fast.ops.attention import measured_key, read_measured
 
 MODELS = ("vit_large", "vit_base", "vit_huge16")
 TABLE = "measured_attention.json"
-DIRECTIONS = {"forward": False, "forward_backward": True}  # whether gradients are wanted
 
 
 def items(setting: Setting) -> Iterator[Item]:
     limits = setting.device.limits()
     for case in cases(setting, MODELS, BATCH):
         if case.call.op == "attention":
-            yield Item(case.name, lambda case=case: measured(setting, case, limits))
+            for item in items_of(setting, case, limits):
+                yield Item(item.name, lambda case=case, run=item.run: run() | row(case))
     write_table(setting)
 
 
-def measured(setting: Setting, case: Case, limits: dict) -> dict:
-    """The record of a call, and the row of the table that it belongs to."""
+def row(case: Case) -> dict:
+    """The row of the table that a call belongs to."""
     _, k, _ = case.call.args
-    row = {"width": k.shape[-1], "keys": k.shape[1], "architecture": configs.architecture()}
-    return measure(setting, case, limits, own(case.call)) | row
+    return {"width": k.shape[-1], "keys": k.shape[1], "architecture": configs.architecture()}
 
 
 def write_table(setting: Setting) -> None:
@@ -56,17 +55,13 @@ def rows(records: Iterable[dict]) -> dict[str, dict[str, dict[str, float]]]:
     for record in records:
         if record["stage"] != "attention" or record["status"] != MEASURED:
             continue
-        for direction, seconds in record["seconds_a_call"].items():
-            size = record["width"], record["keys"], torch.bfloat16, DIRECTIONS[direction]
-            row = sums[str(record["architecture"]), measured_key(*size)]
-            for backend, samples in seconds.items():
-                row[backend].append(1e3 * record["calls_a_step"] * statistics.median(samples))
+        gradients = record["direction"] != "forward"
+        size = record["width"], record["keys"], torch.bfloat16, gradients
+        row = sums[str(record["architecture"]), measured_key(*size)]
+        for backend, samples in record["seconds"].items():
+            row[backend].append(1e3 * record["calls_a_step"] * statistics.median(samples))
     table: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for (arch, key), backends in sums.items():
         most = max(map(len, backends.values()))
-        table[arch][key] = {
-            "reference" if name == "torch" else name: sum(times)
-            for name, times in backends.items()
-            if len(times) == most
-        }
+        table[arch][key] = {n: sum(times) for n, times in backends.items() if len(times) == most}
     return table

@@ -56,7 +56,7 @@ def profiled(setting: Setting, model: str, batch: int) -> dict:
     shares = {op: us / total for op, us in by_op.most_common()}
     return {
         "model": model,
-        "batch": batch,
+        "batch_clips": batch,
         "microseconds": total,
         "shares": shares,
         "launches": launches,

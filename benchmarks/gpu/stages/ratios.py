@@ -17,6 +17,7 @@ from mae_fast.ops import OPS, dispatch
 
 BATCH, BASE = 64, 0.9
 ROUNDS = 4
+BESIDE = f"mae_fast at {BASE:.0%}"
 RATIOS = (0.0, 0.75, 0.95, 0.5, 0.8, 0.25)
 MODELS = ("vit_large", "vit_base")
 
@@ -54,10 +55,17 @@ def measure(setting: Setting, model: str, masked: float) -> dict:
     times, work = ratio(a_clip["this"], a_clip["base"]), flop["this"] / flop["base"]
     rate = 1 / statistics.median(a_clip["this"])
     return {
+        "kind": "steps",
         "model": model,
         "ratio": masked,
-        "batch": batch,
-        "seconds_a_clip": a_clip,
+        "batch_clips": batch,
+        "precision": "bf16",
+        "device": setting.device.type,
+        "engines": {OURS: {"clips": batch}, BESIDE: {"clips": asked}},
+        "seconds": {
+            OURS: [batch * s for s in a_clip["this"]],
+            BESIDE: [asked * s for s in a_clip["base"]],
+        },
         "flop_a_clip": flop,
         "times_the_base": times,
         "times_the_base_in_flop": work,

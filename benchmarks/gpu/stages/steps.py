@@ -118,16 +118,22 @@ def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> 
     if name != OURS:
         told += f", mae_fast {rate[OURS] / rate[name]:.2f}x"
     return {
+        "kind": "steps",
         "model": reference.model,
         "batch_asked": reference.batch,
-        "batch": batch,
+        "batch_clips": len(clips),
         "engine": name,
         "ratio": 0.9,
+        "precision": "bf16",
+        "device": setting.device.type,
         "losses": losses,
-        "step_seconds": steps_of,
+        "seconds": steps_of,
+        "engines": {
+            OURS: {"clips": len(clips)},
+            name: {"clips": batch, "peak_memory_mb": peak_mb - before_mb},
+        },
         "clips_per_second": rate,
         "official_flop_a_clip": flop,
-        "peak_memory_mb": peak_mb - before_mb,
         "limits": as_record(limits, seconds) if name == OURS else {},
         "conditions": [before, setting.device.conditions()],
         "told": told,

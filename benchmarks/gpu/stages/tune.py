@@ -21,7 +21,8 @@ from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.checks import end_by, own_backend
-from benchmarks.gpu.stages.kernels import adamw
+from benchmarks.gpu.stages.kernels import plan, timer, told
+from mae_fast.bench import ops
 from mae_fast.bench.calls import Call, Run
 from mae_fast.bench.timing import interleave
 from mae_fast.kernels import configs
@@ -39,7 +40,12 @@ def items(setting: Setting) -> Iterator[Item]:
         yield Item(case.name, lambda call=case.call: tune(setting, call))
     limits = setting.device.limits()
     for model in setting.some(MODELS):  # of one size a kernel: its backends beside each other
-        yield Item(f"{model} adamw", lambda model=model: adamw(setting, model, limits))
+
+        def adamw(model: str = model) -> dict:
+            how = plan(setting, model), setting.cfg(model), limits, timer(setting)
+            return told(setting, ops.adamw(*how))
+
+        yield Item(f"{model} adamw", adamw)
     write_table(setting)
 
 
@@ -150,12 +156,12 @@ def tune(setting: Setting, call: Call) -> dict:
             )
     if not report:
         raise Declined(f"{call.op} launches no kernel with candidates")
-    told = ", ".join(f"{r['kernel']} {r['over_the_guess']:.2f}x of the guess" for r in report)
+    words = ", ".join(f"{r['kernel']} {r['over_the_guess']:.2f}x of the guess" for r in report)
     return {
         "architecture": configs.architecture(),
         "calls_a_step": call.count,
         "kernels": report,
-        "told": told,
+        "told": words,
     }
 
 

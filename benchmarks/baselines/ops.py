@@ -1,0 +1,164 @@
+"""What each op replaces: the official code's expression, or torch's where that is one, on the same
+arguments. Where the official code computes more (all patches, patch order), so does this.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mae_fast.masking import mask_from_keep
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather_ref
+
+EPS = 1e-6
+
+
+def same(*results: Tensor) -> tuple[Tensor, ...]:
+    return results
+
+
+class Baseline(NamedTuple):
+    """function(*args), whose floating args get gradients. `ours` brings its results, outputs and
+    gradients, into the op's form; `theirs` an output's gradient into its own."""
+
+    name: str
+    args: tuple
+    function: Callable
+    ours: Callable = same
+    theirs: Callable[[Tensor], Tensor] = lambda dout: dout
+
+
+def rows(x: Tensor, ids: Tensor) -> Tensor:
+    """x [B, N, D], ids [B, K] -> x[b, ids[b]]."""
+    return x.gather(1, ids.long()[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def baseline(op: str, args: tuple) -> Baseline:
+    """Of a call op(*args) with memory behind its tensors."""
+    if op in TORCH:
+        return Baseline("torch", args, TORCH[op])
+    return OFFICIAL[op](*args)
+
+
+def _attention(*qkv: Tensor) -> Baseline:
+    """It keeps its scores."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+    return Baseline("official", qkv, function)
+
+
+def _patch_embed(video, ids, weight, bias, pos, t_patch, patch, mean, std) -> Baseline:
+    """A convolution over all patches of a clip that the loader has normalised, for free."""
+    size = (t_patch, patch, patch)
+    normal = (video.float() / 255 - mean) / std
+
+    def function(kernel: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+        x = F.conv3d(normal, kernel, bias, stride=size).flatten(2).transpose(1, 2)
+        return rows(x + pos, ids)
+
+    def ours(out: Tensor, dkernel: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return out, dkernel.flatten(1), *grads
+
+    kernel = weight.unflatten(1, (video.shape[1], *size))
+    return Baseline("official", (kernel, bias, pos), function, ours)
+
+
+def _patchify_gather(video, ids, t_patch, patch, mean, std, dtype) -> Baseline:
+    """All of the clip is normalised and cut up."""
+
+    def function(video: Tensor) -> Tensor:
+        x = ((video.to(dtype) / 255 - mean) / std).unflatten(2, (-1, t_patch))
+        x = x.unflatten(4, (-1, patch)).unflatten(6, (-1, patch))
+        return rows(torch.einsum("nctuhpwq->nthwcupq", x).flatten(4).flatten(1, 3), ids)
+
+    return Baseline("official", (video,), function)
+
+
+def _crop_resize(*args) -> Baseline:
+    """Whole clips are resized, then gathered from."""
+    return Baseline("official", args, crop_resize_patchify_gather_ref)
+
+
+def _decoder_tokens(visible, cls, mask_token, pos, keep, mask) -> Baseline:
+    """Repeat, concatenation and an unshuffling gather: patch order, which ours never has."""
+    order = torch.cat([keep, mask], dim=1)
+    restore = order.long().argsort(dim=1)
+
+    def placed(x: Tensor, ids: Tensor) -> Tensor:
+        return torch.cat([x[:, :1], rows(x[:, 1:], ids)], dim=1)
+
+    def function(visible, cls, mask_token, pos) -> Tensor:
+        x = torch.cat([visible, mask_token.repeat(len(visible), mask.shape[1], 1)], dim=1)
+        return torch.cat([cls[:, None], rows(x, restore) + pos], dim=1)
+
+    def ours(out: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return placed(out, order), *grads
+
+    args = visible, cls, mask_token, pos
+    return Baseline("official", args, function, ours, lambda dout: placed(dout, restore))
+
+
+def _masked_mse(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix) -> Baseline:
+    """Targets and a loss of all patches, from a clip that the loader has normalised, for free;
+    VideoMAE's ("channel") makes targets of all, and a loss of the masked."""
+    normal = (video.float() / 255 - mean) / std
+    chans, (height, width) = video.shape[1], video.shape[3:]
+    length = len(frames) // t_patch * (height // patch) * (width // patch)
+    wanted = torch.tensor(frames, device=video.device)
+
+    def targets() -> Tensor:
+        x = normal.index_select(2, wanted).unflatten(2, (-1, t_patch))
+        x = x.unflatten(4, (-1, patch)).unflatten(6, (-1, patch))
+        return torch.einsum("nctuhpwq->nthwupqc", x).flatten(4).flatten(1, 3)
+
+    if norm_pix == "channel":
+
+        def by_channel(pred: Tensor) -> Tensor:
+            x = targets().unflatten(2, (-1, chans))
+            x = (x - x.mean(-2, keepdim=True)) / (x.var(-2, keepdim=True).sqrt() + EPS)
+            return (pred - rows(x.flatten(2), ids)).square().mean()
+
+        return Baseline("official", (pred,), by_channel)
+    full = pred.new_zeros(len(pred), length, pred.shape[2])
+    full.scatter_(1, ids.long()[..., None].expand_as(pred), pred)
+    mask = 1 - mask_from_keep(ids, length)  # of those to keep: here, those that are masked
+
+    def function(full: Tensor) -> Tensor:
+        target = targets()
+        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+        loss = ((full - (target - mean) / (var + EPS) ** 0.5) ** 2).mean(-1)
+        return (loss * mask).sum() / mask.sum()
+
+    return Baseline("official", (full,), function, lambda loss, grad: (loss, rows(grad, ids)))
+
+
+def _torch_layer_norm(x, weight, bias, eps, dtype=None) -> Tensor:
+    out = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return out if dtype is None else out.to(dtype)
+
+
+def _torch_add_layer_norm(x, y, weight, bias, eps, dtype=None) -> tuple[Tensor, Tensor]:
+    total = x + y
+    return total, _torch_layer_norm(total, weight, bias, eps, dtype)
+
+
+TORCH: dict[str, Callable] = {
+    "linear": F.linear,
+    "layer_norm": _torch_layer_norm,
+    "add_layer_norm": _torch_add_layer_norm,
+    "bias_gelu": lambda x, bias: F.gelu(x + bias),
+}
+OFFICIAL: dict[str, Callable[..., Baseline]] = {
+    "attention": _attention,
+    "patch_embed": _patch_embed,
+    "patchify_gather": _patchify_gather,
+    "crop_resize_patchify_gather": _crop_resize,
+    "decoder_tokens": _decoder_tokens,
+    "masked_mse": _masked_mse,
+}

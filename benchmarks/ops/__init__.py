@@ -1,1 +1,0 @@
-"""Benchmarks of the ops, bench_<op>.py for each: forward and backward, checked, then timed."""

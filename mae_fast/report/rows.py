@@ -1,0 +1,73 @@
+"""The rows of tables of records, for the page (mae_fast/report) and for docs/results.md."""
+
+import statistics
+
+from mae_fast.bench.records import Record
+from mae_fast.bench.timing import ratio, share, spread
+
+OURS, AFTER = "mae_fast", "accelerated"  # another's model, by mae_fast.accelerate
+STEP_HEAD = ["engine", "clips", "seconds a step", "spread", "samples", "mae_fast is faster"]
+STEP_HEAD += ["forward + backward", "waiting for data", "peak MB"]
+OP_HEAD = ["op", "shape", "direction", "precision", "backend", "ms", "spread", "share", "of"]
+OP_HEAD += ["speed-up", "over", "commit"]
+
+
+def ours_of(record: Record) -> str | None:
+    """The engine of a record of steps that the others are held against."""
+    return next((name for name in (OURS, AFTER) if name in record["seconds"]), None)
+
+
+def step_rows(record: Record) -> list[list[str]]:
+    """A row for each engine of a record of steps, under STEP_HEAD."""
+    engines, seconds, ours = record["engines"], record["seconds"], ours_of(record)
+    before = engines[ours].get("until_update") if ours else None
+    rows = []
+    for name, samples in seconds.items():
+        engine, faster, until = engines[name], "-", "-"
+        if ours and name != ours:
+            faster = f"{ratio(samples, seconds[ours]):.2f}x"
+            if before and "until_update" in engine:
+                until = f"{ratio(engine['until_update'], before):.2f}x"
+        wait, peak = engine.get("data_wait_share"), engine.get("peak_memory_mb")
+        rows.append(
+            [
+                name,
+                str(engine.get("clips", record["batch_clips"])),
+                f"{statistics.median(samples):.3f}",
+                f"{spread(samples):.0%}",
+                str(len(samples)),
+                faster,
+                until,
+                "-" if wait is None else f"{wait:.1%}",
+                "-" if peak is None else f"{peak:.0f}",
+            ]
+        )
+    return rows
+
+
+def op_share(record: Record) -> tuple[float, str]:
+    """(what the chosen backend reaches of the limit that binds it, which one that is)."""
+    samples, limits = record["seconds"][record["chosen"]], record["limits"]
+    reached = share(limits, record, samples)
+    copies = share(limits, {"bytes": record["bytes"]}, samples)
+    return reached, "copy bandwidth" if reached == copies else "product rate"
+
+
+def op_faster(record: Record) -> float:
+    """The chosen backend over what it replaces."""
+    return ratio(record["seconds"][record["baseline"]], record["seconds"][record["chosen"]])
+
+
+def op_row(record: Record) -> list[str]:
+    """Of the chosen backend, under OP_HEAD."""
+    samples, (reached, limit) = record["seconds"][record["chosen"]], op_share(record)
+    return [
+        *(record[key] for key in ("op", "shape", "direction", "precision", "chosen")),
+        f"{1e3 * statistics.median(samples):.3f}",
+        f"{spread(samples):.0%}",
+        f"{reached:.0%}",
+        limit,
+        f"{op_faster(record):.2f}x",
+        record["baseline"],
+        str(record["environment"]["commit"]),
+    ]

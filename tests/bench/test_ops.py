@@ -1,0 +1,98 @@
+"""`mae-fast bench ops`: every op has calls, what is wrong is not timed, records hold what was."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from mae_fast import cli
+from mae_fast.bench import machine, ops
+from mae_fast.bench.baselines.ops import baseline
+from mae_fast.bench.calls import Call, calls
+from mae_fast.bench.engines import config_of
+from mae_fast.bench.ops import Plan
+from mae_fast.bench.records import problems, read
+from mae_fast.errors import BackendError
+from mae_fast.ops import OPS
+
+QUICK = Plan(model="quick", rounds=2)
+
+
+def test_the_command_times_an_op_and_records_it(tmp_path, capsys):
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "ops.jsonl"
+    command = ["bench", "ops", "--ops", "masked_mse", "--quick", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert "official" in capsys.readouterr().out
+    for record, direction in zip(read(out), ops.DIRECTIONS, strict=True):
+        assert (record["op"], record["direction"]) == ("masked_mse", direction)
+        assert record["seconds"].keys() >= {"reference", "official"}
+        backends = record["seconds"].keys() | record["declined"].keys()
+        assert backends == {"cpp", "triton", "cuda", "reference", "official"}
+        rounds = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # benchmarks are off in it
+        assert {len(samples) for samples in record["seconds"].values()} == {rounds}
+    assert cli.main(["bench", "ops", "--ops", "masked_mes"]) == 2
+    assert "unknown op 'masked_mes' (known: adamw" in capsys.readouterr().err
+
+
+def test_all_ops_have_calls():
+    """By default each op in each phase: the call that does most of a step; adamw apart."""
+    found = [call for call, _ in QUICK.cases()]
+    assert {call.op for call in found} == OPS.keys() - {"adamw"}
+    assert {c.phase for c in found if c.op == "attention"} == {"encoder", "decoder"}
+    every = [call for call, _ in Plan(ops=("linear",), model="quick").cases()]
+    # 2 + 2 blocks of q, k, v, proj, fc1, fc2; k, q, v of mask tokens; decoder_embed; the head.
+    assert sum(call.count for call in every) == 24 + 3 + 2
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "adamw"])
+def test_what_an_op_replaces_gives_the_same(op):
+    """Outputs and gradients of the official expression, brought into the op's form."""
+    for call in (c for c in calls(config_of("quick"), 2, 0.75, torch.float32) if c.op == op):
+        call = call.real()
+        made = baseline(op, call.args)
+        theirs = ops.replace(call, args=made.args).both(made.function, made.theirs)
+        ops._agree(
+            call, made.name, made.ours(*theirs()), call.both(call.reference())(), torch.float32
+        )
+
+
+def test_a_backend_that_is_wrong_is_not_timed():
+    x, w, b = torch.randn(4, 16), torch.ones(16), torch.zeros(16)
+    call = Call("layer_norm", (x, w, b, 1e-6))
+    right = call.reference()
+
+    def wrong(*args):
+        return right(*args) * 1.01
+
+    def wrong_gradient(*args):
+        out = right(*args)
+        return out + 0.01 * (out - out.detach())
+
+    def decline(*args):
+        raise BackendError("not here")
+
+    beside = {"right": right, "wrong": wrong, "back": wrong_gradient, "absent": decline}
+    record = ops.measure(QUICK, call, call, "forward_backward", machine.limits(True), beside)
+    assert {"reference", "right"} <= record["seconds"].keys()
+    assert not record["seconds"].keys() & {"wrong", "back", "absent"}
+    assert record["declined"]["absent"] == "not here"
+    assert "layer_norm float32[4,16]: result 0" in record["wrong"]["wrong"]
+    assert "layer_norm float32[4,16]: result 1" in record["wrong"]["back"]
+    assert problems(record) == []
+
+
+def test_adamw_by_backend():
+    record = ops.adamw(QUICK, config_of("quick"), machine.limits(True), part="decoder_blocks")
+    assert {"torch", "reference", "official"} <= record["seconds"].keys()
+    assert problems(record) == [] and record["bytes"] > 0
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_smallest_call_runs_by_every_way(op):
+    ways = ops.smallest(op)
+    for way in ways.values():
+        way()
+    assert ways.keys() >= {"public", "reference"}
+    assert json.dumps(ops.time_smallest("layer_norm", 1)["seconds"])
