@@ -163,6 +163,7 @@ def test_profile_writes_what_it_says(tmp_path, capsys):
 def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch, capsys):
     right = LoadedClips.next_batch
 
+    @spans.spanned("data", "wait")
     def slow(clips):
         time.sleep(0.05)
         return right(clips)
