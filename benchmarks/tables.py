@@ -232,7 +232,8 @@ def ladder_tables(records: list[dict]) -> str:
 
 def accelerate_table(records: list[dict]) -> str:
     """The newest record of each family: its own model against the same one, accelerated."""
-    found = newest(records, "family", "batch_clips", "precision")
+    records = [{"family": "by bench ratio"} | r for r in records]
+    found = newest(records, "family", "model", "batch_clips", "precision")
     if not found:
         return ""
     rows = [[f"{r['family']}, {name}", *rest] for r in found for name, *rest in step_rows(r)]

@@ -1,4 +1,4 @@
-"""The benchmark of accelerate: it runs, and times nothing that computes something else."""
+"""Others' models as engines, before and after accelerate: another loss is not timed."""
 
 import json
 from importlib.util import find_spec
@@ -6,36 +6,57 @@ from pathlib import Path
 
 import pytest
 
+from mae_fast.bench.engines import label, twin
+from mae_fast.bench.ratio import ratio
 
-@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
-def test_the_benchmark_runs(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))  # benchmarks is not installed
-    from benchmarks import bench_accelerate as bench
-
-    measure = bench.measure  # in a process of its own: once is enough here
-    monkeypatch.setattr(bench, "measure", lambda f, e, a: e == bench.AFTER and measure(f, e, a))
-    out = tmp_path / "accelerate.jsonl"
-    bench.main(bench.Args(quick=True, out=str(out)))
-    (record,) = map(json.loads, out.read_text().splitlines())
-    assert record["family"] == "transformers" and record["model"] == "quick"
-    assert list(record["engines"]) == ["eager", "sdpa", "accelerated"]
-    for name, engine in record["engines"].items():
-        step = record["seconds"][name]
-        assert all(a < b for a, b in zip(engine["until_update"], step, strict=True))
-        assert len(step) == 2
-    assert record["engines"]["accelerated"]["peak_memory_mb"] > 50
+FAMILY = "benchmarks.families:transformers_sdpa"
 
 
-@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
-def test_nothing_is_timed_of_other_losses(monkeypatch):
+@pytest.fixture(autouse=True)
+def checkout(monkeypatch):
+    """benchmarks is not installed; processes of their own find it where they run."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    from benchmarks import bench_accelerate as bench
+    monkeypatch.chdir(Path(__file__).parents[1])
 
-    args = bench.Args(quick=True)
-    names = ("eager", bench.AFTER)
-    built = {name: bench.build("transformers", name, args) for name in names}
-    eager = built["eager"]
-    wrong = eager._replace(step=lambda clips: 1.01 * eager.step(clips))
-    with pytest.raises(SystemExit, match="nothing is timed"):
-        clips = bench.make_clips("transformers", args)
-        bench.check_losses({**built, "eager": wrong}, clips, args.precision)
+
+def run(out: Path) -> dict:
+    engines = (FAMILY, f"{FAMILY}_accelerated")
+    how = dict(strategies=("tube",), batch=2, rounds=2, quick=True, json=True)
+    ratio(("quick",), (0.75,), engines, out=str(out), **how)
+
+
+def test_twins():
+    assert twin("m:videomae_accelerated@P") == "m:videomae@P" and twin("m:videomae@P") is None
+    assert label("m:videomae_accelerated@P/x:y") == "videomae_accelerated"
+    assert (
+        twin("official_repository@P") == "mae_fast" and label("official_eager") == "official_eager"
+    )
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+def test_a_family_before_and_after(tmp_path, capsys):
+    run(tmp_path)
+    capsys.readouterr()
+    (record,) = map(json.loads, (tmp_path / "ratio.jsonl").read_text().splitlines())
+    assert list(record["engines"]) == ["transformers_sdpa", "transformers_sdpa_accelerated"]
+    for name, engine in record["engines"].items():
+        pairs = zip(engine["until_update"], record["seconds"][name], strict=True)
+        assert all(0 < a < b for a, b in pairs)
+    assert record["engines"]["transformers_sdpa_accelerated"]["peak_memory_mb"] > 50
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
+def test_nothing_is_timed_of_other_losses(tmp_path, monkeypatch, capsys):
+    from mae_fast.bench import cell as cells
+    from mae_fast.bench import ratio as module
+
+    def probe(what, cell, setting, clips):
+        found = cells.probe(cell, setting, clips)
+        return found | {"loss": found["loss"] * (1.01 if "accelerated" in cell.engine else 1)}
+
+    monkeypatch.setattr(module, "in_own_process", probe)
+    run(tmp_path)
+    told = json.loads(capsys.readouterr().out)
+    assert [c["engine"] for c in told["cells"]] == ["transformers_sdpa"]
+    (reason,) = told["skipped"].values()
+    assert "not timed" in reason

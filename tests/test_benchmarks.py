@@ -13,21 +13,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import ladder, tables
+from benchmarks import tables
 from mae_fast import backends
-from mae_fast.bench import calls, timing
+from mae_fast.bench import calls, records, timing
 from mae_fast.bench.baselines import OfficialMAE, normalise
 from mae_fast.bench.baselines.training import CLIP_GRAD
 from mae_fast.bench.calls import step_calls
+from mae_fast.bench.cell import Setting, make_clips
 from mae_fast.bench.flops import official_step_flop, step_flop
 from mae_fast.bench.ours import encode_all_loss
+from mae_fast.bench.ratio import ratio
 from mae_fast.config import ModelConfig, preset
 from mae_fast.forward import SAVINGS, forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS
+from mae_fast.report.rows import step_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+SETTING = Setting("cpu", "fp32", 0)
+QUICK = preset("vit_tiny", img_size=32, depth=2, decoder_depth=2)
 TINY = ModelConfig(
     img_size=48,
     patch_size=8,
@@ -63,7 +68,7 @@ def test_flop_is_what_torch_counts(variant, without, clips):
     model = MaskedAutoencoder(cfg)
     noise = torch.rand(clips, cfg.num_patches)
     ids = ids_from_noise(noise, num_keep("random", cfg.grid, 0.9))
-    video = ladder.make_clips(cfg, clips)
+    video = make_clips(cfg, clips, SETTING)
     off = list(SAVINGS) if without == "all" else [without] if without in SAVINGS else []
 
     def loss():
@@ -80,7 +85,7 @@ def test_flop_is_what_torch_counts(variant, without, clips):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_official_flop_is_what_torch_counts(variant):
     cfg = VARIANTS[variant]
-    model, video = OfficialMAE(cfg), normalise(ladder.make_clips(cfg, 2))
+    model, video = OfficialMAE(cfg), normalise(make_clips(cfg, 2, SETTING))
     expected = counted(lambda: model(video, 0.9)[0])
     assert official_step_flop(cfg, 2) == pytest.approx(expected, rel=0.01)  # cls into the decoder
 
@@ -89,7 +94,7 @@ def test_official_flop_is_what_torch_counts(variant):
 def test_torch_counts_our_operators(variant):
     """Whatever backend runs: a user's own FlopCounterMode sees what the references would do."""
     cfg = VARIANTS[variant]
-    model, video = MaskedAutoencoder(cfg), ladder.make_clips(cfg, 2)
+    model, video = MaskedAutoencoder(cfg), make_clips(cfg, 2, SETTING)
     ids = ids_from_noise(torch.rand(2, cfg.num_patches), num_keep("random", cfg.grid, 0.9))
 
     def loss():
@@ -112,11 +117,11 @@ def test_official_flop_of_vit_b_is_the_published_count():
 
 
 def test_encode_all_is_the_official_dense_encoder():
-    args = ladder.Args(quick=True)
-    model = MaskedAutoencoder(args.cfg)
-    clips, noise = ladder.make_clips(args.cfg, 2), torch.rand(2, args.cfg.num_patches)
-    ids = ids_from_noise(noise, num_keep("random", args.cfg.grid, 0.9))
-    want = ladder.official_encode_all(model.state_dict(), clips, noise, args)
+    model, official = MaskedAutoencoder(QUICK), OfficialMAE(QUICK, "sdpa")
+    official.load_state_dict(model.state_dict())
+    clips, noise = make_clips(QUICK, 2, SETTING), torch.rand(2, QUICK.num_patches)
+    ids = ids_from_noise(noise, num_keep("random", QUICK.grid, 0.9))
+    want = float(official(normalise(clips), 0.9, noise, encode_all=True)[0])
     assert encode_all_loss(model, clips, *ids).item() == pytest.approx(want, rel=1e-5)
 
 
@@ -144,15 +149,6 @@ def test_share_of_the_limit_that_bounds():
     assert timing.share(limits, {"bytes": 100, "flop": 20}, [4.0] * 3) == 0.5
     assert timing.share(limits, {"bytes": 300, "flop": 20}, [4.0] * 3) == 0.75
     assert timing.share(limits, {"flop": 20}, [4.0] * 3, "torch_mm") == 1
-
-
-def test_an_engine_with_another_loss_is_not_timed():
-    args = ladder.Args(quick=True)
-    built = {name: ladder.build(name, args) for name in ("mae_fast", "official_eager")}
-    wrong = built["official_eager"]._replace(step=lambda clips, noise: 1.0)
-    clips = ladder.make_clips(args.cfg, 2)
-    with pytest.raises(SystemExit, match=r"official_eager gives loss 1\.0, expected .* nothing"):
-        ladder.check_losses({**built, "official_eager": wrong}, clips, args)
 
 
 def results(folder: Path) -> None:
@@ -232,16 +228,17 @@ def run_quick(module: str, *arguments: str) -> str:
     return run.stdout
 
 
-def test_the_ladder_runs(tmp_path):
-    out = tmp_path / "ladder.jsonl"
-    engines = ["mae_fast", "mae_fast_without_no_unshuffle", "mae_fast_encode_all", "official_eager"]
-    lines = run_quick("benchmarks.ladder", "--engines", *engines, "--out", str(out)).splitlines()
-    assert [line.split()[0] for line in lines] == engines
-    record = json.loads(out.read_text())
-    assert list(record["engines"]) == list(record["seconds"]) == engines
+def test_savings_are_engines(tmp_path):
+    """One exact saving off at a time, and how long each takes before its optimizer begins."""
+    engines = ["ours", *(f"mae_fast_without_{saving}" for saving in SAVINGS), "official_eager"]
+    ratio(("quick",), (0.9,), tuple(engines), batch=1, out=str(tmp_path), quick=True)
+    (record,) = records.read(tmp_path / "ratio.jsonl")
+    assert list(record["seconds"]) == ["mae_fast", *engines[1:]]
     for name, engine in record["engines"].items():
-        assert len(record["seconds"][name]) == len(engine["until_update"]) == 2
-        assert engine["flop"] > 0 and engine["peak_memory_mb"] > 0
+        pairs = zip(engine["until_update"], record["seconds"][name], strict=True)
+        assert all(0 < a < b for a, b in pairs) and engine["flop"] > 0
+    head, *_ = step_rows(record)
+    assert head[0] == "mae_fast"
 
 
 def test_the_curves_agree(tmp_path):
@@ -261,11 +258,11 @@ def test_the_official_repository_gives_our_loss_and_gradients():
 
     modules = set(sys.modules)
     torch.manual_seed(0)
-    built = OfficialRepository(os.environ["MAE_ST_REPOSITORY"]).build(ladder.QUICK)
+    built = OfficialRepository(os.environ["MAE_ST_REPOSITORY"]).build(QUICK)
     assert not [m for m in set(sys.modules) - modules if m.split(".")[0] in ("mae_st", "timm")]
-    ours = MaskedAutoencoder(ladder.QUICK)
+    ours = MaskedAutoencoder(QUICK)
     ours.load_state_dict(built.model.state_dict())
-    clips, noise = ladder.make_clips(ladder.QUICK, 2), torch.rand(2, ladder.QUICK.num_patches)
+    clips, noise = make_clips(QUICK, 2, SETTING), torch.rand(2, QUICK.num_patches)
     for group in built.optimizer.param_groups:
         group["lr"] = 0.0
     grads = {}

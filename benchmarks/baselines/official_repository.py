@@ -58,11 +58,7 @@ class OfficialRepository:
                 raise ValueError("the official repository cannot encode every token")
             if clips.dtype == torch.uint8:
                 clips = normalise(clips)
-            # The noise is the only random number of its forward.
-            given = contextlib.nullcontext()
-            if noise is not None:
-                given = mock.patch.object(torch, "rand", lambda *size, device: noise.to(device))
-            with given:
+            with given_noise(noise):
                 return model(clips, ratio)[0]
 
         step = make_step(model, optimizer, loss_of, mask_ratio, precision)
@@ -72,6 +68,13 @@ class OfficialRepository:
         """A hash of the files that make the model, for records: a checkout may have no git."""
         files = (Path(self.path) / name for name in ("models_mae.py", "util/video_vit.py"))
         return "sha256 " + hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
+
+
+def given_noise(noise: Tensor | None) -> contextlib.AbstractContextManager:
+    """Inside, the only random number of its forward is this one; None: drawn anew."""
+    if noise is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(torch, "rand", lambda *size, device: noise.to(device))
 
 
 def import_models(path: str) -> ModuleType:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
+from mae_fast.bench.baselines.official_repository import OfficialRepository
 from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, nearest
 from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, forward_flop, step_work
@@ -24,6 +25,8 @@ from mae_fast.masking import draw_ids, num_keep
 from mae_fast.ops.work import Both
 
 OURS, QUICK = "mae_fast", "quick"
+WITHOUT = OURS + "_without_"  # one exact saving switched off
+REPOSITORY = "official_repository"  # @PATH: a checkout of facebookresearch/mae_st
 ALIASES = {"ours": OURS, "transformers": "transformers_sdpa"}
 
 
@@ -66,16 +69,25 @@ def config_of(model: str) -> ModelConfig:
         return preset("vit_tiny", img_size=64, depth=2, decoder_depth=2)
     if model == "videomae_base":
         return VIDEOMAE_B
-    return load_config(model).model if model.endswith(".toml") else preset(model)
+    if model.endswith(".toml"):
+        return load_config(model).model
+    name, _, variant = model.partition("/")
+    return preset(name, *([variant] if variant else []))
 
 
 def name_of(engine: str) -> str:
     """An engine's own name. ConfigError where there is no such engine."""
     name = ALIASES.get(engine, engine)
-    if name != OURS and name not in BASELINES and ":" not in name:
-        known = ", ".join([OURS, *BASELINES])
-        raise ConfigError(f"unknown engine {engine!r} (known: {known}, or MODULE:FUNCTION)")
+    known = [OURS, *(WITHOUT + saving for saving in SAVINGS), *BASELINES]
+    if name not in known and ":" not in name and not name.startswith(f"{REPOSITORY}@"):
+        known = ", ".join([*known, f"{REPOSITORY}@PATH"])
+        raise ConfigError(f"unknown engine {engine!r} (known: {known}, or MODULE:FUNCTION[@PATH])")
     return name
+
+
+def label(name: str) -> str:
+    """An engine in records: no path, no module."""
+    return name.partition("@")[0].rpartition(":")[2]
 
 
 def model_of(name: str, cfg: ModelConfig) -> ModelConfig:
@@ -87,28 +99,33 @@ def why_not(name: str, cfg: ModelConfig, masking: Masking) -> str | None:
     """Why an engine has no step of this kind, or None."""
     if name in PEERS and cfg.variant != "mae_st":
         return f"a peer of mae_st, not of {cfg.variant}"
-    if ":" in name and masking.encode_all:
+    if (":" in name or name.startswith((WITHOUT, REPOSITORY))) and masking.encode_all:
         return "0% is known of our own engines only"
     return None
 
 
 def build(name: str, cfg: ModelConfig, device: str = "cpu", precision: str = "fp32") -> Built:
-    """An engine with its own starting values. MODULE:FUNCTION is called with cfg and gives (model,
-    loss_of): loss_of(clips uint8, noise [B, L], mask_ratio) is the loss of one forward; the model's
-    parameters are trained by the official optimizer. The model may be one of mae_fast.accelerate.
+    """An engine with its own starting values. MODULE:FUNCTION[@PATH] is called with cfg (and PATH),
+    and gives (model, loss_of[, fused]): loss_of(clips uint8, noise [B, L], mask_ratio) is the loss
+    of one forward; the model's parameters are trained by the official optimizer, fused or not. The
+    model may be one of mae_fast.accelerate.
     """
-    if name == OURS:
-        return Ours().build(cfg, BASE_RATIO, device, precision)
-    if name in BASELINES:
-        return BASELINES[name].build(model_of(name, cfg), BASE_RATIO, device, precision)
-    module, _, function = name.partition(":")
+    where, _, path = name.partition("@")
+    if where.startswith(OURS):
+        ours = Ours([where.removeprefix(WITHOUT)] if where != OURS else ())
+        return ours.build(cfg, BASE_RATIO, device, precision)
+    if where == REPOSITORY:
+        return OfficialRepository(path).build(cfg, BASE_RATIO, device, precision)
+    if where in BASELINES:
+        return BASELINES[where].build(model_of(where, cfg), BASE_RATIO, device, precision)
+    module, _, function = where.partition(":")
     try:
         made = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"engine {name}: {e}") from e
-    model, loss_of = made(cfg)
+    model, loss_of, *fused = made(cfg, *([path] if path else []))
     model.to(device).train()
-    optimizer = make_optimizer(model, fused=True)
+    optimizer = make_optimizer(model, *fused or [True])
 
     def loss(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool) -> Tensor:
         return loss_of(clips, noise, ratio)
@@ -116,9 +133,20 @@ def build(name: str, cfg: ModelConfig, device: str = "cpu", precision: str = "fp
     return Built(model, optimizer, make_step(model, optimizer, loss, BASE_RATIO, precision))
 
 
-def same_model(name: str) -> bool:
-    """Whether an engine's loss is to be ours, from the same weights and mask."""
-    return name == OURS or name in OFFICIAL
+def twin(name: str) -> str | None:
+    """The engine whose loss this one's is to be, from the same weights and mask: ours; of another's
+    accelerated model, the same as it was."""
+    if ":" not in name:
+        ours = name.startswith((OURS, REPOSITORY)) or name in OFFICIAL
+        return OURS if ours else None
+    before = label(name).removesuffix("_accelerated")
+    return name.replace(label(name), before) if before != label(name) else None
+
+
+def source_of(name: str) -> str | None:
+    """Of the code of an engine that is a checkout, for records."""
+    where, _, path = name.partition("@")
+    return OfficialRepository(path).source() if where == REPOSITORY else None
 
 
 @torch.no_grad()
@@ -139,8 +167,11 @@ def work(
     if ":" in name:
         return None
     ratio, cfg = masking.step_ratio(cfg), model_of(name, cfg)
-    every = name in OFFICIAL and cfg.variant == "mae_st"
-    without = () if name == OURS else SAVINGS
+    official = name in OFFICIAL or name.startswith(REPOSITORY)
+    every = official and cfg.variant == "mae_st"
+    without = SAVINGS
+    if name.startswith(OURS):
+        without = () if name == OURS else (name.removeprefix(WITHOUT),)
     return step_work(cfg, clips, ratio, without, masking.encode_all, every, dtype)
 
 

@@ -24,6 +24,7 @@ from rich import progress as bar
 from rich.console import Console
 
 from mae_fast.bench import machine
+from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.cell import (
     QUICK,
     Cell,
@@ -34,7 +35,7 @@ from mae_fast.bench.cell import (
     make_clips,
     stepper,
 )
-from mae_fast.bench.engines import OURS, name_of, same_model, why_not
+from mae_fast.bench.engines import name_of, twin, why_not
 from mae_fast.bench.ratio_table import assemble, print_tables, summary
 from mae_fast.bench.records import append
 from mae_fast.bench.timing import clock, interleave
@@ -71,11 +72,14 @@ def ratio(
     the first was stopped. Gives the file of records, of which the command makes a page.
 
     Args:
-        model: vit_tiny ... vit_huge, or a run's CONFIG.toml, whose [model] is taken.
+        model: vit_tiny ... vit_huge, videomae_base (transformers' default), NAME/slowfast, or a
+            run's CONFIG.toml, whose [model] is taken.
         ratios: masked shares in [0, 1). 0: the encoder sees every token.
-        engines: ours, official_eager, official_sdpa, official_compile, official_sdpa_compile,
-            transformers (VideoMAE of the same sizes), transformers_eager; or MODULE:FUNCTION that
-            gives (model, loss_of) for a model of yours, accelerated or not.
+        engines: ours, mae_fast_without_SAVING, official_eager, official_sdpa,
+            official_sdpa_fused_adamw, official_compile, official_sdpa_compile, transformers
+            (VideoMAE of the same sizes), transformers_eager, official_repository@PATH (a checkout
+            of facebookresearch/mae_st); or MODULE:FUNCTION[@PATH] that gives (model, loss_of) for
+            a model of yours, accelerated or not (benchmarks/families.py has others').
         strategies: random, tube, frame, block, running_cell.
         batch: clips a step; 0: 2 on a CPU, 64 on a GPU. Less where a cell does not fit, and told.
         rounds: timed steps of each cell.
@@ -254,15 +258,16 @@ class Run:
         found = self.log["probe"][cell.key]
         if "failed" in found:
             return found["failed"]
-        base = self.log["probe"].get(Cell(cell.model, cell.strategy, cell.ratio, OURS).key)
-        if not same_model(cell.engine) or not base or "failed" in base:
+        key = Cell(cell.model, cell.strategy, cell.ratio, twin(cell.engine) or "").key
+        base = self.log["probe"].get(key)
+        if not base or "failed" in base:
             return None
         if base["clips"] != found["clips"]:
             return None
         tolerance = LOSS_TOLERANCE[self.setting.precision]
         if abs(found["loss"] / base["loss"] - 1) <= tolerance:
             return None
-        return f"its loss is {found['loss']}, ours {base['loss']}: not timed"
+        return f"its loss is {found['loss']}, that of {key} {base['loss']}: not timed"
 
     def fits(self, cell: Cell) -> bool:
         return cell.key not in self.log["skipped"]
@@ -301,7 +306,7 @@ class Run:
             return
         estimate = {c.key: self.log["probe"][c.key]["step_seconds"] for c in cells}
         left = sum((self.rounds - taken[key] + 2) * s for key, s in estimate.items())
-        timer, built, steps = clock(self.setting.device), {}, {}
+        timer, built, steps, update = clock(self.setting.device), {}, {}, {}
         with Progress(f"{len(cells)} cells, steps in turn", left) as progress:
             for cell in cells:
                 progress.tell(f"warming up {cell.key}")
@@ -309,7 +314,7 @@ class Run:
                     built[cell.engine] = build(cell, self.setting)
                 clips = make_clips(cell.cfg, self.log["probe"][cell.key]["clips"], self.setting)
                 step = stepper(cell, built[cell.engine], clips, self.setting)
-                steps[cell.key] = step
+                steps[cell.key] = until_update(built[cell.engine], step, cell.key, update)
                 warm_up(step, timer)
                 if cell.key not in parts:
                     seen = trace(built[cell.engine], step, self.setting.device, warm=0)
@@ -325,9 +330,26 @@ class Run:
                 functions |= {c.key: steps[c.key] for c in cells}
                 samples = interleave(functions, 1, timer=timer)
                 line = {"model": cells[0].model, "limits": machine.as_record(limits, samples)}
+                line["until_update"] = {c.key: update[c.key] for c in cells}
                 self._add(line | {"seconds": {c.key: samples[c.key][0] for c in cells}})
                 progress.done(sum(estimate[c.key] for c in cells))
                 taken.update(c.key for c in cells)
+
+
+def until_update(
+    built: Built, step: Callable[[], object], key: str, found: dict[str, float]
+) -> Callable[[], object]:
+    """A step that leaves in found[key] the seconds before its optimizer began, on the host."""
+    began = [0.0]
+    built.optimizer.register_step_pre_hook(lambda *_: began.__setitem__(0, time.perf_counter()))
+
+    def timed() -> object:
+        begin = time.perf_counter()
+        out = step()
+        found[key] = began[0] - begin
+        return out
+
+    return timed
 
 
 def warm_up(step: Callable[[], object], timer: Callable[..., float]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mae_fast.bench.cell import Cell, config_of
-from mae_fast.bench.engines import flop_limit, parts
+from mae_fast.bench.engines import flop_limit, label, parts, source_of
 from mae_fast.bench.flops import forward_flop
 from mae_fast.bench.paper import PAPER
 from mae_fast.bench.timing import spread
@@ -29,8 +29,9 @@ def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
             continue
         key = (cell.model, cell.strategy, cell.ratio)
         record = found.setdefault(key, _new_record(log, cell))
-        probe, name = log["probe"][cell.key], cell.engine
-        done = parts(name, config_of(cell.model), 1, cell.masking)
+        probe, name = log["probe"][cell.key], label(cell.engine)
+        done = parts(cell.engine, config_of(cell.model), 1, cell.masking)
+        update = [log["rounds"][n].get("until_update", {}).get(cell.key) for n in lines]
         record["seconds"][name] = [log["rounds"][n]["seconds"][cell.key] for n in lines]
         record["engines"][name] = {
             "rounds": lines,
@@ -39,6 +40,8 @@ def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
             "flop": done and probe["clips"] * sum(map(sum, done.values())),
             "parts": log["parts"][cell.key],
             "data": log["data"].get(cell.key),
+            "until_update": None if None in update else update,
+            "source": source_of(cell.engine),
         }
     for record in found.values():
         names = list(record["seconds"])

@@ -257,13 +257,12 @@ def _command(r: Record) -> str:
     if "stage" in r:
         return "make gpu"
     model, clips = f"--model {r.get('model')}", f"--batch {r.get('batch_clips')}"
-    if "family" in r:
-        return f"python -m benchmarks.bench_accelerate --families {r['family']} {clips}"
     match r["kind"]:
         case "ratio":
             return f"mae-fast bench ratio {model} --batch {r['asked_clips']}"
         case "steps" if len(r["seconds"]) > 1:
-            return f"python -m benchmarks.ladder {model} {clips}"
+            engines = "..." if "family" in r else " ".join(r["seconds"])
+            return f"mae-fast bench ratio {model} {clips} --ratios 0.9 --engines {engines}"
         case "steps":
             return f"mae-fast bench step {model} {clips}"
         case "profile":

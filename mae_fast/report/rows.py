@@ -12,21 +12,21 @@ OP_HEAD = ["op", "shape", "direction", "precision", "backend", "ms", "spread", "
 OP_HEAD += ["speed-up", "over", "commit"]
 
 
-def ours_of(record: Record) -> str | None:
-    """The engine of a record of steps that the others are held against."""
-    return next((name for name in (OURS, AFTER) if name in record["seconds"]), None)
+def ours_of(record: Record, name: str) -> str | None:
+    """The engine of a record of steps that this one is held against."""
+    known = (f"{name}_{AFTER}", OURS, AFTER)
+    return next((ours for ours in known if ours in record["seconds"]), None)
 
 
 def step_rows(record: Record) -> list[list[str]]:
     """A row for each engine of a record of steps, under STEP_HEAD."""
-    engines, seconds, ours = record["engines"], record["seconds"], ours_of(record)
-    before = engines[ours].get("until_update") if ours else None
-    rows = []
+    engines, seconds, rows = record["engines"], record["seconds"], []
     for name, samples in seconds.items():
-        engine, faster, until = engines[name], "-", "-"
+        engine, faster, until, ours = engines[name], "-", "-", ours_of(record, name)
+        before = engines[ours].get("until_update") if ours else None
         if ours and name != ours:
             faster = f"{ratio(samples, seconds[ours]):.2f}x"
-            if before and "until_update" in engine:
+            if before and engine.get("until_update"):
                 until = f"{ratio(engine['until_update'], before):.2f}x"
         wait, peak = engine.get("data_wait_share"), engine.get("peak_memory_mb")
         rows.append(
