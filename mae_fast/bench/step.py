@@ -70,7 +70,8 @@ def step(
     print(
         f"{model} ({variant}), from video, {batch} clips, {ratio:.0%} masked, {precision}, "
         f"{device}: {median:.3f} s a step (median of {len(seconds)}, spread "
-        f"{spread(seconds):.0%}), {batch / median:.2f} clips/s, peak {peak:.0f} MB, {wait:.1%} of the time waiting for data"
+        f"{spread(seconds):.0%}), {batch / median:.2f} clips/s, peak {peak:.0f} MB, "
+        f"{wait:.1%} of the time waiting for data"
     )
     if out:
         engine = {"clips": batch, "peak_memory_mb": peak, "data_wait_share": wait}
