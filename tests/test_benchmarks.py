@@ -28,6 +28,7 @@ from mae_fast.forward import SAVINGS, forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS
+from mae_fast.ops.work import work
 from mae_fast.report.rows import step_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,59 @@ def test_torch_counts_our_operators(variant):
         return forward(model.params(), model.spec, video, *ids)[0]
 
     assert counted(loss) == step_flop(cfg, 2, 0.9)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+CLIP, IDS = meta(2, 3, 16, 224, 224, dtype=torch.uint8), meta(2, 156, dtype=torch.int32)
+X, ROW = meta(2, 1569, 512), meta(512)
+FRAMES = [meta(16, 256, 336, 3, dtype=torch.uint8)] * 2
+TOKENS = (
+    meta(2, 156, 512),
+    meta(2, 512),
+    ROW,
+    meta(1568, 512),
+    IDS,
+    meta(2, 1412, dtype=IDS.dtype),
+)
+# Forward and backward of ViT-B's calls on 2 clips in fp32, counted by hand.
+BY_HAND = {
+    "layer_norm": ((X, ROW, ROW, 1e-6), 0, 5 * 4 * 2 * 1569 * 512),
+    "add_layer_norm": ((X, X, ROW, ROW, 1e-6), 0, 8 * 4 * 2 * 1569 * 512),
+    "bias_gelu": ((meta(2, 1569, 2048), meta(2048)), 0, 5 * 4 * 2 * 1569 * 2048),
+    "decoder_tokens": (TOKENS, 0, 4 * 512 * (2 * (156 + 2 * 1569) + 2 * 1568)),
+    "masked_mse": ((meta(2, 1412, 768), CLIP, None), 0, 9 * 2 * 1412 * 768),
+    "patchify_gather": ((CLIP, IDS, 2, 16, 0, 1, torch.float32), 0, 5 * 2 * 156 * 1536),
+    "crop_resize_patchify_gather": (
+        (FRAMES, None, None, IDS, 224, 2, 16, 0, 1, torch.float32),
+        0,
+        5 * 2 * 156 * 1536,
+    ),
+    "attention": ((meta(2, 1569, 16, 32),) * 3, 12 * 2 * 1569**2 * 512, 4 * 12 * 2 * 1569 * 512),
+    "linear": (
+        (X, meta(2048, 512), meta(2048)),
+        6 * 2 * 1569 * 512 * 2048,
+        4 * (3 * (2 * 1569 * 512 + 512 * 2048) + 2 * 2 * 1569 * 2048),
+    ),
+    "patch_embed": (
+        (CLIP, IDS, meta(768, 1536), meta(768), meta(1568, 768), 2, 16, 0, 1),
+        4 * 2 * 156 * 768 * 1536,
+        2 * (2 * 156 * 1536 + 4 * 768 * (1536 + 2 * 156)) + 4 * 768 * (2 * 156 + 1568),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", BY_HAND)
+def test_work_is_what_is_counted_by_hand(op):
+    args, flop, moved = BY_HAND[op]
+    forward, backward = work(op, args)
+    assert forward + backward == (flop, moved)
+
+
+def test_work_is_there_for_every_op():
+    assert BY_HAND.keys() == OPS.keys() - {"adamw"}
 
 
 def test_a_deep_model_is_counted_from_few_blocks():
