@@ -24,17 +24,23 @@ from torch import Tensor, nn
 
 from mae_fast.adapters import (
     mae_st,
+    mae_st_classifier,
     slowfast,
     transformers,
+    transformers_classifier,
     transformers_encoder,
     videomae,
+    videomae_classifier,
     videomae_v2,
 )
 from mae_fast.adapters.parts import Finding
 
 FAMILIES: dict[str, ModuleType] = {
     adapter.FAMILY: adapter
-    for adapter in (mae_st, slowfast, videomae, videomae_v2, transformers, transformers_encoder)
+    for adapter in (
+        *(mae_st, slowfast, videomae, videomae_v2, transformers, transformers_encoder),
+        *(mae_st_classifier, videomae_classifier, transformers_classifier),
+    )
 }
 
 

@@ -65,7 +65,7 @@ def check(model: nn.Module) -> list[Finding]:
         for table, length in tables.items():
             known.append(name + table)
             parts.shape(name + table, 1, length, width)
-        _check_blocks(parts, f"{name}blocks", width)
+        check_blocks(parts, f"{name}blocks", width)
         parts.norm(f"{name}norm", width)
     parts.shape("mask_token", 1, 1, dec)
     parts.linear("decoder_embed", dim, dec)
@@ -74,7 +74,7 @@ def check(model: nn.Module) -> list[Finding]:
     return parts.findings
 
 
-def _check_blocks(parts: Parts, name: str, dim: int) -> None:
+def check_blocks(parts: Parts, name: str, dim: int) -> None:
     blocks = parts.model.get_submodule(name)
     heads = getattr(blocks[0].attn, "num_heads", 1)
     linears = ["attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -176,20 +176,20 @@ _target_frames._dynamo_marked_constant = True  # torch.compile evaluates it once
 
 
 def _params(model: nn.Module) -> Params:
-    pos, cls = _pos(model, "")
-    decoder_pos, decoder_cls = _pos(model, "decoder_")
+    pos, cls = pos_of(model, "")
+    decoder_pos, decoder_cls = pos_of(model, "decoder_")
     proj = model.patch_embed.proj
     return Params(
         patch_embed=Affine(proj.weight.flatten(1), proj.bias),
         pos=pos,
         cls=cls,
-        blocks=[own.block(block, _block) for block in model.blocks],
+        blocks=[own.block(block, block_of) for block in model.blocks],
         norm=Norm.of(model.norm),
         decoder_embed=_embed(model.decoder_embed, model.cls_embed),
         mask_token=model.mask_token[0, 0],
         decoder_pos=decoder_pos,
         decoder_cls=decoder_cls,
-        decoder_blocks=[own.block(block, _block) for block in model.decoder_blocks],
+        decoder_blocks=[own.block(block, block_of) for block in model.decoder_blocks],
         decoder_norm=Norm.of(model.decoder_norm),
         head=own.linear(model.decoder_pred),
     )
@@ -203,7 +203,7 @@ def _embed(layer: nn.Module, cls: bool) -> Layer:
     return lambda x: F.pad(apply_layer(x[:, 1:], found), (0, 0, 1, 0))
 
 
-def _block(block: nn.Module) -> Block:
+def block_of(block: nn.Module) -> Block:
     a, m, (path,) = block.attn, block.mlp, own.drops(block, "drop_path")
     drop, drop1, drop2 = own.drops(m, *DROPS)
     proj = own.dropped(own.linear(a.proj), *own.drops(a, "proj_drop"), path)
@@ -212,7 +212,7 @@ def _block(block: nn.Module) -> Block:
     return Block(norms[0], *qkv, proj, norms[1], own.linear(m.fc1), fc2)
 
 
-def _pos(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def pos_of(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """Positions [L, D], and the cls token [D] with its own (None without one)."""
     if model.sep_pos_embed:
         spatial = getattr(model, f"{name}pos_embed_spatial")

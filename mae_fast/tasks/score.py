@@ -204,7 +204,7 @@ def page(results, logits, labels, rows, classes, bad) -> str:
     scores = (logits[:, :-1] if logits.shape[1] > 1 else logits).softmax(dim=-1).mean(dim=1)
     table, known = confusion(scores, labels), html.escape
     lines = [f"<tr><th>{known(k)}</th><td>{known(_said(v))}</td></tr>" for k, v in results.items()]
-    parts = ["<!doctype html><meta charset=utf-8><title>test</title><style>", _STYLE, "</style>"]
+    parts = ["<!doctype html><meta charset=utf-8><title>test</title><style>", STYLE, "</style>"]
     parts += ["<h1>Test</h1><table>", *lines, "</table>"]
     if len(classes) <= 30:
         head = "".join(f"<th>{known(c)}</th>" for c in classes)
@@ -228,7 +228,7 @@ def page(results, logits, labels, rows, classes, bad) -> str:
     for i in sure.argsort(descending=True)[:_WORST].tolist():
         if sure[i] > 0:
             said = f"{classes[scores[i].argmax()]} ({sure[i]:.0%}), is {classes[labels[i]]}"
-            parts.append(f"<figure>{_frames(rows[i])}<figcaption>{known(rows[i].path)}: "
+            parts.append(f"<figure>{frames_of(rows[i])}<figcaption>{known(rows[i].path)}: "
                          f"{known(said)}</figcaption></figure>")  # fmt: skip
     parts += [f"<p>bad, counted as wrong: {known(p)}: {known(r)}</p>" for p, r in bad]
     return "\n".join(parts).encode("utf-8", "replace").decode()
@@ -238,7 +238,7 @@ def _said(value: Any) -> str:
     return f"{value:.2%}" if isinstance(value, float) else str(value)
 
 
-def _frames(row: VideoRow) -> str:
+def frames_of(row: VideoRow) -> str:
     """Three frames of a video, as an <img>."""
     from PIL import Image
 
@@ -255,6 +255,6 @@ def _frames(row: VideoRow) -> str:
     return f"<img src='data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}'>"
 
 
-_STYLE = """body { font: 15px system-ui; max-width: 60rem; margin: auto; padding: 1rem }
+STYLE = """body { font: 15px system-ui; max-width: 60rem; margin: auto; padding: 1rem }
 table { border-collapse: collapse } td, th { padding: 0.2rem 0.6rem; text-align: left }
 img { max-width: 100% }"""

@@ -1,0 +1,118 @@
+"""Frozen features and the probes, V-JEPA 2's attentive classifier against its own figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mae_fast import cli, probe
+from mae_fast.config import ModelConfig
+from mae_fast.errors import DataError
+from mae_fast.model import MaskedAutoencoder
+
+GOLDEN = Path(__file__).parent / "golden" / "vjepa2_attentive.safetensors"
+
+
+def ours(name):
+    """Our name of one of V-JEPA 2's parameters, q, k and v still fused."""
+    name = name.removeprefix("pooler.").removeprefix("cross_attention_block.")
+    return name.removeprefix("xattn.")
+
+
+def test_attentive_probe_is_v_jepa_2s_to_every_gradient():
+    golden = load_file(GOLDEN)
+    head = probe.AttentiveHead(16, 5, heads=4, depth=3).double()
+    tables = {"state.": {}, "grad.": {}}
+    for key, value in golden.items():
+        for kind, table in tables.items():
+            if key.startswith(kind):
+                name = ours(key.removeprefix(kind))
+                stem, _, end = name.rpartition(".")
+                if stem.endswith("attn.qkv"):
+                    parts = zip("qkv", value.chunk(3), strict=True)
+                    table |= {f"{stem[:-3]}{x}.{end}": t for x, t in parts}
+                else:
+                    table[name] = value
+    head.load_state_dict(tables["state."])
+    logits = head(golden["x"])
+    loss = -(golden["target"] * logits.log_softmax(-1)).sum(-1).mean()
+    loss.backward()
+    torch.testing.assert_close(logits, golden["logits"], rtol=1e-9, atol=1e-9)
+    for name, p in head.named_parameters():
+        theirs = tables["grad."][name].double()
+        assert (p.grad - theirs).norm() <= 1e-6 * theirs.norm() + 1e-9, name
+
+
+def blobs(n, seed, views=2, tokens=0, far=3.0):
+    """n videos of three classes, around three points; the first is bad."""
+    labels = torch.arange(n) % 3
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, views, tokens, 16) if tokens else (n, views, 16)
+    x = torch.randn(shape, generator=generator)
+    x[..., 0:3] += far * torch.nn.functional.one_hot(labels, 3).view(n, *(1,) * (x.dim() - 2), 3)
+    x[0] = torch.nan
+    return x, labels
+
+
+def test_probes_find_what_is_there_and_count_bad_videos_as_wrong():
+    (x, a), (y, b) = blobs(60, 0), blobs(31, 1)
+    assert probe.accuracy(probe.knn(x, a, y, 3, 10), b) == pytest.approx(30 / 31, abs=0.07)
+    found = probe.linear(x, y, a, b, 3, epochs=30)
+    assert 0.85 < found["linear"] <= 30 / 31
+    tokens = blobs(60, 0, tokens=5), blobs(31, 1, tokens=5)
+    (x, a), (y, b) = tokens
+    grid = [(1e-2, 0.01), (1e-9, 0.01)]
+    found = probe.attentive(x, y, a, b, 3, 10, grid=grid, heads=4, depth=2)
+    assert 0.85 < found["attentive"] <= 30 / 31
+    assert found["attentive_chosen"] == "rate 0.01, decay 0.01"
+
+
+def test_heads_are_chosen_without_the_test(monkeypatch):
+    """The test's labels change nothing but the accuracy."""
+    (x, a), (y, b) = blobs(60, 0, far=0.5), blobs(30, 1, far=0.5)
+    one = probe.linear(x, y, a, b, 3, epochs=3)
+    other = probe.linear(x, y, a, (b + 1) % 3, 3, epochs=3)
+    assert one["linear_chosen"] == other["linear_chosen"] and one["linear"] != other["linear"]
+    part = probe.held_out(a, 0)
+    assert [int((part & (a == c)).sum()) for c in range(3)] == [4, 4, 4]
+
+
+def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys):
+    cfg = dict(img_size=32, patch_size=8, num_frames=4, pred_t_dim=2, embed_dim=192, depth=1)
+    cfg |= dict(num_heads=3, decoder_embed_dim=192, decoder_depth=1, decoder_num_heads=6)
+    model = MaskedAutoencoder(ModelConfig(**cfg))
+    from mae_fast import checkpoint, config
+
+    state = {"model": config.to_dict(model.cfg)}
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {"config": state, "run": "r"}, 1)
+    for name, index in (("a", motions.train), ("b", motions.val)):
+        out = str(tmp_path / f"{name}.safetensors")
+        how = ["--sampling", "uniform", "--workers", "0", "--tokens"]
+        assert cli.main(["features", str(path), str(index), "-o", out, *how]) == 0
+    with safe_open(tmp_path / "a.safetensors", "pt") as f:
+        assert f.get_tensor("features").shape == (16, 1, 32, 192)
+        assert f.get_tensor("features").dtype == torch.bfloat16
+        assert json.loads(f.metadata()["labels"])[:2] == ["down", "left"]
+    args = [str(tmp_path / f"{n}.safetensors") for n in "ab"]
+    out = tmp_path / "found.json"
+    assert cli.main(["probe", *args, "--kind", "knn", "-o", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["chance"] == 0.25 and 0 <= found["knn_10"] <= 1 and found["videos"] == 8
+    capsys.readouterr()
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert cli.main(["probe", args[0], str(tmp_path / "x.safetensors")]) == 73
+    assert "error" in capsys.readouterr().err
+    unknown = str(tmp_path / "x.safetensors")
+    assert cli.main(["features", unknown, str(motions.val), "-o", "y"]) == 2
+
+
+def test_an_unknown_class_is_refused(tmp_path):
+    for name, labels in (("a", ["x", "y"]), ("b", ["x", "z"])):
+        table = {"features": torch.randn(2, 1, 4)}
+        save_file(table, tmp_path / f"{name}.safetensors", {"labels": json.dumps(labels)})
+    with pytest.raises(DataError, match="no training video is of class 'z'"):
+        probe.probe(str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"))
