@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages import steps
+from benchmarks.gpu.stages.steps import LADDER, REST, RUNGS
+from benchmarks.gpu.stages.steps import items as items_of
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    return steps.items(setting, rungs=True)
+    every = (("vit_base", 64, (*LADDER, *REST)),)  # each engine once
+    return items_of(setting, every if setting.tiny else RUNGS)

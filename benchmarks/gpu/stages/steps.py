@@ -1,22 +1,25 @@
-"""Training steps of mae_fast beside each baseline: interleaved, on synthetic uint8 clips.
+"""Training steps of mae_fast beside each baseline, and at masking ratios beside itself at 90%:
+interleaved, on synthetic uint8 clips. `rungs` and `ratios` are plans of this stage.
 
-A step is forward, backward, clip and AdamW. A baseline whose batch does not fit into memory takes
-the greatest half of it that does; both are compared in clips a second.
+A step is forward, backward, clip and AdamW. A cell whose batch does not fit into memory takes the
+greatest half of it that does; both are compared in clips a second. 0% is an encoder that sees every
+token: the decoder and the loss stay those of the 90% mask, since 0% leaves nothing to predict.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from benchmarks.gpu.engines import GRAPH, OURS, build, first_losses, fitting
+from benchmarks.gpu.engines import GRAPH, LOSS_TOLERANCE, OURS, build, first_losses, fitting
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
 from mae_fast.bench.baselines.training import Built
-from mae_fast.bench.flops import official_step_flop
+from mae_fast.bench.flops import BASE_RATIO, official_step_flop, step_flop
 from mae_fast.bench.machine import as_record
-from mae_fast.bench.timing import interleave
+from mae_fast.bench.timing import interleave, ratio
+from mae_fast.ops import OPS, dispatch
 
 BAR = "official_sdpa_compile"
 FIRST = (OURS, GRAPH, BAR)
@@ -45,7 +48,7 @@ RUNGS = (
     ("vit_huge16", 8, (*SHORT, BAR)),
     ("vit_huge16", 128, (*SHORT, BAR)),
 )
-REHEARSED = PLAN[:1], (("vit_base", 64, (*LADDER, *REST)),)
+RATIOS, RATIO_MODELS = (0.0, 0.75, 0.95, 0.5, 0.8, 0.25), ("vit_large", "vit_base")
 STEPS_A_SAMPLE = 3  # one after another, so that the host may run ahead
 SECONDS_AN_ITEM = 4.0
 ROUNDS = (3, 10)  # at least and at most
@@ -53,7 +56,7 @@ ROUNDS = (3, 10)  # at least and at most
 
 @dataclass
 class Reference:
-    """mae_fast at one model and batch, kept while baselines take turns beside it."""
+    """mae_fast at one model and batch at 90%, kept while others take turns beside it."""
 
     setting: Setting
     model: str
@@ -76,15 +79,27 @@ class Reference:
         self.clips, self.noise, self.engine = self.clips[:batch], self.noise[:batch], engine
 
 
-def items(setting: Setting, rungs: bool = False) -> Iterator[Item]:
+Plan = Sequence[tuple[str, int, Sequence[str]]]
+
+
+def items(setting: Setting, plan: Plan = PLAN) -> Iterator[Item]:
+    plan = plan[:1] if setting.tiny else plan
     limits = setting.device.limits()
-    for model, batch, engines in REHEARSED[rungs] if setting.tiny else (PLAN, RUNGS)[rungs]:
+    for model, batch, engines in plan:
         reference = Reference(setting, model, setting.batch(batch))
         for name in engines:
             yield Item(
                 f"{model} {batch} clips {name}",
                 lambda reference=reference, name=name: measure(setting, reference, name, limits),
             )
+
+
+def items_by_ratio(setting: Setting) -> Iterator[Item]:
+    references = {m: Reference(setting, m, setting.batch(64)) for m in setting.some(RATIO_MODELS)}
+    for masked in RATIOS:
+        for model, reference in references.items():
+            run = lambda r=reference, masked=masked: measure_ratio(setting, r, masked)  # noqa: E731
+            yield Item(f"{model} {masked:.0%}", run)
 
 
 def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> dict:
@@ -101,43 +116,84 @@ def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> 
         batch = warmed(engine, clips, noise)
         peak_mb = setting.device.peak_mb(several(engine, clips[:batch], noise[:batch], steps=1))
     losses = first_losses({OURS: ours, name: engine}, clips[:batch], noise[:batch], reference.state)
-    functions = {name: several(engine, clips[:batch], noise[:batch])}
-    if name == OURS:
-        functions |= {limit: found.run for limit, found in limits.items()}
-    else:
-        functions[OURS] = several(ours, clips, noise)
-    before = setting.device.conditions()
-    once = sum(setting.device.time(run) for run in functions.values())
-    rounds = setting.rounds(int(min(max(SECONDS_AN_ITEM / once, ROUNDS[0]), ROUNDS[1])))
-    seconds = interleave(functions, rounds, timer=setting.device.time)
-    steps_of = {n: [s / STEPS_A_SAMPLE for s in seconds[n]] for n in {name, OURS}}
-    rate = {n: 1 / statistics.median(s) for n, s in steps_of.items()}
-    rate = {n: r * (batch if n == name else len(clips)) for n, r in rate.items()}
-    flop = official_step_flop(cfg, 1)
+    beside = {name: (engine, batch)} | ({} if name == OURS else {OURS: (ours, len(clips))})
+    others = limits if name == OURS else {}
+    record = taken_in_turn(setting, reference, beside, others)
+    record["engines"][name]["peak_memory_mb"] = peak_mb - before_mb
+    rate, flop = record["clips_per_second"], official_step_flop(cfg, 1)
     told = f"{rate[name]:.1f} clips/s, {rate[name] * flop / 1e12:.1f} TFLOP/s of the official count"
     if name != OURS:
         told += f", mae_fast {rate[OURS] / rate[name]:.2f}x"
+    of = {"engine": name, "ratio": BASE_RATIO, "losses": losses, "official_flop_a_clip": flop}
+    return {**record, **of, "told": told}
+
+
+def measure_ratio(setting: Setting, reference: Reference, masked: float) -> dict:
+    """The record of mae_fast at one masking ratio, beside itself at 90%."""
+    reference.open()
+    cfg, dense = reference.cfg, masked == 0
+    name = "mae_fast_encode_all" if dense else OURS
+    engine = build(name, cfg, setting, masked or BASE_RATIO)
+    checked(engine, reference.clips[:2], reference.noise[:2])
+    batch, base = warmed(engine, reference.clips, reference.noise), f"{OURS} at {BASE_RATIO:.0%}"
+    beside = {OURS: (engine, batch), base: (reference.engine, len(reference.clips))}
+    record = taken_in_turn(setting, reference, beside, {})
+    clips = {n: e["clips"] for n, e in record["engines"].items()}
+    flop = {
+        OURS: step_flop(cfg, batch, masked or BASE_RATIO, encode_all=dense),
+        base: step_flop(cfg, clips[base]),
+    }
+    for n, engine_record in record["engines"].items():
+        engine_record["flop"] = flop[n]
+    times = ratio(*(record["seconds"][n] for n in (OURS, base))) * clips[base] / batch
+    work = flop[OURS] / batch / (flop[base] / clips[base])
+    told = f"{record['clips_per_second'][OURS]:.1f} clips/s; a clip takes {times:.2f}x that of "
+    return {
+        **record,
+        "ratio": masked,
+        "times_the_base": times,
+        "times_the_base_in_flop": work,
+        "told": f"{told}{BASE_RATIO:.0%} ({work:.2f}x in FLOP)",
+    }
+
+
+def taken_in_turn(
+    setting: Setting, reference: Reference, engines: dict[str, tuple[Built, int]], limits: dict
+) -> dict:
+    """Steps of {name: (engine, clips)} and the device's limits in turn, as a record."""
+    clips, noise = reference.clips, reference.noise
+    functions = {n: several(e, clips[:batch], noise[:batch]) for n, (e, batch) in engines.items()}
+    functions |= {limit: found.run for limit, found in limits.items()}
+    before = setting.device.conditions()
+    once = sum(setting.device.time(run) for run in functions.values())
+    rounds = setting.rounds(int(min(max(SECONDS_AN_ITEM / once, ROUNDS[0]), ROUNDS[1])))
+    found = interleave(functions, rounds, timer=setting.device.time)
+    seconds = {n: [s / STEPS_A_SAMPLE for s in found[n]] for n in engines}
     return {
         "kind": "steps",
         "model": reference.model,
         "batch_asked": reference.batch,
         "batch_clips": len(clips),
-        "engine": name,
-        "ratio": 0.9,
         "precision": "bf16",
         "device": setting.device.type,
-        "losses": losses,
-        "seconds": steps_of,
-        "engines": {
-            OURS: {"clips": len(clips)},
-            name: {"clips": batch, "peak_memory_mb": peak_mb - before_mb},
+        "engines": {n: {"clips": batch} for n, (_, batch) in engines.items()},
+        "seconds": seconds,
+        "clips_per_second": {
+            n: batch / statistics.median(seconds[n]) for n, (_, batch) in engines.items()
         },
-        "clips_per_second": rate,
-        "official_flop_a_clip": flop,
-        "limits": as_record(limits, seconds) if name == OURS else {},
+        "limits": as_record(limits, found),
         "conditions": [before, setting.device.conditions()],
-        "told": told,
     }
+
+
+def checked(engine: Built, clips: Tensor, noise: Tensor) -> None:
+    """AssertionError where the loss is not that of plain torch on the same weights."""
+    state = {k: v.clone() for k, v in engine.model.state_dict().items()}
+    ours = float(engine.step(clips, noise))
+    engine.model.load_state_dict(state)
+    with dispatch.backends(**dict.fromkeys(OPS, "reference")):
+        plain = float(engine.step(clips, noise))
+    assert abs(ours / plain - 1) <= LOSS_TOLERANCE, f"loss {ours}, plain torch gives {plain}"
 
 
 def warmed(engine: Built, clips: Tensor, noise: Tensor) -> int:
