@@ -3,6 +3,8 @@
 Steps on clips that lie ready, of any engine, are `mae-fast bench ratio --ratios 0.9`.
 """
 
+import contextlib
+import io
 import statistics
 import tempfile
 from dataclasses import replace
@@ -53,7 +55,11 @@ def step(
     if not index:
         with tempfile.TemporaryDirectory() as folder:
             how = dict(batch=batch, rounds=steps, precision=precision, device=device)
-            bench_ratio((f"{model}/{variant}",), (ratio,), ("ours",), out=folder, **how)
+            named = model if variant == "mae_st" else f"{model}/{variant}"
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                bench_ratio((named,), (ratio,), ("ours",), out=folder, **how)
+            # All but where the records are: they go to `out`.
+            print("\n".join(x for x in said.getvalue().splitlines() if x[:8] != "records:"))
             record = (Path(folder) / "ratio.jsonl").read_text()
         if out:
             Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mae_fast.bench import cell as cell_module
-from mae_fast.bench import engines, ratio, ratio_table
+from mae_fast.bench import engines, ratio, ratio_table, step
 from mae_fast.bench.cell import Cell, Setting, build, in_own_process, make_clips, stepper
 from mae_fast.bench.engines import OURS, Masking
 from mae_fast.bench.ratio import Run
@@ -145,6 +145,20 @@ def test_a_run_tells_every_cell(tiny, tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "ratio.jsonl").read_text().splitlines()]
     assert [problems(r) for r in records] == [[], []]
     assert told["paper"]["with_data_hours"] == 35.8
+
+
+def test_bench_step_is_a_cell_and_keeps_its_record(tmp_path, monkeypatch, capsys):
+    """Of a model's own name: plan finds it beside its prediction."""
+
+    def fake(models, ratios, names, out, **how):
+        (Path(out) / "ratio.jsonl").write_text(json.dumps([models, ratios, names]) + "\n")
+        print(f"a table\nrecords: {out}/ratio.jsonl")
+
+    monkeypatch.setattr(step, "bench_ratio", fake)
+    for variant, name in (("mae_st", "vit_tiny"), ("slowfast", "vit_tiny/slowfast")):
+        step.step("vit_tiny", variant, out=str(tmp_path / variant))
+        assert json.loads((tmp_path / variant).read_text()) == [[name], [0.9], ["ours"]]
+    assert capsys.readouterr().out == "a table\n" * 2
 
 
 def test_what_is_there_is_not_measured_again(tiny, tmp_path, monkeypatch, capsys):
