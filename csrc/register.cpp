@@ -6,6 +6,7 @@
 #include "cpu/crop_resize_patchify_gather.h"
 #include "cpu/decoder_tokens.h"
 #include "cpu/layer_norm.h"
+#include "cpu/masked_hog_mse.h"
 #include "cpu/masked_mse.h"
 #include "cpu/patch_embed.h"
 #include "cpu/patchify_gather.h"
@@ -23,6 +24,8 @@ TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
   m.impl("decoder_tokens_bwd", mae_fast::decoder_tokens_bwd);
   m.impl("layer_norm_fwd", mae_fast::layer_norm_fwd);
   m.impl("layer_norm_bwd", mae_fast::layer_norm_bwd);
+  m.impl("masked_hog_mse_fwd", mae_fast::masked_hog_mse_fwd);
+  m.impl("masked_hog_mse_bwd", mae_fast::masked_mse_bwd);
   m.impl("masked_mse_fwd", mae_fast::masked_mse_fwd);
   m.impl("masked_mse_bwd", mae_fast::masked_mse_bwd);
   m.impl("patch_embed_grads", mae_fast::patch_embed_grads);

@@ -9,6 +9,7 @@ from mae_fast.ops import (  # noqa: F401  every op, so that dispatch.OPS is whol
     decoder_tokens,
     layer_norm,
     linear,
+    masked_hog_mse,
     masked_mse,
     patch_embed,
     patchify_gather,

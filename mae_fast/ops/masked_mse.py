@@ -91,21 +91,26 @@ def _(saved, dloss):
     return torch.empty_like(saved)
 
 
-def _save(ctx, inputs, output):
-    saved = output[1]
-    ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(saved)
+def scaled_backward(op: str, arguments: int) -> None:
+    """The autograd of an op whose forward gives (loss, pred's gradient where the loss's is 1), for
+    the first of its `arguments`."""
 
+    def save(ctx, inputs, output):
+        saved = output[1]
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(saved)
 
-@dispatch.once_differentiable
-def _backward(ctx, dloss, _):
-    if dloss is None:
-        return (None,) * 10
-    (saved,) = ctx.saved_tensors  # an error if a gradient given out earlier was changed in place
-    ready = saved.dtype != torch.float16 and _is_one(dloss)
-    dpred = saved if ready else torch.ops.mae_fast.masked_mse_bwd(saved, dloss)
-    return dpred, *(None,) * 9
+    @dispatch.once_differentiable
+    def backward(ctx, dloss, _):
+        if dloss is None:
+            return (None,) * arguments
+        (saved,) = ctx.saved_tensors  # an error if a gradient given out was changed in place
+        ready = saved.dtype != torch.float16 and _is_one(dloss)
+        operator = getattr(torch.ops.mae_fast, f"{op}_bwd")
+        return saved if ready else operator(saved, dloss), *(None,) * (arguments - 1)
+
+    torch.library.register_autograd(f"mae_fast::{op}_fwd", backward, setup_context=save)
 
 
 def _is_one(dloss: Tensor) -> bool:
@@ -113,7 +118,7 @@ def _is_one(dloss: Tensor) -> bool:
     return type(dloss) is Tensor and dloss.device.type == "cpu" and dloss.tolist() == 1
 
 
-torch.library.register_autograd("mae_fast::masked_mse_fwd", _backward, setup_context=_save)
+scaled_backward("masked_mse", arguments=10)
 
 
 def _why_not_cpp(pred: Tensor, video: Tensor, ids: Tensor, norm_pix: str) -> str | None:

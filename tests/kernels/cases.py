@@ -172,6 +172,18 @@ def _masked_mse(m: _Maker):
         yield name, (pred, m.clip(), ids, *pixels, True)
 
 
+def _masked_hog_mse(m: _Maker):
+    """Of every second frame, as PySlowFast; patches of whole cells only."""
+    patch = m.model.patch
+    if patch % 8:
+        return
+    ids, frames = m.ids()[1], [*range(0, m.model.frames, 2)]
+    if ids.device.type == "cpu":  # interpreted, a token takes a third of a second
+        ids = ids[:, ::8].contiguous()
+    pred = m.floats(*ids.shape, 27 * (patch // 8) ** 2)
+    yield "", (pred, m.clip(), ids, frames, patch, 0.225, True)
+
+
 def _adamw(m: _Maker):
     """Not an operator: the launchers' arguments, by groups of (param, grad, mean, square, step,
     copy); one of the tensors begins at an odd address."""
@@ -204,6 +216,7 @@ CASES: dict[str, Callable[[_Maker], Any]] = {
     "crop_resize_patchify_gather": _crop_resize_patchify_gather,
     "decoder_tokens": _decoder_tokens,
     "layer_norm": _layer_norm,
+    "masked_hog_mse": _masked_hog_mse,
     "masked_mse": _masked_mse,
     "patch_embed": _patch_embed,
     "patchify_gather": _patchify_gather,

@@ -71,6 +71,9 @@ def least(call: Call, outs: Sequence[Tensor]) -> int:
         if call.operator.startswith("crop"):
             _, boxes, _, _, size = call.args[:5]
             values *= int(boxes[:, 2:].prod(dim=1).sum()) / (len(boxes) * size**2)
+        elif call.operator.startswith("masked_hog"):  # a patch and the pixels around it
+            _, _, ids, _, patch = call.args[:5]
+            values = ids.numel() * clips[0].shape[1] * (patch + 2) ** 2
         total += int(values)
     return total
 

@@ -63,6 +63,10 @@ ARGUMENTS = {  # of every public function of an op
     },
     "layer_norm": norm,
     "linear": lambda: {"x": ones(2, 8), "weight": ones(4, 8), "bias": ones(4)},
+    "masked_hog_mse": lambda: {
+        "pred": ones(2, 3, 27), "video": torch.zeros(2, 3, 4, 8, 8, dtype=torch.uint8),
+        "ids": torch.zeros(2, 3, dtype=torch.int32), "frames": (0, 2), "patch": 8, "std": 0.2
+    },
     "masked_mse": lambda: {
         "pred": ones(2, 3, 96), "frames": (0, 1, 2, 3), "norm_pix": "patch", **clip(), **PATCHES
     },

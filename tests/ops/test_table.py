@@ -20,6 +20,7 @@ from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather
 from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.ops.linear import linear
+from mae_fast.ops.masked_hog_mse import masked_hog_mse
 from mae_fast.ops.masked_mse import masked_mse
 from mae_fast.ops.patch_embed import patch_embed
 from mae_fast.ops.patchify_gather import patchify_gather
@@ -43,6 +44,10 @@ def _frames():
 
 def _ids(*ids):
     return torch.tensor(ids, dtype=torch.int32)
+
+
+def _hog_mse(pred, video, ids):
+    return masked_hog_mse(pred, video, ids, (0, 2), 8, 0.225)
 
 
 def _mse(pred, video, ids):
@@ -84,6 +89,7 @@ CASES = {
     "decoder_tokens": (decoder_tokens, [*_values((2, 2, 3), (2, 3), (3,), (5, 3)), KEEP, MASK]),
     "layer_norm": (partial(layer_norm, eps=1e-6), _values((2, 3, 5), (5,), (5,))),
     "linear": (linear, _values((2, 3, 5), (4, 5), (4,))),
+    "masked_hog_mse": (_hog_mse, [*_values((2, 1, 27)), _clip(), _ids([0], [1])]),
     "masked_mse": (_mse, [*_values((2, 2, 48)), _clip(), _ids([0, 5], [7, 3])]),
     "patch_embed": (
         _embed,
