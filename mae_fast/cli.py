@@ -37,6 +37,7 @@ VERBS = {
     ),
     "convert": ("mae_fast.weights", "convert", "write weights under another family's names"),
     "masks": ("mae_fast.mask_pictures", "draw", "draw every mask strategy in one picture"),
+    "sweep": ("mae_fast.sweep", "sweep", "run arms that differ in one thing; one judge, one table"),
     "plan": (
         "mae_fast.plan",
         "plan",

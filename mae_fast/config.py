@@ -97,6 +97,9 @@ class ModelConfig:
     """hidden channels of a block's MLP, as a multiple of its channels"""
     norm_pix_loss: bool = True
     """predict each patch's pixels normalised by its own mean and variance"""
+    target: Literal["pixels", "pixels_by_channel", "hog"] = "pixels"
+    """what is predicted: pixels, normalised over a patch (MAE-ST) or each channel of it alone
+    (VideoMAE); or PySlowFast's HOG of each time step's first frame"""
     sep_pos_embed: bool = True
     """one table of positions in time and one in space, added, in place of a joint one"""
     cls_embed: bool = True
@@ -143,6 +146,21 @@ class ModelConfig:
             f"model.pred_t_dim {self.pred_t_dim} is not a whole number of frames for each of the "
             f"{self.grid[0]} time steps (num_frames {self.num_frames})",
         )
+        _require(
+            self.norm_pix_loss or self.target != "pixels_by_channel",
+            "model.target pixels_by_channel is normalised: model.norm_pix_loss must be true",
+        )
+        if self.target == "hog":
+            _require(
+                self.patch_size % 8 == 0,
+                f"model.target hog has cells of 8 pixels: model.patch_size must be a multiple of "
+                f"8, got {self.patch_size}",
+            )
+            _require(
+                self.pred_t_dim == self.grid[0],
+                f"model.target hog is of one frame a time step: model.pred_t_dim must be "
+                f"{self.grid[0]}, got {self.pred_t_dim}",
+            )
         if self.variant == "slowfast":
             _require(
                 self.pred_t_dim == self.grid[0],
@@ -167,9 +185,10 @@ class ModelConfig:
         """Which input frames are predicted.
 
         mae_st: linspace(0, T-1, pred_t_dim) truncated, in fp32 as the official code has it, so
-        the last frame is always one of them (0, 2, ..., 12, 15). slowfast: every t_patch_size-th.
+        the last frame is always one of them (0, 2, ..., 12, 15). slowfast, and HOG in either: every
+        t_patch_size-th.
         """
-        if self.variant == "slowfast":
+        if self.variant == "slowfast" or self.target == "hog":
             return tuple(range(0, self.num_frames, self.t_patch_size))
         import torch
 
@@ -184,7 +203,19 @@ class ModelConfig:
     @property
     def pred_dim(self) -> int:
         """P, the target values of one token."""
+        if self.target == "hog":
+            return self.in_chans * 9 * (self.patch_size // 8) ** 2
         return self.pred_t_patch_size * self.patch_size**2 * self.in_chans
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is a mean of: losses of other units are not to be compared."""
+        if self.target == "hog":
+            return "squared error of HOG, whose cells have norm 1"
+        if not self.norm_pix_loss:
+            return "squared error of pixels, in deviations of 0.225"
+        per = "channel of a patch" if self.target == "pixels_by_channel" else "patch"
+        return f"squared error of pixels, in deviations of their {per}"
 
 
 def _preset(

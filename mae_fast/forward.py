@@ -20,6 +20,7 @@ from mae_fast.ops.bias_gelu import bias_gelu
 from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.ops.linear import linear
+from mae_fast.ops.masked_hog_mse import hog_patches, masked_hog_mse
 from mae_fast.ops.masked_mse import masked_mse, target_patches
 from mae_fast.ops.patch_embed import patch_embed
 from mae_fast.remade import remade
@@ -117,9 +118,10 @@ class Params(NamedTuple):
 class Spec(NamedTuple):
     """What the parameters' shapes do not say.
 
-    `norm_pix`: the values of a target patch that are normalised together. `keep_encoder_cls`: the
-    decoder's cls token is the encoder's, projected, plus decoder_cls. `checkpoint`: a block keeps
-    its input only, and runs again in backward.
+    `norm_pix`: the values of a target patch that are normalised together; `hog`: the targets are
+    their histograms of gradients. `keep_encoder_cls`: the decoder's cls token is the encoder's,
+    projected, plus decoder_cls. `checkpoint`: a block keeps its input only, and runs again in
+    backward.
     """
 
     t_patch: int
@@ -133,6 +135,7 @@ class Spec(NamedTuple):
     mean: float = 0.45
     std: float = 0.225
     checkpoint: bool = False
+    hog: bool = False
 
 
 def forward(
@@ -257,12 +260,16 @@ def _shared_qkv(
 @spanned("loss")
 def masked_loss(spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
     """The loss of predictions [B, M, P] of the tokens ids_mask [B, M]."""
+    if spec.hog:
+        return masked_hog_mse(pred, video, ids_mask, spec.target_frames, spec.patch, spec.std)
     target = (spec.target_frames, spec.pred_t_patch, spec.patch, spec.mean, spec.std)
     return masked_mse(pred, video, ids_mask, *target, spec.norm_pix)
 
 
 def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The pixels of tokens `ids` [B, M] that the decoder predicts, before norm_pix: [B, M, P]."""
+    """What the decoder predicts of tokens `ids` [B, M], pixels before norm_pix: [B, M, P]."""
+    if spec.hog:
+        return hog_patches(video, ids, spec.target_frames, spec.patch, spec.std, dtype)
     return target_patches(
         video,
         ids,

@@ -192,8 +192,9 @@ def memory_mb(device: Any) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def draw_curves(folder: str | Path) -> Path | None:
-    """Plot loss, learning rate and gradient norm of a run into curves.png; None if it cannot."""
+def draw_curves(folder: str | Path, unit: str = "") -> Path | None:
+    """Plot loss (a mean of `unit`), learning rate and gradient norm of a run into curves.png; None
+    if it cannot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -211,6 +212,7 @@ def draw_curves(folder: str | Path) -> Path | None:
     for axis, (key, scale) in zip(axes, scales.items(), strict=True):
         axis.plot(steps, [r[key] for r in rows], linewidth=1.2)
         axis.set(title=key, xlabel="step", yscale=scale)
+        axis.set_ylabel(unit if key == "loss" else "", fontsize=6)
         axis.grid(alpha=0.3)
     held_out = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
     if held_out:

@@ -17,6 +17,7 @@ from mae_fast.ops.masked_mse import unpatchify
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225
 NORM_EPS = 1e-6
+_NORM_PIX = {"pixels": "patch", "pixels_by_channel": "channel", "hog": "none"}
 
 
 class Attention(nn.Module):
@@ -106,7 +107,8 @@ class MaskedAutoencoder(nn.Module):
             decoder_num_heads=cfg.decoder_num_heads,
             target_frames=cfg.target_frames,
             pred_t_patch=cfg.pred_t_patch_size,
-            norm_pix="patch" if cfg.norm_pix_loss else "none",
+            norm_pix=_NORM_PIX[cfg.target] if cfg.norm_pix_loss else "none",
+            hog=cfg.target == "hog",
             keep_encoder_cls=cfg.cls_embed and not own_cls,
             mean=PIXEL_MEAN,
             std=PIXEL_STD,

@@ -142,7 +142,7 @@ class Run:
                 return self._steps(None)
             with metrics.Metrics(self.cfg, self.total, self.step) as sink:
                 row = self._steps(sink)
-            metrics.draw_curves(self.folder)
+            metrics.draw_curves(self.folder, self.cfg.model.loss_unit)
             return row
         except (DataError, Interrupted):
             self._save()  # what was learned until then

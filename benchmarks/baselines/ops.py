@@ -2,6 +2,7 @@
 arguments. Where the official code computes more (all patches, patch order), so does this.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -138,6 +139,32 @@ def _masked_mse(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix) -
     return Baseline("official", (full,), function, lambda loss, grad: (loss, rows(grad, ids)))
 
 
+def _masked_hog_mse(pred, video, ids, frames, patch, std) -> Baseline:
+    """Histograms of every pixel of every target frame. Bytes as they are: HOG has no scale, and of
+    normalised pixels rounding decides where a gradient is 0."""
+    chans, n = video.shape[1], patch // 8
+    wanted = torch.tensor(frames, device=video.device)
+    wide = video.to(pred.dtype)
+    sobel = torch.tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]], device=video.device)
+    sobel = sobel.to(pred.dtype).expand(chans, 1, 3, 3)
+
+    def function(pred: Tensor) -> Tensor:
+        x = wide.index_select(2, wanted).transpose(1, 2).flatten(0, 1)
+        x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        gx = F.conv2d(x, sobel, groups=chans)
+        gy = F.conv2d(x, sobel.transpose(2, 3), groups=chans)
+        magnitude = torch.stack([gx, gy], -1).norm(dim=-1)[:, :, None]
+        bins = (torch.atan2(gx, gy) / math.pi * 9).floor().long()[:, :, None] % 9
+        parts = magnitude.new_zeros(*gx.shape[:2], 9, *gx.shape[2:])
+        parts.scatter_add_(2, bins, magnitude)
+        cells = F.normalize(parts.unfold(3, 8, 8).unfold(4, 8, 8).sum((-1, -2)), dim=2)
+        cells = cells.flatten(1, 2).permute(0, 2, 3, 1).unfold(1, n, n).unfold(2, n, n)
+        target = cells.flatten(3).reshape(len(pred), -1, pred.shape[2])
+        return (pred - rows(target, ids)).square().mean()
+
+    return Baseline("official", (pred,), function)
+
+
 def _torch_layer_norm(x, weight, bias, eps, dtype=None) -> Tensor:
     out = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return out if dtype is None else out.to(dtype)
@@ -160,5 +187,6 @@ OFFICIAL: dict[str, Callable[..., Baseline]] = {
     "patchify_gather": _patchify_gather,
     "crop_resize_patchify_gather": _crop_resize,
     "decoder_tokens": _decoder_tokens,
+    "masked_hog_mse": _masked_hog_mse,
     "masked_mse": _masked_mse,
 }

@@ -231,7 +231,8 @@ def _clip(cfg: ModelConfig, clips: int) -> Tensor:
 
 
 def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> list[Call]:
-    """Each different call of one forward, whatever its phase, and what the data path calls."""
+    """Each different call of one forward, whatever its phase, of HOG's loss, and what the data path
+    calls."""
     merged: dict[tuple, Call] = {}
     for call in step_calls(cfg, clips, ratio, dtype):
         count = call.count + (merged[key].count if (key := (call.op, call.shape)) in merged else 0)
@@ -246,7 +247,16 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
     flips = torch.arange(clips) % 2 == 0
     crop = sources, box.repeat(clips, 1), flips, ids, cfg.img_size
     pixels = cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, dtype
+    cell = 8  # of HOG: a patch has whole ones
+    patch = max(cfg.patch_size // cell, 1) * cell
+    masked = torch.empty(clips, length - kept, dtype=torch.int32, device="meta")
+    shape = (clips, cfg.in_chans, cfg.num_frames, *(patch * n for n in cfg.grid[1:]))
+    clip = torch.empty(shape, dtype=torch.uint8, device="meta")
+    values = cfg.in_chans * 9 * (patch // cell) ** 2
+    pred = torch.empty(*masked.shape, values, dtype=dtype, device="meta")
+    frames = tuple(range(0, cfg.num_frames, cfg.t_patch_size))
     data = {
+        "masked_hog_mse": (pred, clip, masked, frames, patch, PIXEL_STD),
         "patchify_gather": (_clip(cfg, clips), ids, *pixels),
         "crop_resize_patchify_gather": (*crop, *pixels),
     }

@@ -54,7 +54,7 @@ def outputs(op: str, args: tuple, product: torch.dtype | None = None) -> list[tu
         tokens = (args[1] is not None) + args[4].shape[1] + args[5].shape[1]
         wide = torch.promote_types(x.dtype, args[3].dtype)
         return [((len(x), tokens, x.shape[-1]), wide)]
-    if op == "masked_mse":
+    if op in ("masked_mse", "masked_hog_mse"):
         return [((), torch.promote_types(x.dtype, torch.float32))]
     if op == "layer_norm":
         return [(x.shape, args[4] or x.dtype)]
@@ -95,6 +95,11 @@ def _masked_mse(product, pred, video, *_) -> Both:  # the gradient is made with 
     return Work(0, 2 * _size(pred) + pred.numel() * video.dtype.itemsize), Work()
 
 
+def _masked_hog_mse(product, pred, video, ids, frames, patch, std) -> Both:
+    pixels = ids.numel() * video.shape[1] * (patch + 2) ** 2 * video.dtype.itemsize
+    return Work(0, 2 * _size(pred) + pixels), Work()
+
+
 def _patchify_gather(product, video, ids, t_patch, patch, mean, std, dtype) -> Both:
     clip = _pixels(video, ids, t_patch, patch, video.shape[1])
     return Work(0, clip * (1 + dtype.itemsize / video.dtype.itemsize)), Work()
@@ -133,6 +138,7 @@ WORK: dict[str, Callable[..., Both]] = {
     "linear": _linear,
     "attention": _attention,
     "patch_embed": _patch_embed,
+    "masked_hog_mse": _masked_hog_mse,
     "masked_mse": _masked_mse,
     "patchify_gather": _patchify_gather,
     "crop_resize_patchify_gather": _crop_resize,

@@ -108,7 +108,7 @@ def rows(op: str, dtype: str) -> list[Row]:
 def eager(op: str, ours: Sequence[Row]) -> Eager:
     """Against the baseline of the op's benchmark, which is of the last of the op's cases."""
     cfg = preset("vit_base", num_frames=FRAMES, pred_t_dim=FRAMES // 2)
-    run, bytes_ = _official_adamw(cfg) if op == "adamw" else (_replaced(op, cfg), 0)
+    run, bytes_ = _official_adamw(cfg) if op == "adamw" else _replaced(op, cfg)
     run()  # it makes the moments, and the outputs' gradients
     with sanitized() as record:
         run()
@@ -116,17 +116,20 @@ def eager(op: str, ours: Sequence[Row]) -> Eager:
     name = ours[0].case if op.startswith("crop") else ours[-1].case
     ours = [row for row in ours if row.case == name]
     moved, theirs = sum(row.moved for row in ours), record.torch_bytes
-    if op == "adamw":  # of more parameters, by bytes that both must move
-        theirs = theirs * sum(row.least for row in ours) // bytes_
+    # Of more parameters, and more tokens, by bytes that both must move.
+    if op in ("adamw", "masked_hog_mse"):
+        least = sum(row.least for row in ours if not row.operator.endswith("_bwd"))
+        theirs = theirs * least // bytes_
     return Eager(op, moved, theirs)
 
 
-def _replaced(op: str, cfg: ModelConfig) -> Callable:
-    """What the official code computes in place of the op's largest call."""
+def _replaced(op: str, cfg: ModelConfig) -> tuple[Callable, float]:
+    """(what the official code computes in place of the op's largest call, the call's bytes)."""
     found = [c for c in step.calls(cfg, 1, 0.9, torch.float32) if c.op == op]
     call = max(found, key=lambda c: sum(w.bytes for w in c.work())).real()
+    bytes_ = int(sum(w.bytes for w in call.work()))
     made = baseline(op, call.args)
-    return replace(call, args=made.args).both(made.function, made.theirs)
+    return replace(call, args=made.args).both(made.function, made.theirs), bytes_
 
 
 def _official_adamw(cfg: ModelConfig) -> tuple[Callable, int]:

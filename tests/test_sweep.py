@@ -1,0 +1,212 @@
+"""`mae-fast sweep`: the same draws, one judge, resumption, a table that says what is not known."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mae_fast import cli, metrics, sweep
+from mae_fast.config import ConfigError
+from mae_fast.data import build_index
+from mae_fast.errors import Interrupted
+from mae_fast.sweep_ready import READY
+
+RUN = """
+[model]
+img_size = 32
+patch_size = 8
+num_frames = 4
+pred_t_dim = 2
+embed_dim = 32
+depth = 1
+num_heads = 2
+decoder_embed_dim = 32
+decoder_depth = 1
+decoder_num_heads = 2
+[mask]
+ratio = 0.5
+[data]
+index = "{index}"
+val_index = "{index}"
+repeat_aug = 2
+workers = 0
+sampling_rate = 2
+[train]
+batch_size = 1
+steps = 3
+warmup_steps = 1
+log_every = 1
+blr = 0.1
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def made(folder, tmp_path, monkeypatch):
+    """make(text of a sweep) -> its file; the runs are tiny, and the machine is not timed."""
+    build_index([folder], tmp_path / "i.jsonl", progress=False)
+    (tmp_path / "run.toml").write_text(RUN.format(index=tmp_path / "i.jsonl"))
+    monkeypatch.setattr(sweep.plan, "this_device", lambda: sweep.cost.DEVICES["h100"])
+
+    def make(text):
+        path = tmp_path / "sweep.toml"
+        path.write_text(f'config = "run.toml"\noutput = "{tmp_path}/out"\n{text}')
+        return path
+
+    return make
+
+
+ARMS = """seeds = [0, 1]
+[arms."half"]
+"mask.ratio" = 0.5
+[arms."three quarters"]
+mask = { ratio = 0.75 }
+[arms.hog]
+model = { target = "hog" }
+"""
+
+
+def test_arms_are_run_judged_by_one_loss_and_laid_in_one_table(made, tmp_path, capsys):
+    assert cli.main(["sweep", str(made(ARMS))]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("6 runs, predicted ") and "three quarters" in said
+    rows = {r["arm"]: r for r in json.loads((tmp_path / "out/sweep.json").read_text())}
+    half, more, hog = rows["half"], rows["three quarters"], rows["hog"]
+    # The first arm is the configuration itself: what it is judged by is its own held-out loss.
+    own = [
+        metrics.last(tmp_path / f"out/half/seed-{seed}/metrics.jsonl")["val_loss"]
+        for seed in (0, 1)
+    ]
+    assert half["judged"][0] == pytest.approx(sum(own) / 2, rel=1e-5)
+    assert half["judged"][1] == pytest.approx(12.706 * abs(own[0] - own[1]) / 2, rel=1e-3)
+    assert half["against_first"] is None and more["against_first"] is not None
+    assert hog["judged"] is None and hog["unit"] != half["unit"]  # another unit has no judge
+    page = (tmp_path / "out/index.html").read_text()
+    assert "three quarters" in page and hog["unit"] in page
+
+    trained = (tmp_path / "out/half/seed-0/metrics.jsonl").read_text()
+    assert cli.main(["sweep", str(made(ARMS))]) == 0  # all is done
+    assert (tmp_path / "out/half/seed-0/metrics.jsonl").read_text() == trained
+
+
+def test_a_sweep_that_is_stopped_goes_on_where_it_was(made, tmp_path, monkeypatch, capsys):
+    text = ARMS.replace("seeds = [0, 1]", "seeds = [0]")
+    ran, pretrain = [], sweep.pretrain
+
+    def stopped(cfg):
+        ran.append(cfg.output)
+        if len(ran) == 2:
+            raise Interrupted("stopped by SIGTERM")
+        return pretrain(cfg)
+
+    monkeypatch.setattr(sweep, "pretrain", stopped)
+    assert cli.main(["sweep", str(made(text))]) == 75
+    assert not (tmp_path / "out/sweep.json").exists()
+    assert cli.main(["sweep", str(made(text))]) == 0
+    assert len(ran) == 4 and ran[1] == ran[2]  # the first arm is not run again
+    assert len(json.loads((tmp_path / "out/sweep.json").read_text())) == 3
+    # What is there is of other settings:
+    other = made(text)
+    run = tmp_path / "run.toml"
+    run.write_text(run.read_text().replace("blr = 0.1", "blr = 0.2"))
+    assert cli.main(["sweep", str(other)]) == 2
+    assert "result.json is of other settings" in capsys.readouterr().err
+
+
+def test_parts_are_all_runs_once_and_the_last_writes_the_table(made, tmp_path, capsys):
+    file = str(
+        made(
+            ARMS.replace("[arms.hog]", "[arms.tube]").replace(
+                'model = { target = "hog" }', 'mask.strategy = "tube"'
+            )
+        )
+    )
+    assert cli.main(["sweep", file, "--part", "0/2"]) == 0
+    assert "3 of 6 runs are still to be done" in capsys.readouterr().out
+    assert cli.main(["sweep", file, "--part", "1/2"]) == 0
+    assert (tmp_path / "out/index.html").exists()
+    assert cli.main(["sweep", file, "--part", "2/2"]) == 2
+
+
+def test_arms_of_one_seed_draw_the_same(made):
+    """Clips, crops and, of one strategy, masks follow from seed, step and clip alone."""
+    found = sweep.read(made('seeds = [4]\nready = "decoder_depth"'))
+    cfgs = [found.config(arm, 4) for arm in found.arms]
+    assert {c.train.seed for c in cfgs} == {4} and len({c.output for c in cfgs}) == 4
+    assert len({(c.data, c.mask) for c in cfgs}) == 1
+
+
+def test_grids_are_products(made):
+    found = sweep.read(made('[grid]\n"mask.ratio" = [0.5, 0.75]\n"model.decoder_depth" = [1, 2]'))
+    assert list(found.arms) == [
+        f"ratio {r}, decoder_depth {d}" for r in (0.5, 0.75) for d in (1, 2)
+    ]
+    cfg = found.config("ratio 0.75, decoder_depth 2", 0)
+    assert (cfg.mask.ratio, cfg.model.decoder_depth) == (0.75, 2)
+
+
+def test_the_paper_s_22_arms_are_planned(made, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text("[model]\npreset = 'vit_large'\n[train]\nepochs = 200.0\n")
+    ready = "masks target crop repeats decoder_width decoder_depth".split()
+    file = made(f"ready = {json.dumps(ready)}")
+    options = ["--plan-only", "--device", "h100", "--gpus", "8", "--price", "2.5"]
+    assert cli.main(["sweep", str(file), *options]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("22 runs, predicted ") and "at 2.5 an hour" in said
+    assert said.count(" h a run") == 22
+
+
+def test_intervals_are_student_s():
+    mean, half = sweep.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(sweep.interval([1.0])[1])
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_sweeps_are_configurations(name, made, tmp_path):
+    (tmp_path / "run.toml").write_text("[model]\npreset = 'vit_large'\n")
+    found = sweep.read(made(f'ready = "{name}"'))
+    assert all(found.config(arm, 0) and found.arms[arm].paper for arm in found.arms)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('ready = "mask"', r"unknown ready sweep 'mask' \(known: ratio"),
+        ("", "there are no arms"),
+        ("arm = 3", "unknown key 'arm'"),
+        ("seeds = [1, 1]\nready = 'ratio'", "seeds must be different"),
+        ("[grid]\n'mask.ratio' = 0.5", "lists of values"),
+    ],
+    ids=["unknown", "no_arms", "unknown_key", "a_seed_twice", "no_list"],
+)
+def test_a_sweep_that_cannot_be_is_refused(text, words, made):
+    with pytest.raises(ConfigError, match=words):
+        sweep.read(made(text))
+
+
+def test_an_arm_that_cannot_be_names_itself_before_anything_runs(made, tmp_path, capsys):
+    assert cli.main(["sweep", str(made('[arms.bad]\n"mask.ratio" = 2.0\n'))]) == 2
+    assert "arm bad: mask.ratio must be in [0, 1)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["hog", "pixels_by_channel"])
+def test_a_target_is_trained_for(target, made):
+    """Its loss falls, and its prediction has its values."""
+    from mae_fast import MaskedAutoencoder
+
+    torch.manual_seed(0)
+    cfg = sweep.read(made(f'[arms.a]\nmodel = {{ target = "{target}" }}')).config("a", 0).model
+    model = MaskedAutoencoder(cfg)
+    video = torch.randint(0, 256, (4, 3, 4, 32, 32), dtype=torch.uint8)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    for _ in range(12):
+        loss, pred, _ = model(video, 0.5, generator=torch.Generator().manual_seed(0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert pred.shape[-1] == {"hog": 27, "pixels_by_channel": 192}[target]
+    assert losses[-1] < 0.9 * losses[0]
