@@ -181,7 +181,9 @@ def terms(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> list[Te
         "attention exponentials": 3 * sum(attention[x] / (4 * d) for x, d in heads.items()),
         "norms and gelu": sum(moved[op] for op in ("layer_norm", "add_layer_norm", "bias_gelu")),
         "casts and sums": moved["casts and sums"],
-        "loss and decoder input": moved["masked_mse"] + moved["decoder_tokens"],
+        "loss and decoder input": sum(
+            moved.get(op, 0.0) for op in ("masked_mse", "masked_hog_mse", "decoder_tokens")
+        ),
         "optimizer": moved["adamw"],
     }
 

@@ -126,6 +126,11 @@ BY_HAND = {
     "bias_gelu": ((meta(2, 1569, 2048), meta(2048)), 0, 5 * 4 * 2 * 1569 * 2048),
     "decoder_tokens": (TOKENS, 0, 4 * 512 * (2 * (156 + 2 * 1569) + 2 * 1568)),
     "masked_mse": ((meta(2, 1412, 768), CLIP, None), 0, 9 * 2 * 1412 * 768),
+    "masked_hog_mse": (
+        (meta(2, 1412, 108), CLIP, TOKENS[5], (), 16, 0.225),
+        0,
+        2 * 1412 * (8 * 108 + 3 * 18 * 18),
+    ),
     "patchify_gather": ((CLIP, IDS, 2, 16, 0, 1, torch.float32), 0, 5 * 2 * 156 * 1536),
     "crop_resize_patchify_gather": (
         (FRAMES, None, None, IDS, 224, 2, 16, 0, 1, torch.float32),

@@ -42,11 +42,17 @@ device = "cpu"
 """
 
 
+@pytest.fixture(scope="module")
+def index(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("index") / "i.jsonl"
+    build_index([folder], path, progress=False)
+    return path
+
+
 @pytest.fixture
-def made(folder, tmp_path, monkeypatch):
+def made(index, tmp_path, monkeypatch):
     """make(text of a sweep) -> its file; the runs are tiny, and the machine is not timed."""
-    build_index([folder], tmp_path / "i.jsonl", progress=False)
-    (tmp_path / "run.toml").write_text(RUN.format(index=tmp_path / "i.jsonl"))
+    (tmp_path / "run.toml").write_text(RUN.format(index=index))
     monkeypatch.setattr(sweep.plan, "this_device", lambda: sweep.cost.DEVICES["h100"])
 
     def make(text):
@@ -207,6 +213,6 @@ def test_a_target_is_trained_for(target, made):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert pred.shape[-1] == {"hog": 27, "pixels_by_channel": 192}[target]
     assert losses[-1] < 0.9 * losses[0]
