@@ -212,11 +212,13 @@ def test_masks_are_a_function_of_the_sample_alone(strategy):
     assert len({tuple(sorted(row)) for row in keep.tolist()}) > 1
 
 
-def test_the_decoder_sees_videomae_v2_s_subset():
-    """Of a tube mask, the running cell's own tokens: 704 of 1408 in every clip."""
-    hidden, decoded = _hidden("tube", GRID, 0.9, torch.arange(12), decoder="running_cell")
-    assert decoded.flatten(1).sum(1).unique().tolist() == [704]
-    maps = mask_shapes.running_cell(GRID, 2, torch.arange(4))
+@pytest.mark.parametrize(("left_out", "count"), [(0.25, 1056), (0.5, 704), (0.75, 352)])
+def test_the_decoder_sees_videomae_v2_s_subset(left_out, count):
+    """Of a tube mask, the running cell's own tokens: at its 50%, 704 of 1408 in every clip."""
+    part = dict(decoder="running_cell", decoder_ratio=left_out)
+    hidden, decoded = _hidden("tube", GRID, 0.9, torch.arange(12), **part)
+    assert decoded.flatten(1).sum(1).unique().tolist() == [count]
+    maps = mask_shapes.running_cell(GRID, int(4 * left_out), torch.arange(4))
     starts = [
         [s for s in range(4) if torch.equal(d, h & ~maps[s])]
         for d, h in zip(decoded, hidden, strict=True)

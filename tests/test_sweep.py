@@ -80,10 +80,11 @@ def test_arms_are_run_judged_by_one_loss_and_laid_in_one_table(made, tmp_path, c
     rows = {r["arm"]: r for r in json.loads((tmp_path / "out/sweep.json").read_text())}
     half, more, hog = rows["half"], rows["three quarters"], rows["hog"]
     # The first arm is the configuration itself: what it is judged by is its own held-out loss.
-    own = [
-        metrics.last(tmp_path / f"out/half/seed-{seed}/metrics.jsonl")["val_loss"]
-        for seed in (0, 1)
-    ]
+    own, other = (
+        [metrics.last(tmp_path / f"out/{arm}/seed-{s}/metrics.jsonl")["val_loss"] for s in (0, 1)]
+        for arm in ("half", "three-quarters")
+    )
+    assert abs(more["judged"][0] - sum(other) / 2) > 1e-5  # another mask's held-out loss
     assert half["judged"][0] == pytest.approx(sum(own) / 2, rel=1e-5)
     assert half["judged"][1] == pytest.approx(12.706 * abs(own[0] - own[1]) / 2, rel=1e-3)
     assert half["against_first"] is None and more["against_first"] is not None
