@@ -98,9 +98,9 @@ def make_sets(source: Path, folder: Path, seed: int) -> dict[str, Path]:
     for name, (n, pictures, which, still) in parts.items():
         print(f"making {n} clips: {name}")
         key = 10 * seed + which
-        listed = motion.make(folder, name, n, pictures, key, name != "unlabelled", still)
-        found[name] = folder / f"{name}.jsonl"
-        build_index([listed], found[name], progress=False)
+        found[name] = motion.make(
+            folder, name, n, pictures, key, labelled=name != "unlabelled", still=still
+        )
     rows = read_index(found["train"])  # class by class in turn: a quarter of each to choose by
     quarter = len(rows) // 4
     for name, some in (("fit", rows[quarter:]), ("choose", rows[:quarter])):

@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mae_fast.data import VideoReader
+from mae_fast.data import VideoReader, VideoRow, probe, write_index
 from mae_fast.errors import DataError
 
 CLASSES = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows, columns
@@ -81,9 +81,9 @@ def make(
     labelled: bool,
     still: bool = False,
 ) -> Path:
-    """Write `count` clips, as many of each class, and the list of them (with labels, if so).
+    """Write `count` clips, as many of each class, and their index, with labels if so.
 
-    still: one frame of each, chosen at random, all the time. Returns the list. Places and things
+    still: one frame of each, chosen at random, all the time. Returns the index. Places and things
     are of the same pictures; the test may share none with training.
     """
     rng, rows = np.random.default_rng(seed), []
@@ -95,7 +95,7 @@ def make(
             at = np.random.default_rng((seed, i)).integers(FRAMES)
             frames = np.stack([frames[at]] * FRAMES)
         write_clip(path, frames)
-        rows.append(f"{name}/{path.name} {label}" if labelled else f"{name}/{path.name}")
-    listed = folder / f"{name}.txt"
-    listed.write_text("\n".join(rows) + "\n")
-    return listed
+        rows.append(VideoRow(str(path.absolute()), label if labelled else None, **probe(path)))
+    index = folder / f"{name}.jsonl"
+    write_index(rows, index)
+    return index

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mae_fast import motion
-from mae_fast.data import build_index
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +16,5 @@ def motions(tmp_path_factory):
     for seed, (name, count) in enumerate({"train": 16, "val": 8}.items()):
         rng = np.random.default_rng(seed)
         noise = [rng.integers(0, 256, (80, 80, 3), dtype=np.uint8) for _ in range(3)]
-        listed = motion.make(folder, name, count, noise, seed, labelled=True)
-        found[name] = folder / f"{name}.jsonl"
-        build_index([listed], found[name], workers=1)
+        found[name] = motion.make(folder, name, count, noise, seed, labelled=True)
     return SimpleNamespace(folder=folder, **found)

@@ -74,4 +74,4 @@ def test_still_clips_do_not_move(tmp_path, seed):
     with VideoReader(tmp_path / "s" / "00000.mp4") as reader:
         frames = reader.read(range(16)).int()
     assert (frames - frames[:1]).abs().max() < 24  # but for what the encoder loses
-    assert (tmp_path / "s.txt").read_text().splitlines()[0] == "s/00000.mp4 down"
+    assert [r.label for r in read_index(tmp_path / "s.jsonl")] == list(motion.CLASSES)
