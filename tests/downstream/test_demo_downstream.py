@@ -41,8 +41,9 @@ def test_demo_downstream_leaves_every_accuracy_and_a_page(folder, tmp_path, monk
     for name, value in dict(UNLABELLED=12, PER_CLASS=4, TEST=8, TUNE_STEPS=2).items():
         monkeypatch.setattr(demo_downstream, name, value)
     monkeypatch.setattr(demo_downstream, "RATES", (0.1,))
+    smaller = dict(embed_dim=24, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1)
+    monkeypatch.setattr(demo_downstream, "MODEL", demo_downstream.MODEL | smaller)
     pictures = motion.pictures
-    monkeypatch.setattr(motion, "pictures", lambda videos, n: pictures(videos, 2))
     sized = lambda p: np.kron(p, np.ones((2, 2, 1), np.uint8))  # noqa: E731
     monkeypatch.setattr(motion, "pictures", lambda v, n: [sized(p) for p in pictures(v, 2)])
     out = tmp_path / "demo"
