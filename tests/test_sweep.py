@@ -87,7 +87,9 @@ def test_arms_are_run_judged_by_one_loss_and_laid_in_one_table(made, tmp_path, c
     assert abs(more["judged"][0] - sum(other) / 2) > 1e-5  # another mask's held-out loss
     assert half["judged"][0] == pytest.approx(sum(own) / 2, rel=1e-5)
     assert half["judged"][1] == pytest.approx(12.706 * abs(own[0] - own[1]) / 2, rel=1e-3)
-    assert half["against_first"] is None and more["against_first"] is not None
+    difference = more["judged"][0] - half["judged"][0]
+    assert half["against_first"] is None
+    assert more["against_first"][0] == pytest.approx(difference, rel=1e-6)
     assert hog["judged"] is None and hog["unit"] != half["unit"]  # another unit has no judge
     page = (tmp_path / "out/index.html").read_text()
     assert "three quarters" in page and hog["unit"] in page
