@@ -8,16 +8,12 @@ import dataclasses
 import io
 import json
 import os
-import queue
-import select
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from mae_fast.data.helpers import answers
 from mae_fast.data.sources import Source, find_videos
 from mae_fast.data.timeline import Access
 from mae_fast.errors import ConfigError, DataError
@@ -154,7 +150,7 @@ def build_index(
     todo = []
     for source in found:
         row = known.get(source.path) if source.segment is None else None
-        if row and (row.bytes, row.mtime) == _stat(source.path):
+        if row and (row.bytes, row.mtime) == file_stat(source.path):
             rows[source] = dataclasses.replace(row, label=source.label)
         else:
             todo.append(source)
@@ -331,7 +327,7 @@ def _parquet(records: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
-def _stat(path: str) -> tuple[int, float]:
+def file_stat(path: str) -> tuple[int, float]:
     try:
         status = os.stat(path)
     except OSError:
@@ -354,116 +350,14 @@ def _bar(total: int, done: int, show: bool):
 
 def _probe_all(todo: list[Source], workers: int, timeout: float, verify: bool):
     """Yield (source, row) as they are done, from at most `workers` processes."""
-    workers = max(1, min(workers, len(todo)))
-    idle: queue.SimpleQueue[_Prober] = queue.SimpleQueue()
-    probers = [_Prober(timeout) for _ in range(workers)]
-    for prober in probers:
-        idle.put(prober)
-
-    def one(source: Source) -> tuple[Source, VideoRow]:
-        prober = idle.get()
-        try:
-            return source, _row(source, prober.ask(source.path, source.segment, verify))
-        finally:
-            idle.put(prober)
-
-    pool = ThreadPoolExecutor(workers)
-    try:
-        # Few at a time: a long list costs no memory, and Ctrl-C has little left to cancel.
-        waiting, pending = iter(todo), set()
-        while True:
-            while len(pending) < 4 * workers and (source := next(waiting, None)):
-                pending.add(pool.submit(one, source))
-            if not pending:
-                return
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        for future in pending:
-            future.cancel()
-        for prober in probers:
-            prober.stop()
-        pool.shutdown()
+    tasks = ((s, (s.path, s.segment, verify)) for s in todo)
+    make = "mae_fast.data.index:_probe"
+    for source, facts in answers(tasks, make, max(1, min(workers, len(todo))), timeout):
+        size, mtime = file_stat(source.path)
+        yield source, VideoRow(source.path, source.label, bytes=size, mtime=mtime, **facts)
 
 
-def _row(source: Source, facts: dict) -> VideoRow:
-    size, mtime = _stat(source.path)
-    return VideoRow(path=source.path, label=source.label, bytes=size, mtime=mtime, **facts)
-
-
-class _Prober:
-    """A process that probes one file after another; replaced when it dies or takes too long."""
-
-    def __init__(self, timeout: float):
-        self.timeout, self.process, self.stopped = timeout, None, False
-
-    def ask(self, path: str, segment: tuple[float, float] | None, verify: bool) -> dict:
-        """The facts of a file or of a segment of it, or {"error": reason}."""
-        if self.stopped:
-            return {"error": "stopped"}
-        if not os.path.exists(path):
-            return {"error": "missing: no such file"}
-        if self.process is None:
-            self.process = self._start()
-        try:
-            self.process.stdin.write(json.dumps([path, segment, verify]) + "\n")
-            self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], self.timeout)
-            line = self.process.stdout.readline() if ready else ""
-        except (OSError, ValueError):
-            ready, line = True, ""
-        if line:
-            return json.loads(line)
-        code = self._end()
-        if not ready:
-            return {"error": f"timeout: not probed within {self.timeout:g} s"}
-        return {"error": f"crash: the decoder died with exit status {code}"}
-
-    def stop(self) -> None:
-        self.stopped = True
-        self._end()
-
-    def _start(self) -> subprocess.Popen:
-        # Not multiprocessing: that would import the caller's script again in each process.
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from mae_fast.data.index import _answer; _answer()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        if process.stdout.readline() != "ready\n":
-            raise DataError(f"a probing process ends at once: exit status {process.wait()}")
-        return process
-
-    def _end(self) -> int | None:
-        process, self.process = self.process, None
-        if process is None:
-            return None
-        if process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-        process.kill()
-        code = process.wait()
-        process.stdout.close()
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        return code
-
-
-def _answer() -> None:
-    """The loop of a probing process: what to probe a line in, a JSON object a line out."""
-    from mae_fast.data.container import BadVideo
+def _probe(path: str, segment: tuple[float, float] | None, verify: bool) -> dict:
     from mae_fast.data.decode import probe
 
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            facts = probe(*json.loads(line))
-        except BadVideo as e:
-            facts = {"error": e.reason}
-        except Exception as e:
-            facts = {"error": f"cannot be probed: {type(e).__name__}: {e}"}
-        print(json.dumps(facts), flush=True)
+    return probe(path, segment, verify)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mae_fast.data import index
+from mae_fast.data import helpers, index
 from mae_fast.data.index import VideoRow, build_index, read_index
 from mae_fast.data.sources import find_videos
 from mae_fast.errors import DataError
@@ -171,13 +171,13 @@ def test_parquet_without_pyarrow_says_so(tmp_path, one, monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     """The names of the files that were really probed."""
-    names, ask = [], index._Prober.ask
+    names, ask = [], helpers._Helper.ask
 
     def spy(self, path, *how):
         names.append(os.path.basename(path))
         return ask(self, path, *how)
 
-    monkeypatch.setattr(index._Prober, "ask", spy)
+    monkeypatch.setattr(helpers._Helper, "ask", spy)
     return names
 
 
@@ -220,7 +220,7 @@ def test_goes_on_after_a_stop(tmp_path, video, asked):
 def test_a_stop_keeps_the_rows_made_so_far(tmp_path, video, monkeypatch):
     for name in "abc":
         video.write(tmp_path / f"{name}.mp4", 10)
-    ask = index._Prober.ask
+    ask = helpers._Helper.ask
 
     def stop(self, path, *how):
         if path.endswith("c.mp4"):
@@ -229,7 +229,7 @@ def test_a_stop_keeps_the_rows_made_so_far(tmp_path, video, monkeypatch):
 
     out = tmp_path / "i.jsonl"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index._Prober, "ask", stop)
+        patch.setattr(helpers._Helper, "ask", stop)
         build([tmp_path], out)
     assert not out.exists()
     kept = len((tmp_path / "i.jsonl.partial").read_text().splitlines())
@@ -246,23 +246,23 @@ def trap(path, *how):
     if "hangs" in path: time.sleep(60)
     return probe(path, *how)
 decode.probe = trap
-from mae_fast.data.index import _answer
-_answer()
+from mae_fast.data.helpers import answer
+answer('mae_fast.data.index:_probe')
 """
 
 
 def test_a_file_that_kills_or_hangs_its_process_is_a_row(tmp_path, video, monkeypatch):
     for name in ("a", "b_killed", "c", "d_hangs", "e"):
         video.write(tmp_path / f"{name}.mp4", 10)
-    popen = index.subprocess.Popen
+    popen = helpers.subprocess.Popen
     monkeypatch.setattr(
-        index.subprocess, "Popen", lambda cmd, **kw: popen([cmd[0], "-c", LOOP], **kw)
+        helpers.subprocess, "Popen", lambda cmd, **kw: popen([cmd[0], "-c", LOOP], **kw)
     )
     summary = build([tmp_path], tmp_path / "i.jsonl", timeout=1.5)
     assert (summary.videos, summary.broken) == (3, {"crash": 1, "timeout": 1})
     errors = [r.error for r in read_index(tmp_path / "i.jsonl", broken=True)]
     assert errors[1] == f"crash: the decoder died with exit status {-signal.SIGKILL}"
-    assert errors[3] == "timeout: not probed within 1.5 s"
+    assert errors[3] == "timeout: not done within 1.5 s"
 
 
 def test_parallel_gives_the_same_file(tmp_path, folder):
