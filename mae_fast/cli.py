@@ -25,6 +25,11 @@ from mae_fast.errors import ConfigError, MaeFastError, WriteError
 VERBS = {
     "demo": ("mae_fast.demo", "demo", "train a small model on real footage and show what it sees"),
     "index": ("mae_fast.cli", "index", "list the videos of folders and CSV files in one index"),
+    "pack": (
+        "mae_fast.data.pack",
+        "pack",
+        "re-encode an index's videos once, to load at full speed",
+    ),
     "pretrain": ("mae_fast.cli", "pretrain", "pre-train as a TOML file says; resumes a run"),
     "finetune": ("mae_fast.cli", "finetune", "fine-tune a classifier as a TOML file says"),
     "test": ("mae_fast.tasks.score", "test", "test a classifier on many views of every video"),
@@ -56,6 +61,7 @@ VERBS = {
     ),
     "bench history": ("mae_fast.bench.compare", "history", "draw records commit by commit"),
     "bench ops": ("mae_fast.bench.ops", "ops", "time every op by backend, beside its limit"),
+    "bench data": ("mae_fast.bench.data", "data", "clips a second that a core loads, by stage"),
     "bench step": ("mae_fast.bench.step", "step", "time whole training steps"),
     "report": ("mae_fast.report", "report", "write what was measured as one HTML page"),
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),

@@ -23,6 +23,7 @@ from mae_fast.bench.step import time_run
 from mae_fast.checkpoint import checkpoints, write_text
 from mae_fast.config import Config, DataConfig, TrainConfig, preset
 from mae_fast.data import VideoRow, build_index, read_index, write_index
+from mae_fast.data.packed import is_pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.reconstruction import draw_panel, load_clip, save_movie, save_png
 from mae_fast.train import pretrain
@@ -149,8 +150,11 @@ def _debian_footage(package: str, name: str, tmp: Path, folder: Path) -> None:
 
 def split(source: Path, folder: Path) -> tuple[list[VideoRow], list[VideoRow]]:
     """Index the videos and set some aside: every tenth, or of few the last fifth of each."""
-    print(build_index([source], folder / "index.jsonl"))
-    rows = read_index(folder / "index.jsonl")
+    if is_pack(source):
+        rows = read_index(source)
+    else:
+        print(build_index([source], folder / "index.jsonl"))
+        rows = read_index(folder / "index.jsonl")
     if len(rows) >= 20:
         held_out = rows[::10]
         train = [r for i, r in enumerate(rows) if i % 10]

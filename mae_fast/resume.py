@@ -37,11 +37,14 @@ _FREE = {
 
 def draws(rows: list[VideoRow]) -> dict[str, Any] | None:
     """What decides the draws from an index: the number of its usable videos, and a digest of their
-    names, frames, rates and segments in their order; not of their folders, which may move."""
+    names, frames, rates and segments in their order, and of what a pack holds of each; not of their
+    folders, which may move."""
     digest = hashlib.sha256()
     for r in rows:
         name = os.path.basename(r.path)
-        digest.update(os.fsencode(f"{name}\0{r.start}\0{r.frames}\0{float(r.fps)!r}\n"))
+        packed = f"\0{r.crc}" if r.at >= 0 else ""
+        line = f"{name}\0{r.start}\0{r.frames}\0{float(r.fps)!r}{packed}\n"
+        digest.update(os.fsencode(line))
     return {"videos": len(rows), "digest": digest.hexdigest()[:16]} if rows else None
 
 

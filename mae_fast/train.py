@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mae_fast import checkpoint, distributed, graph, metrics, resume
 from mae_fast.config import Config, as_config, to_dict
 from mae_fast.data import BadVideos, Batch, ClipDataset, Loader, make_loader, read_index
+from mae_fast.data.packed import check_size, packs_of
 from mae_fast.data.prefetch import DevicePrefetch
 from mae_fast.distributed import PeerLost, World
 from mae_fast.environment import environment
@@ -94,6 +95,8 @@ class Run:
         self.folder = Path(cfg.output)
         self.rows = read_index(cfg.data.index)
         self.val_rows = read_index(cfg.data.val_index) if cfg.data.val_index else []
+        self.packs = packs_of([*self.rows, *self.val_rows])
+        check_size([*self.rows, *self.val_rows], cfg.data.short_side)
         self.draws = {"index": resume.draws(self.rows), "val_index": resume.draws(self.val_rows)}
         self.total = total_steps(cfg, len(self.rows), world.size)
         if self.total > checkpoint.LAST_STEP:
@@ -416,7 +419,8 @@ class Run:
                 checkpoint.set_aside(path, "broken")
             config, step = self.folder / "config.json", found[0]["step"] if found else 0
             if found is None or not config.exists():
-                checkpoint.write_text(config, json.dumps(to_dict(self.cfg), indent=2))
+                how = {"packs": self.packs} if self.packs else {}
+                checkpoint.write_text(config, json.dumps({**to_dict(self.cfg), **how}, indent=2))
             metrics.forget(self.folder / "nonfinite.jsonl", lambda row: row["step"] < step)
             self.lock.write(json.dumps({"step": step, **environment()}) + "\n")
             self.lock.flush()

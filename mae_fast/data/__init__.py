@@ -11,7 +11,14 @@ for batch in make_loader(rows, DataConfig(), num_frames=16, batch_size=2, seed=0
 
 from mae_fast.data.container import BadVideo
 from mae_fast.data.decode import VideoReader, decoders, probe
-from mae_fast.data.index import IndexSummary, VideoRow, build_index, read_index, write_index
+from mae_fast.data.index import (
+    IndexSummary,
+    VideoRow,
+    build_index,
+    read_index,
+    read_source,
+    write_index,
+)
 from mae_fast.data.loader import BadVideos, Batch, ClipDataset, Loader, join, make_loader
 from mae_fast.data.sampling import clip_indices, crop_box, draw, shrink
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
@@ -35,6 +42,7 @@ __all__ = [
     "make_loader",
     "probe",
     "read_index",
+    "read_source",
     "shrink",
     "write_index",
 ]

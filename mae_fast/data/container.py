@@ -1,8 +1,10 @@
 """A video file opened: its container and the stream of its pictures, or what is wrong with it."""
 
 import errno
+import functools
 import os
 import stat
+import tarfile
 
 from mae_fast.data import timeline
 
@@ -32,16 +34,21 @@ def open_video(path: str):
         av.logging.set_level(av.logging.PANIC)
 
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadVideo(path, "not a regular file")
-        if status.st_size == 0:
-            raise BadVideo(path, "empty: 0 bytes")
         # The prefix and the list keep a name or a playlist from opening anything else.
+        url, allowed = f"file:{path}", "file"
+        if member := in_tar(path):
+            begin, end = member
+            url, allowed = f"subfile,,start,{begin},end,{end},,:file:{_tar(path)}", "subfile,file"
+        else:
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadVideo(path, "not a regular file")
+        if size_of(path) == 0:
+            raise BadVideo(path, "empty: 0 bytes")
         container = av.open(
-            f"file:{path}",
+            url,
             mode="r",
-            options={"protocol_whitelist": "file"},
+            options={"protocol_whitelist": allowed},
             metadata_errors="replace",
         )
     except FileNotFoundError:
@@ -60,9 +67,32 @@ def open_video(path: str):
     return container, stream
 
 
+def _tar(path: str) -> str:
+    return os.path.dirname(path)
+
+
+@functools.lru_cache(maxsize=64)
+def in_tar(path: str) -> tuple[int, int] | None:
+    """Where a video TAR/NAME begins and ends in its tar; None for a file of its own."""
+    if not _tar(path).endswith(".tar") or not os.path.isfile(_tar(path)):
+        return None
+    try:
+        with tarfile.open(_tar(path), "r:") as archive:
+            info = archive.getmember(os.path.basename(path))
+    except (KeyError, tarfile.TarError):
+        raise BadVideo(path, "missing: no such file in the tar") from None
+    return info.offset_data, info.offset_data + info.size
+
+
+def size_of(path: str) -> int:
+    """Bytes of a video, in a tar or not."""
+    begin, end = in_tar(path) or (0, os.path.getsize(path))
+    return end - begin
+
+
 def refuse_if_cut(path: str, container, stream, packets: int) -> None:
     """A file shorter than it says itself is truncated; counts in its tags prove nothing."""
-    size, stated = os.path.getsize(path), packets
+    size, stated = size_of(path), packets
     if "mp4" in container.format.name:
         entries = stream.index_entries
         if len(entries) > packets and max(e.pos + e.size for e in entries) > size:

@@ -21,7 +21,7 @@ from mae_fast.data.timeline import Access, Scan, Timeline
 # Packets after which a keyframe that comes out is one that went in after them.
 _REORDER = 17
 # Errors that FFmpeg logs for sound pictures: side information, and what a seek leaves behind.
-_HARMLESS = ("SEI", "mmco", "number of reference frames", "co located POCs", "buffering period")
+HARMLESS = ("SEI", "mmco", "number of reference frames", "co located POCs", "buffering period")
 # Keyframes from which a suspicious file is tried by random access.
 _TRIED = 4
 
@@ -268,7 +268,7 @@ class Frames:
                     failed = True
                 last = last if packet.pts is None else packet.pts
                 logged, message = av.logging.get_last_error()
-                if failed or (logged > errors and not any(m in message[2] for m in _HARMLESS)):
+                if failed or (logged > errors and not any(m in message[2] for m in HARMLESS)):
                     self._errors.append(last)
                 self._fed += 1
                 yield from frames

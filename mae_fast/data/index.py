@@ -8,12 +8,14 @@ import dataclasses
 import io
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mae_fast.data.helpers import answers
+from mae_fast.data.packed import INDEX, is_pack, sound_index
 from mae_fast.data.sources import Source, find_videos
 from mae_fast.data.timeline import Access
 from mae_fast.errors import ConfigError, DataError
@@ -35,6 +37,10 @@ class VideoRow:
     total, ordered, seekable, hidden: the Access of the whole file (total 0: an index of before).
     gop: most frames from one keyframe to the next. damaged: frames that FFmpeg flags, or that lean
     on such; -1: not all were decoded. `error`: why a file is unusable, or None.
+
+    A video in a pack (packed.py) has the path PACK/SHARD/NAME: `bytes` of the shard from `at` on
+    (-1: a file of its own), of CRC-32 crc, `packets` records of the table from `first` on, and in
+    setup (base64) what its decoder is told; `source` was its file.
     """
 
     path: str
@@ -58,6 +64,12 @@ class VideoRow:
     hidden: str = ""
     gop: int = 0
     damaged: int = -1
+    at: int = -1
+    first: int = 0
+    packets: int = 0
+    crc: int = 0
+    setup: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -68,6 +80,11 @@ class VideoRow:
                 raise ConfigError(f"{name} must be in [0, {most}], got {shown(value)}")
         require(self.rotation % 90 == 0, "rotation must be in quarters of a turn", self.rotation)
         require(-1 <= self.damaged <= _MOST, "damaged must be -1 or a count", self.damaged)
+        for name in ("first", "packets", "crc"):
+            require(
+                0 <= getattr(self, name) < 2**40, f"{name} is out of range", getattr(self, name)
+            )
+        require(-1 <= self.at < 2**62, "at must be -1 or a byte of a shard", self.at)
         end = self.start + self.frames
         if self.total and end > self.total:
             raise ConfigError(f"start and frames end at {end}, after a total of {self.total}")
@@ -159,7 +176,7 @@ def build_index(
         out.parent.mkdir(parents=True, exist_ok=True)
         end_last_line(partial)
         log = open(partial, "ab", buffering=0)  # nothing is left to be written at its end
-    with log, _bar(len(found), reused, progress) as advance:
+    with log, progress_bar("indexing", len(found), reused, progress) as advance:
         for source, row in _probe_all(todo, workers or os.cpu_count() or 1, timeout, verify):
             rows[source] = row
             with writing(partial):
@@ -174,13 +191,16 @@ def build_index(
     return IndexSummary(str(out), len(good), hours, dict(broken.most_common()), reused)
 
 
-def read_index(path: str | Path, broken: bool = False) -> list[VideoRow]:
-    """The usable videos of an index, in its order; with broken=True every row.
+def read_index(path: str | Path, broken: bool = False, checked: bool = True) -> list[VideoRow]:
+    """The usable videos of an index or of a pack, in its order; with broken=True every row.
 
-    Relative paths in it are taken from its own folder. Raises DataError: missing file, wrong
-    columns, no usable video.
+    Relative paths in it are taken from its own folder. checked: a pack's shards must be there, and
+    as long as they were. Raises DataError: missing file, wrong columns, no usable video.
     """
     path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if checked and is_pack(folder) and (path.is_dir() or path.name == INDEX):
+        path = sound_index(folder)
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such index; make one with `mae-fast index FOLDER -o {path}`")
     records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
@@ -190,6 +210,15 @@ def read_index(path: str | Path, broken: bool = False) -> list[VideoRow]:
     if not good:
         raise DataError(f"{path}: no usable videos among {len(rows)} rows")
     return rows if broken else good
+
+
+def read_source(source: str | Path) -> list[VideoRow]:
+    """The usable videos of a folder of them, which is indexed now, of an index or of a pack."""
+    if is_pack(source) or Path(source).suffix in (".jsonl", ".parquet"):
+        return read_index(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        build_index([source], Path(scratch) / "index.jsonl", progress=False)
+        return read_index(Path(scratch) / "index.jsonl")
 
 
 def _checked(path: Path, number: int, record: dict, folder: Path) -> VideoRow:
@@ -336,16 +365,21 @@ def file_stat(path: str) -> tuple[int, float]:
 
 
 @contextlib.contextmanager
-def _bar(total: int, done: int, show: bool):
-    """A progress bar; gives a function that moves it on by one video."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    bar = Progress(
-        "indexing", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not show
+def progress_bar(title: str, total: int, done: int, show: bool = True):
+    """A progress bar; gives a function that moves it on by one video, and may say more."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
     )
+
+    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.description}"), disable=not show)
     with bar:
         task = bar.add_task("", total=total, completed=done)
-        yield lambda: bar.advance(task)
+        yield lambda more="": bar.update(task, advance=1, description=more)
 
 
 def _probe_all(todo: list[Source], workers: int, timeout: float, verify: bool):

@@ -18,6 +18,7 @@ from mae_fast.config import DataConfig
 from mae_fast.data.container import BadVideo
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, end_last_line
+from mae_fast.data.packed import PackReader, Place, check_size
 from mae_fast.data.sampling import clip_indices, crop_box, draw
 from mae_fast.data.timeline import Access
 from mae_fast.data.workers import produce
@@ -134,6 +135,13 @@ class ClipDataset(Dataset):
             [(r.total, r.ordered, r.seekable, r.damaged == 0) for r in rows], dtype=np.int64
         )
         self._hidden = {i: r.hidden for i, r in enumerate(rows) if r.hidden}
+        check_size(rows, cfg.short_side)
+        self._packed = np.array(
+            [(r.at, r.bytes, r.first, r.packets, r.mirrored, r.rotation) for r in rows]
+        )
+        coded = [f"{r.codec} {r.pix_fmt} {r.setup}" if r.at >= 0 else "" for r in rows]
+        self._coded, self._code = np.unique(np.array(coded, dtype=np.bytes_), return_inverse=True)
+        self._packs: PackReader | None = None  # made in the process that reads
         self._known_bad: dict[int, str] = {}
 
     def __getitem__(self, g: int) -> Batch:
@@ -191,13 +199,25 @@ class ClipDataset(Dataset):
     def _read(
         self, video: int, path: str, frames: int, wanted: Tensor, short_side: int | None = None
     ) -> Tensor:
-        total, ordered, seekable, whole = self._access[video].tolist()
-        hidden = self._hidden.get(video, "")
-        access = Access(total, bool(ordered), bool(seekable), hidden, bool(whole))
-        with VideoReader(path, self.cfg.decoder, access if total else None, self.cfg.strict) as r:
+        size = self.cfg.short_side if short_side is None else short_side
+        if self._packed[video, 0] >= 0:
+            self._packs = self._packs or PackReader(self.cfg.strict)
+            return self._packs.read(self._place(video, path), wanted, size)
+        with VideoReader(path, self.cfg.decoder, self._access_of(video), self.cfg.strict) as r:
             if r.num_frames < frames:
                 raise BadVideo(path, f"changed: {r.num_frames} frames, {frames} when indexed")
-            return r.read(wanted, self.cfg.short_side if short_side is None else short_side)
+            return r.read(wanted, size)
+
+    def _access_of(self, video: int) -> Access | None:
+        total, ordered, seekable, whole = self._access[video].tolist()
+        hidden = self._hidden.get(video, "")
+        return Access(total, bool(ordered), bool(seekable), hidden, bool(whole)) if total else None
+
+    def _place(self, video: int, path: str) -> Place:
+        at, length, first, packets, mirrored, rotation = self._packed[video].tolist()
+        codec, pix_fmt, setup = self._coded[self._code[video]].decode().split(" ")
+        place = (path, at, length, first, packets, codec, setup, bool(mirrored), rotation, pix_fmt)
+        return Place(*place)
 
     def _indices(self, rng, frames: int, fps: float) -> list[Tensor]:
         """Frame numbers of each clip; all within one window of span_seconds, unless that is 0."""

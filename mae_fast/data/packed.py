@@ -1,0 +1,339 @@
+"""A pack read: the packets of the frames that are asked for, by their places, and nothing else.
+
+A pack is a folder: tars of mp4 files (shard-00000.tar, ...), an index whose rows say where each mp4
+lies (index.jsonl), one record a packet (packets.npy, memory-mapped), and how it was made
+(pack.json). pack.py writes it.
+"""
+
+import json
+import os
+import zlib
+from base64 import b64decode
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_fast.data.container import BadVideo
+from mae_fast.data.frames import HARMLESS
+from mae_fast.data.sampling import shrink
+from mae_fast.errors import ConfigError, DataError
+
+INDEX, TABLE, HOW = "index.jsonl", "packets.npy", "pack.json"
+# Of each packet, in order of decoding: the byte of its shard, its time in the source's units or in
+# the mp4's, its bytes (0: a frame that did not decode), their CRC-32, and what is known of it.
+PACKET = np.dtype(
+    [("at", "<i8"), ("pts", "<i8"), ("size", "<u4"), ("crc", "<u4"), ("flags", "<u4")]
+)
+# Decoding can begin there; an edit list leaves it out; no other leans on it; its frame was damaged.
+KEY, HIDDEN, LEAF, DAMAGED = 1, 2, 4, 8
+_SHARDS, _DECODERS = 64, 16  # open at one time
+
+
+def is_pack(path) -> bool:
+    return os.path.isfile(os.path.join(path, HOW))
+
+
+def how_made(folder: str | Path) -> dict[str, Any]:
+    """What pack.json says. Raises DataError."""
+    path = Path(folder) / HOW
+    try:
+        how = json.loads(path.read_text())
+        how["short_side"], how["copy"], how["index_crc"], how["shards"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise DataError(f"{path}: not a readable description of a pack: {e!r}") from None
+    return how
+
+
+def sound_index(folder: Path) -> Path:
+    """The index of a pack whose shards and table are there, and as long as they were. Raises
+    DataError with the first that is not."""
+    how, index = how_made(folder), folder / INDEX
+    for name, size in [*how["shards"].items(), (TABLE, how["table_bytes"])]:
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing from the pack")
+        if path.stat().st_size != size:
+            raise DataError(f"{path}: {path.stat().st_size} bytes, {size} when packed: cut off?")
+    if not index.is_file():
+        raise DataError(f"{index}: missing from the pack")
+    if zlib.crc32(index.read_bytes()) != how["index_crc"]:
+        raise DataError(f"{index} is not the index that this pack was written with")
+    return index
+
+
+def packs_of(rows: Iterable) -> dict[str, dict[str, Any]]:
+    """Folder -> how it was made, of the packs that rows of an index lie in."""
+    folders = sorted({folder_of(r.path) for r in rows if r.at >= 0})
+    return {f: {k: v for k, v in how_made(f).items() if k != "shards"} for f in folders}
+
+
+def folder_of(path: str) -> str:
+    """The pack of a packed video: PACK/shard-00000.tar/NAME.mp4."""
+    return os.path.dirname(os.path.dirname(path))
+
+
+def check_size(rows: Iterable, short_side: int) -> None:
+    """ConfigError where frames are asked for at a larger size than they were packed at."""
+    for folder, how in packs_of(rows).items():
+        packed = 0 if how["copy"] else how["short_side"]
+        if packed and not 0 < short_side <= packed:
+            asked = short_side or "0 (the videos' own size)"
+            raise ConfigError(
+                f"data.short_side {asked} is more than {folder} holds, which was packed with "
+                f"--short-side {packed}: lower it, or pack the videos anew"
+            )
+
+
+class Place(NamedTuple):
+    """Where a packed video is: path as PACK/SHARD/NAME, the byte of its mp4 in the shard and its
+    length, its first packet in the table and their number, what the decoder must be told first
+    (base64), and how its pictures become upright."""
+
+    path: str
+    at: int
+    bytes: int
+    first: int
+    packets: int
+    codec: str
+    setup: str = ""
+    mirrored: bool = False
+    rotation: int = 0
+    pix_fmt: str = "yuv420p"
+
+
+class PackReader:
+    """Frames of packed videos. Tables, shards and decoders stay open from one video to the next:
+    one reader a process. strict: damaged frames are refused."""
+
+    def __init__(self, strict: bool = True):
+        self.strict = strict
+        self._tables: dict[str, np.ndarray] = {}
+        self._shards: OrderedDict[str, int] = OrderedDict()
+        self._decoders: OrderedDict[tuple[str, str], Any] = OrderedDict()
+
+    def read(self, place: Place, indices: Iterable[int], short_side: int = 0) -> Tensor:
+        """The frames of these numbers, in any order and repeated or not, upright: uint8
+        [n, H, W, 3], shrunk to short_side pixels if larger (0: never). Raises BadVideo."""
+        rows: dict[int, list[int]] = defaultdict(list)
+        for row, i in enumerate(map(int, indices)):
+            rows[i].append(row)
+        wanted, out, size = sorted(rows), None, {}
+        for i, frame in zip(wanted, self.frames(place, wanted), strict=True):
+            size = size or {"width": frame.width, "height": frame.height}
+            image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **size))
+            image = upright(image, place.mirrored, place.rotation // 90)
+            image = shrink(image[None], short_side)[0]
+            if out is None:
+                count = sum(map(len, rows.values()))
+                out = torch.empty(count, *image.shape, dtype=torch.uint8, device="cpu")
+            for row in rows[i]:
+                out[row] = image
+        return out
+
+    def frames(self, place: Place, wanted: list[int]) -> list[Any]:
+        """PyAV's frames of these rising numbers, as they were coded. Raises BadVideo."""
+        table = self._table(place)
+        shown = np.flatnonzero((table["flags"] & HIDDEN) == 0)
+        order = shown[np.argsort(table["pts"][shown], kind="stable")]
+        if wanted[-1] >= len(order):
+            raise BadVideo(place.path, f"wrong index: no frame {wanted[-1]} of {len(order)}")
+        packets = order[wanted]
+        for i, flags, size in zip(
+            wanted, *(table[c][packets] for c in ("flags", "size")), strict=True
+        ):
+            if size == 0 or (flags & DAMAGED and self.strict):
+                words = "does not decode" if size == 0 else "was damaged in the source"
+                raise BadVideo(place.path, f"damaged: frame {i} {words}", lasting=False)
+        needed = _needed(table, packets)
+        if place.codec == "h264" and "444" in place.pix_fmt and needed[0]:
+            needed = np.insert(needed, 0, 0)  # which says the x264 build: see Frames
+        numbers = {int(p): i for p, i in zip(packets, wanted, strict=True)}
+        found = self._decode(place, table, needed, numbers)
+        missing = [i for i in wanted if i not in found]
+        if missing:
+            reason = f"damaged: frame {missing[0]} does not decode"
+            raise BadVideo(place.path, reason, lasting=False)
+        return [found[i] for i in wanted]
+
+    def _table(self, place: Place) -> np.ndarray:
+        folder = folder_of(place.path)
+        if folder not in self._tables:
+            path = os.path.join(folder, TABLE)
+            try:
+                self._tables[folder] = np.load(path, mmap_mode="r")
+            except (OSError, ValueError) as e:
+                raise BadVideo(place.path, f"cannot be read: {path}: {e}") from None
+        table = self._tables[folder][place.first : place.first + place.packets]
+        ends = table["at"] + table["size"]
+        held = table["size"] > 0
+        inside = len(table) == place.packets and (table["at"][held] >= place.at).all()
+        if not inside or (ends[held] > place.at + place.bytes).any():
+            raise BadVideo(place.path, "wrong index: its packets are another video's")
+        return table
+
+    def _bytes(self, place: Place, begin: int, end: int) -> bytes:
+        shard = os.path.dirname(place.path)
+        try:
+            if shard not in self._shards:
+                self._shards[shard] = os.open(shard, os.O_RDONLY)
+                if len(self._shards) > _SHARDS:
+                    os.close(self._shards.popitem(last=False)[1])
+            self._shards.move_to_end(shard)
+            data = os.pread(self._shards[shard], end - begin, begin)
+        except FileNotFoundError:
+            raise BadVideo(place.path, f"missing: no shard {shard}") from None
+        except OSError as e:
+            reason = f"cannot be read: {shard}: {e.strerror}"
+            raise BadVideo(place.path, reason, lasting=False) from None
+        if len(data) < end - begin:
+            size = os.fstat(self._shards[shard]).st_size
+            raise BadVideo(place.path, f"truncated: {shard} ends at byte {size}")
+        return data
+
+    def _decode(self, place, table, needed: np.ndarray, numbers: dict[int, int]) -> dict[int, Any]:
+        """Number -> frame, of the packets sent to a decoder; one read, of their span."""
+        import av
+
+        rows = table[needed]
+        begin, end = int(rows["at"].min()), int((rows["at"] + rows["size"]).max())
+        data = memoryview(self._bytes(place, begin, end))
+        decoder = self._decoder(place)
+        errors, _ = av.logging.get_last_error()
+        found: dict[int, Any] = {}
+
+        def take(frames):
+            for frame in frames:
+                if frame.pts in numbers and not (frame.is_corrupt and self.strict):
+                    found[numbers[frame.pts]] = frame
+
+        try:
+            for k, (at, _, size, crc, _) in zip(needed.tolist(), rows.tolist(), strict=True):
+                coded = data[at - begin : at - begin + size]
+                if zlib.crc32(coded) != crc:
+                    where = f"bytes {at} to {at + size} of {os.path.dirname(place.path)}"
+                    raise BadVideo(place.path, f"damaged: {where} have changed", lasting=False)
+                packet = av.Packet(bytes(coded))
+                packet.pts = k
+                take(decoder.decode(packet))
+            take(decoder.decode(None))
+        except av.error.FFmpegError as e:
+            raise BadVideo(place.path, f"damaged: {e.strerror}", lasting=False) from None
+        finally:
+            decoder.flush_buffers()
+        logged, message = av.logging.get_last_error()
+        if self.strict and logged > errors and not any(m in message[2] for m in HARMLESS):
+            raise BadVideo(place.path, f"damaged: {message[2].strip()}", lasting=False)
+        return found
+
+    def _decoder(self, place: Place) -> Any:
+        """One for each set of parameters: told of new ones, FFmpeg's keeps the colours and the x264
+        build of the file before wherever the next does not say its own."""
+        key = (place.codec, place.setup)
+        if key not in self._decoders:
+            try:
+                self._decoders[key] = open_decoder(place.codec, b64decode(place.setup))
+            except ValueError as e:  # FFmpeg's too
+                raise BadVideo(place.path, f"no decoder: {e}") from None
+            if len(self._decoders) > _DECODERS:
+                self._decoders.popitem(last=False)
+        self._decoders.move_to_end(key)
+        return self._decoders[key]
+
+
+def open_decoder(codec: str, setup: bytes):
+    import av
+
+    # PyAV counts the errors that FFmpeg logs at any level but None; at this one it prints none.
+    if av.logging.get_level() is None:
+        av.logging.set_level(av.logging.PANIC)
+    # By that name FFmpeg has one that only drives hardware.
+    decoder = av.codec.CodecContext.create("libdav1d" if codec == "av1" else codec, "r")
+    decoder.thread_count = 1
+    if codec == "h264":
+        # Else FFmpeg guesses how far frames are out of order, and drops those it guessed wrong.
+        decoder.options = {"strict": "1"}
+    if setup:
+        decoder.extradata = setup
+    decoder.open()
+    return decoder
+
+
+def upright(image: Tensor, mirrored: bool, turns: int) -> Tensor:
+    return (image.flip(1) if mirrored else image).rot90(turns)
+
+
+def _needed(table: np.ndarray, packets: np.ndarray) -> np.ndarray:
+    """The packets to be decoded for these, rising: from the keyframe before each, without those
+    that no other leans on."""
+    flags, pts = table["flags"], table["pts"]
+    if (flags[packets] & KEY).all():
+        return np.sort(packets)
+    send = np.zeros(len(table), bool)
+    keys = np.flatnonzero(flags & KEY)
+    for p in packets:
+        # One shown before a keyframe that it follows leans on an earlier one.
+        before = keys[(keys <= p) & (pts[keys] <= pts[p])]
+        send[before[-1] if len(before) else 0 : p + 1] = True
+    send &= (flags & LEAF) == 0
+    send[packets] = True
+    return np.flatnonzero(send & (table["size"] > 0))
+
+
+def find_damage(folder: Path, rows: list) -> list[str]:
+    """What is wrong with the shards of a pack: file, bytes and frame of each."""
+    found = []
+    table = np.load(folder / TABLE, mmap_mode="r")
+    for name, size in how_made(folder)["shards"].items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name}: missing")
+            continue
+        held = path.stat().st_size
+        if held != size:
+            found.append(f"{name}: byte {min(held, size)}: {held} bytes, {size} when packed")
+        with open(path, "rb") as f:
+            end = 0
+            for row in rows:
+                if row.at < 0 or os.path.basename(os.path.dirname(row.path)) != name:
+                    continue
+                found += _damage_before(f, name, end, row)
+                found += _damage_of(f, name, row, table)
+                end = row.at + row.bytes
+    return found
+
+
+def _damage_before(f, name: str, end: int, row) -> list[str]:
+    """The head of a member of the tar, and what pads the one before it."""
+    import tarfile
+
+    f.seek(end)
+    pad, head = f.read(row.at - 512 - end), f.read(512)
+    with_sum = b""
+    try:
+        info = tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
+        if (info.name, info.size) == (os.path.basename(row.path), row.bytes):
+            with_sum = info.tobuf(tarfile.USTAR_FORMAT)
+    except tarfile.HeaderError:
+        pass
+    if any(pad) or with_sum != head:
+        return [f"{name}: bytes {end} to {row.at}: the tar's head of {os.path.basename(row.path)}"]
+    return []
+
+
+def _damage_of(f, name: str, row, table) -> list[str]:
+    f.seek(row.at)
+    data = f.read(row.bytes)
+    if zlib.crc32(data) == row.crc and len(data) == row.bytes:
+        return []
+    found = []
+    for k, (at, _, size, crc, _) in enumerate(table[row.first : row.first + row.packets].tolist()):
+        if zlib.crc32(data[at - row.at : at - row.at + size]) != crc:
+            where = f"bytes {at} to {at + size}"
+            found.append(f"{name}: {where}: packet {k} of {os.path.basename(row.path)}")
+    where = f"bytes {row.at} to {row.at + row.bytes}"
+    return found or [f"{name}: {where}: {os.path.basename(row.path)}, outside of its packets"]
