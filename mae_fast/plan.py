@@ -13,6 +13,7 @@ import tyro
 
 from mae_fast import cost
 from mae_fast.bench import records
+from mae_fast.bench.data import rate_of
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
 from mae_fast.bench.paper import PAPER
 from mae_fast.config import ModelConfig, Variant, load_config
@@ -37,7 +38,7 @@ def plan(
     strategy: Literal["ddp", "fsdp"] = "ddp",
     epochs: float = 800.0,
     dataset: str = "k400",
-    data_rate: float = 0.0,
+    data_rate: str = "0",
     price: float = 0.0,
     results: str = "benchmarks/results",
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "",
@@ -57,7 +58,8 @@ def plan(
         strategy: how devices share the model. FSDP is not in the engine yet.
         epochs: effective epochs: each takes one clip of every video.
         dataset: k400, ssv2, or a number of videos.
-        data_rate: clips a second that the loader of one node gives; 0: taken to be enough.
+        data_rate: clips a second that the loader of one node gives, or a file of `bench data -o`,
+            whose machine's cores are then all taken; 0: taken to be enough.
         price: of one device for an hour, in any currency.
         results: folder of records, to stand beside the prediction.
         output: draw hours against the masking ratio by model into this PNG.
@@ -89,7 +91,7 @@ def plan(
         "strategy": strategy,
         "batch_clips": batch,
         "precision": "bf16" if where.product_bytes == 2 else "fp32",
-        **predict(cfg, ratio, where, gpus, gpus_per_node, batch, strategy, data_rate),
+        **predict(cfg, ratio, where, gpus, gpus_per_node, batch, strategy, rate_of(data_rate)),
     }
     found["memory"]["greatest_batch"] = greatest
     clips = epochs * _videos(dataset)

@@ -1,0 +1,279 @@
+"""`mae-fast bench data`: clips a second that a core can load, and where its time goes."""
+
+import functools
+import json as jsonlib
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from mae_fast.config import DataConfig, preset
+from mae_fast.data.decode import VideoReader
+from mae_fast.data.index import VideoRow, read_source
+from mae_fast.data.loader import ClipDataset, join, make_loader
+from mae_fast.environment import environment
+from mae_fast.errors import ConfigError
+from mae_fast.fields import require
+from mae_fast.files import write
+
+FRAMES = 16
+_STAGED = 24  # clips whose stages are timed
+
+
+def data(
+    source: Annotated[str, tyro.conf.arg(metavar="FOLDER|INDEX|PACK")],
+    /,
+    repeat_aug: int = 1,
+    short_side: int = 256,
+    workers: int = 1,
+    seconds: float = 3.0,
+    rounds: int = 3,
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "",
+    json: bool = False,
+) -> None:
+    """Load clips as training does, and say how many a second one core gives, stage by stage.
+
+    A clip is 16 frames of the official sampling, until the joined batch lies in the training
+    process. A core's second is a second of processor time, so that others on the machine count
+    little; `plan --data-rate RECORD.json` takes what -o writes.
+
+    Args:
+        source: a folder of videos, an index or a pack.
+        repeat_aug: clips of each video, which is then decoded once for all of them; the recipe has
+            4.
+        short_side: as `data.short_side`.
+        workers: processes that load.
+        seconds: of processor time that a round takes, about.
+        rounds: of which the median is taken.
+        output: also write the document to this file.
+        json: print one JSON document and nothing else.
+    """
+    require(0 < seconds <= 3600, "--seconds must be in (0, 3600]", seconds)
+    require(1 <= rounds <= 100, "--rounds must be in [1, 100]", rounds)
+    require(workers >= 1, "--workers must be positive", workers)
+    rows = read_source(source)
+    cfg = DataConfig(
+        repeat_aug=repeat_aug, workers=workers, short_side=short_side, max_bad_share=1.0
+    )
+    torch.set_num_threads(1)
+    found = {"source": str(source), "kind": "pack" if rows[0].at >= 0 else "files"}
+    found |= measure(rows, cfg, seconds, rounds)
+    found["environment"] = environment()
+    if output:
+        write(output, jsonlib.dumps(found, indent=1))
+    print(jsonlib.dumps(found) if json else tell(found))
+
+
+def measure(rows: list[VideoRow], cfg: DataConfig, seconds: float, rounds: int) -> dict[str, Any]:
+    dataset = ClipDataset(rows, cfg, FRAMES, seed=0)
+    dataset[0]  # opens what stays open
+    before, read = time.process_time(), _bytes_read()
+    count = 0
+    while time.process_time() - before < min(seconds, 1.0) or not count:
+        dataset[count]
+        count += 1
+    a_video = (time.process_time() - before) / count
+    bytes_a_clip = (_bytes_read() - read) / count / cfg.repeat_aug
+    steps = max(2, round(seconds / a_video / 2))
+    samples = [_round(rows, cfg, steps, k) for k in range(rounds)]
+    cold = _forget(rows) and _round(rows, cfg, steps, rounds)
+    rate = statistics.median(s["clips_per_s_core"] for s in samples)
+    return {
+        "clips_per_s_core": rate,
+        "clips_per_s_core_rounds": [s["clips_per_s_core"] for s in samples],
+        "clips_per_s": statistics.median(s["clips_per_s"] for s in samples),
+        "clips_per_s_cold_cache": cold["clips_per_s"] if cold else None,
+        "workers": cfg.workers,
+        "repeat_aug": cfg.repeat_aug,
+        "clips_a_round": samples[0]["clips"],
+        "bytes_a_clip": bytes_a_clip,
+        "memory_mb": samples[-1]["memory_mb"],
+        "stages_ms": stages(dataset),
+        "cores": len(os.sched_getaffinity(0)),
+        "needs": needs(rate),
+    }
+
+
+def _round(rows, cfg: DataConfig, steps: int, k: int) -> dict[str, float]:
+    """One run of a loader: its worker processes have ended, so their time is known."""
+    loader = make_loader(rows, cfg, num_frames=FRAMES, batch_size=2, seed=k, steps=steps)
+    before, began = _cpu(), time.perf_counter()
+    clips = sum(len(batch) for batch in loader)
+    wall, cpu = time.perf_counter() - began, _cpu() - before
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return {
+        "clips": clips,
+        "clips_per_s": clips / wall,
+        "clips_per_s_core": clips / cpu,
+        "memory_mb": memory,
+    }
+
+
+def _cpu() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _bytes_read() -> int:
+    """Of this process, from disk or cache; 0 where the system does not count."""
+    try:
+        return int(Path("/proc/self/io").read_text().split()[1])
+    except OSError:
+        return 0
+
+
+def _forget(rows: list[VideoRow]) -> bool:
+    """Have the system drop the videos from its page cache; whether it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in {os.path.dirname(r.path) if r.at >= 0 else r.path for r in rows}:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+    return True
+
+
+def stages(dataset: ClipDataset) -> dict[str, float]:
+    """Processor milliseconds a clip by stage, in this process: each stage with all before it, less
+    those before it."""
+    videos = max(1, _STAGED // dataset.cfg.repeat_aug)
+    packed = dataset._packed[0, 0] >= 0
+    asked: list[tuple[int, list[int]]] = []
+    read = dataset._read
+
+    def note(video, path, frames, wanted, *size):
+        asked.append((video, wanted.tolist()))
+        return read(video, path, frames, wanted, *size)
+
+    dataset._read = note
+    try:
+        for g in range(videos):
+            dataset[g]
+    finally:
+        dataset._read = read
+    ladder = _packed_ladder(dataset) if packed else _file_ladder(dataset)
+    out, below, clips = {}, 0.0, videos * dataset.cfg.repeat_aug
+    for name, step in ladder.items():
+        taken = _time(lambda step=step: [step(video, wanted) for video, wanted in asked])
+        out[name] = (taken - below) * 1000 / clips
+        below = taken
+    taken = _time(lambda: [join([dataset[g]]) for g in range(videos)])
+    out["sample, copy, join"] = (taken - below) * 1000 / clips
+    return out
+
+
+def _time(call) -> float:
+    """Processor seconds, the least of three."""
+    taken = []
+    for _ in range(3):
+        before = time.process_time()
+        call()
+        taken.append(time.process_time() - before)
+    return min(taken)
+
+
+def _packed_ladder(dataset: ClipDataset) -> dict[str, Any]:
+    reader = dataset._packs
+
+    def place(video):
+        return dataset._place(video, os.fsdecode(dataset._paths[video]))
+
+    def read(video, wanted):
+        where = place(video)
+        rows = reader._table(where)[wanted]
+        reader._bytes(where, int(rows["at"].min()), int((rows["at"] + rows["size"]).max()))
+
+    return {
+        "read": read,
+        "decode": lambda video, wanted: reader.frames(place(video), wanted),
+        "convert": lambda video, wanted: reader.read(place(video), wanted, dataset.cfg.short_side),
+    }
+
+
+def _file_ladder(dataset: ClipDataset) -> dict[str, Any]:
+    def opened(video):
+        path = os.fsdecode(dataset._paths[video])
+        return VideoReader(path, "pyav", dataset._access_of(video), dataset.cfg.strict)
+
+    def only_open(video, wanted):
+        with opened(video):
+            pass
+
+    def decode(video, wanted):
+        with opened(video) as reader:
+            for run in reader._runs(wanted):
+                for _ in reader._decode(run):
+                    pass
+
+    def convert(video, wanted):
+        with opened(video) as reader:
+            reader.read(wanted, dataset.cfg.short_side)
+
+    return {"open": only_open, "decode": decode, "convert": convert}
+
+
+@functools.cache
+def _takes() -> dict[str, float]:
+    """Clips a second that one H100 would take, as `mae-fast plan` predicts."""
+    from mae_fast import cost
+    from mae_fast.plan import predict
+
+    where, out = cost.DEVICES["h100"], {}
+    for name in ("vit_base", "vit_large", "vit_huge"):
+        cfg = preset(name)
+        batch = min(64, cost.greatest_batch(cfg, 0.9, where, 1))
+        out[name] = predict(cfg, 0.9, where, 1, 8, batch, "ddp", 0.0)["clips_per_second"]
+    return out
+
+
+def needs(rate: float) -> dict[str, dict[str, float]]:
+    return {
+        name: {"clips_per_s_predicted": takes, "cores": takes / rate}
+        for name, takes in _takes().items()
+    }
+
+
+def tell(found: dict[str, Any]) -> str:
+    rate, cores = found["clips_per_s_core"], found["cores"]
+    spread = found["clips_per_s_core_rounds"]
+    cold = found["clips_per_s_cold_cache"]
+    stages = ", ".join(f"{name} {ms:.2f}" for name, ms in found["stages_ms"].items())
+    lines = [
+        f"{found['source']} ({found['kind']}), repeat_aug {found['repeat_aug']}: "
+        f"{rate:.1f} clips a second and core ({min(spread):.1f} to {max(spread):.1f} of "
+        f"{len(spread)} rounds of {found['clips_a_round']} clips)",
+        f"with {found['workers']} workers {found['clips_per_s']:.1f} clips/s"
+        + (f", {cold:.1f} from a cold page cache" if cold else "")
+        + f"; {found['memory_mb']:.0f} MB a worker; "
+        f"{found['bytes_a_clip'] / 1e6:.2f} MB read a clip",
+        f"a clip, in ms of a core: {stages}",
+        f"this machine's {cores} cores feed {rate * cores:.0f} clips/s",
+    ]
+    for name, each in found["needs"].items():
+        lines.append(
+            f"{name} at {each['clips_per_s_predicted']:.0f} clips/s of an H100 (predicted) needs "
+            f"{each['cores']:.0f} cores of this kind"
+        )
+    return "\n".join(lines)
+
+
+def rate_of(record: str) -> float:
+    """Clips a second of one node, by a number or by a record: its rate times its cores."""
+    try:
+        return float(record)
+    except ValueError:
+        pass
+    try:
+        found = jsonlib.loads(Path(record).read_text())
+        return found["clips_per_s_core"] * found["cores"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f"--data-rate must be clips a second or a file of `bench data -o`, got {record}: {e!r}"
+        ) from None
