@@ -24,7 +24,7 @@ from mae_fast.data.timeline import orientation
 SCALER = "bicubic"  # swscale's, with accurate rounding
 PRESET = "slow"  # of x264
 # Codecs that an mp4 takes, and of which a decoder needs the parameter sets and packets alone.
-_COPIED = ("h264", "hevc", "av1", "vp9", "mpeg4", "mpeg2video")
+_COPIED = ("h264", "hevc", "vp9", "mpeg4", "mpeg2video")
 
 
 def encode(path: str, row: dict[str, Any], how: dict[str, Any], out: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 build_index makes it from folders, lists and dataset files (see sources.py), read_index reads it.
 """
 
+import base64
 import contextlib
 import dataclasses
 import io
@@ -85,6 +86,7 @@ class VideoRow:
                 0 <= getattr(self, name) < 2**40, f"{name} is out of range", getattr(self, name)
             )
         require(-1 <= self.at < 2**62, "at must be -1 or a byte of a shard", self.at)
+        require(_is_base64(self.setup), "setup must be base64", self.setup)
         end = self.start + self.frames
         if self.total and end > self.total:
             raise ConfigError(f"start and frames end at {end}, after a total of {self.total}")
@@ -96,6 +98,14 @@ class VideoRow:
         if not self.total:
             return None
         return Access(self.total, self.ordered, self.seekable, self.hidden, self.damaged == 0)
+
+
+def _is_base64(text: str) -> bool:
+    try:
+        base64.b64decode(text, validate=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _few(hidden: str) -> bool:

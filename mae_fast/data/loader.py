@@ -139,8 +139,10 @@ class ClipDataset(Dataset):
         self._packed = np.array(
             [(r.at, r.bytes, r.first, r.packets, r.mirrored, r.rotation) for r in rows]
         )
-        coded = [f"{r.codec} {r.pix_fmt} {r.setup}" if r.at >= 0 else "" for r in rows]
-        self._coded, self._code = np.unique(np.array(coded, dtype=np.bytes_), return_inverse=True)
+        coded = [
+            os.fsencode(f"{r.codec}\0{r.pix_fmt}\0{r.setup}\0.") if r.at >= 0 else b"" for r in rows
+        ]
+        self._coded, self._code = np.unique(np.array(coded), return_inverse=True)
         self._packs: PackReader | None = None  # made in the process that reads
         self._known_bad: dict[int, str] = {}
 
@@ -215,7 +217,7 @@ class ClipDataset(Dataset):
 
     def _place(self, video: int, path: str) -> Place:
         at, length, first, packets, mirrored, rotation = self._packed[video].tolist()
-        codec, pix_fmt, setup = self._coded[self._code[video]].decode().split(" ")
+        codec, pix_fmt, setup, _ = os.fsdecode(self._coded[self._code[video]]).split("\0")
         place = (path, at, length, first, packets, codec, setup, bool(mirrored), rotation, pix_fmt)
         return Place(*place)
 

@@ -211,8 +211,14 @@ class PackReader:
                 if frame.pts in numbers and not (frame.is_corrupt and self.strict):
                     found[numbers[frame.pts]] = frame
 
+        alone, last = bool((table["flags"] & KEY).all()), -1
         try:
-            for k, (at, _, size, crc, _) in zip(needed.tolist(), rows.tolist(), strict=True):
+            for k, (at, _, size, crc, flags) in zip(needed.tolist(), rows.tolist(), strict=True):
+                if not alone and flags & KEY and k != last + 1:
+                    # An open GOP's keyframe does not say that what came before is over.
+                    take(decoder.decode(None))
+                    decoder.flush_buffers()
+                last = k
                 coded = data[at - begin : at - begin + size]
                 if zlib.crc32(coded) != crc:
                     where = f"bytes {at} to {at + size} of {os.path.dirname(place.path)}"
@@ -251,8 +257,7 @@ def open_decoder(codec: str, setup: bytes):
     # PyAV counts the errors that FFmpeg logs at any level but None; at this one it prints none.
     if av.logging.get_level() is None:
         av.logging.set_level(av.logging.PANIC)
-    # By that name FFmpeg has one that only drives hardware.
-    decoder = av.codec.CodecContext.create("libdav1d" if codec == "av1" else codec, "r")
+    decoder = av.codec.CodecContext.create(codec, "r")
     decoder.thread_count = 1
     if codec == "h264":
         # Else FFmpeg guesses how far frames are out of order, and drops those it guessed wrong.

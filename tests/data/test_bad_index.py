@@ -30,6 +30,12 @@ VALUES = {
     "hidden": ["x", "3-1", "0-999999999", "1-2-3", "-1", "1,,2", 3, None],
     "gop": [-1, None],
     "damaged": [-2, 2**40, None],
+    "at": [-2, 2**62, "0", None],
+    "first": [-1, 2**40, None],
+    "packets": [-1, 2**40, None],
+    "crc": [-1, 2**40, None],
+    "setup": ["!", "AWQ", 3, None],
+    "source": [3, "/a\0b", None],
 }
 CASES = [(column, value) for column, values in VALUES.items() for value in values]
 

@@ -228,7 +228,7 @@ def test_a_cut_missing_or_foreign_part_is_one_line(copied, capsys, tmp_path):
     index.write_text(index.read_text().replace('"first": 12', '"first": 26'))
     with pytest.raises(DataError, match="is not the index that this pack was written with"):
         read_index(copied)
-    row = dataclasses.replace(rows[1], first=rows[0].first)
+    row = dataclasses.replace(rows[1], first=rows[2].first)
     with pytest.raises(BadVideo, match="wrong index: its packets are another video's"):
         PackReader().read(place(row), [0])
 
