@@ -149,11 +149,11 @@ class PackReader:
             if size == 0 or (flags & DAMAGED and self.strict):
                 words = "does not decode" if size == 0 else "was damaged in the source"
                 raise BadVideo(place.path, f"damaged: frame {i} {words}", lasting=False)
-        needed = _needed(table, packets)
+        needed, starts = _needed(table, packets)
         if place.codec == "h264" and "444" in place.pix_fmt and needed[0]:
             needed = np.insert(needed, 0, 0)  # which says the x264 build: see Frames
         numbers = {int(p): i for p, i in zip(packets, wanted, strict=True)}
-        found = self._decode(place, table, needed, numbers)
+        found = self._decode(place, table, needed, starts, numbers)
         missing = [i for i in wanted if i not in found]
         if missing:
             reason = f"damaged: frame {missing[0]} does not decode"
@@ -195,7 +195,7 @@ class PackReader:
             raise BadVideo(place.path, f"truncated: {shard} ends at byte {size}")
         return data
 
-    def _decode(self, place, table, needed: np.ndarray, numbers: dict[int, int]) -> dict[int, Any]:
+    def _decode(self, place, table, needed: np.ndarray, starts, numbers) -> dict[int, Any]:
         """Number -> frame, of the packets sent to a decoder; one read, of their span."""
         import av
 
@@ -211,14 +211,12 @@ class PackReader:
                 if frame.pts in numbers and not (frame.is_corrupt and self.strict):
                     found[numbers[frame.pts]] = frame
 
-        alone, last = bool((table["flags"] & KEY).all()), -1
         try:
-            for k, (at, _, size, crc, flags) in zip(needed.tolist(), rows.tolist(), strict=True):
-                if not alone and flags & KEY and k != last + 1:
+            for k, (at, _, size, crc, _) in zip(needed.tolist(), rows.tolist(), strict=True):
+                if k in starts:
                     # An open GOP's keyframe does not say that what came before is over.
                     take(decoder.decode(None))
                     decoder.flush_buffers()
-                last = k
                 coded = data[at - begin : at - begin + size]
                 if zlib.crc32(coded) != crc:
                     where = f"bytes {at} to {at + size} of {os.path.dirname(place.path)}"
@@ -272,21 +270,22 @@ def upright(image: Tensor, mirrored: bool, turns: int) -> Tensor:
     return (image.flip(1) if mirrored else image).rot90(turns)
 
 
-def _needed(table: np.ndarray, packets: np.ndarray) -> np.ndarray:
+def _needed(table: np.ndarray, packets: np.ndarray) -> tuple[np.ndarray, set[int]]:
     """The packets to be decoded for these, rising: from the keyframe before each, without those
-    that no other leans on."""
+    that no other leans on; and those at which a run of them begins."""
     flags, pts = table["flags"], table["pts"]
     if (flags[packets] & KEY).all():
-        return np.sort(packets)
+        return np.sort(packets), set()
     send = np.zeros(len(table), bool)
     keys = np.flatnonzero(flags & KEY)
     for p in packets:
         # One shown before a keyframe that it follows leans on an earlier one.
         before = keys[(keys <= p) & (pts[keys] <= pts[p])]
         send[before[-1] if len(before) else 0 : p + 1] = True
+    starts = {int(k) for k in np.flatnonzero(send & ~np.roll(send, 1)) if k}
     send &= (flags & LEAF) == 0
     send[packets] = True
-    return np.flatnonzero(send & (table["size"] > 0))
+    return np.flatnonzero(send & (table["size"] > 0)), starts
 
 
 def find_damage(folder: Path, rows: list) -> list[str]:
