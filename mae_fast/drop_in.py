@@ -158,10 +158,10 @@ class Fused:
             try:
                 return self._fused(args, kwargs)
             except Unfused as e:
-                own = str(e)
+                own = e  # not its words: torch.compile cannot ask for them before torch 2.13
         if torch.compiler.is_compiling():
             return self._as_before(args, kwargs)
-        return self._own(own, args, kwargs)
+        return self._own(str(own), args, kwargs)
 
     def replicate(self) -> nn.Module:
         """In place of the model's _replicate_for_data_parallel: nn.DataParallel's copy for one
