@@ -39,7 +39,7 @@ TOP_LEVEL = {
     "tests",
 }
 MAPPED = {"mae_fast.kernels": "kernels", "mae_fast.bench.baselines": "benchmarks/baselines"}
-EXTRAS = {"torchcodec", "flash-attn", "flash-attn-4", "xformers", "tensorboard", "wandb"}
+EXTRAS = {"torchcodec", "flash-attn", "flash-attn-4", "xformers", "tensorboard", "timm", "wandb"}
 
 
 def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
