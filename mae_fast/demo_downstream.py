@@ -169,7 +169,7 @@ def tested_on(run: Path, index: Path) -> float:
     rows = read_index(index, broken=True)
     views = Views(rows, cfg.data, cfg.model.num_frames, cfg.model.img_size, 1, 1)
     logits, _ = logits_of(model, views, range(len(rows)))
-    return probe.accuracy(logits[:, 0], torch.tensor(numbers_of(rows, classes)))
+    return probe.accuracy(logits[:, 0], torch.tensor(numbers_of(rows, classes), device="cpu"))
 
 
 def probed(last: Path, sets: dict[str, Path], seed: int) -> dict[str, float]:
@@ -181,7 +181,7 @@ def probed(last: Path, sets: dict[str, Path], seed: int) -> dict[str, float]:
         rows = read_index(sets[name])
         views = Views(rows, cfg, MODEL["num_frames"], motion.SIDE, 1, 1)
         tokens, _ = probe.features_of(net, views, tokens=True)
-        found.append((tokens.float(), torch.tensor(numbers_of(rows, classes))))
+        found.append((tokens.float(), torch.tensor(numbers_of(rows, classes), device="cpu")))
     (x, a), (y, b) = found
     pooled = x.mean(dim=2), y.mean(dim=2)
     grid = [(rate, 0.1) for rate in (3e-3, 1e-3, 3e-4)]

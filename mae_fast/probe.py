@@ -160,7 +160,9 @@ def probe(
     unknown = sorted({*wanted} - {*labels})
     if unknown:
         raise DataError(f"{test}: no training video is of class {unknown[0]!r}")
-    a, b = (torch.tensor([classes.index(n) for n in names]) for names in (labels, wanted))
+    a, b = (
+        torch.tensor([classes.index(n) for n in names], device="cpu") for names in (labels, wanted)
+    )
     found: dict[str, Any] = {"videos": len(y), "chance": 1 / len(classes)}
     pooled = [t.float().mean(dim=2) if t.dim() == 4 else t for t in (x, y)]
     if kind in ("all", "knn"):
@@ -247,8 +249,8 @@ class AttentiveHead(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(dim, 4.0, True) for _ in range(depth - 1))
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.q, self.kv, self.mlp = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), Mlp(dim, 4 * dim)
-        self.query_tokens = nn.Parameter(torch.zeros(1, 1, dim))
         self.linear = nn.Linear(dim, classes)
+        self.query_tokens = nn.Parameter(self.linear.weight.new_zeros(1, 1, dim))
         nn.init.trunc_normal_(self.query_tokens, std=0.02)
         for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -333,11 +335,11 @@ def best(
 def held_out(labels: Tensor, seed: int) -> Tensor:
     """bool [N]: HELD_OUT of each class, one video at least where there are two."""
     generator = torch.Generator().manual_seed(seed)
-    part = torch.zeros(len(labels), dtype=torch.bool)
+    part = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique():
         at = (labels == label).nonzero()[:, 0]
         count = max(1, round(HELD_OUT * len(at))) if len(at) > 1 else 0
-        part[at[torch.randperm(len(at), generator=generator)[:count]]] = True
+        part[at[torch.randperm(len(at), generator=generator, device="cpu")[:count]]] = True
     return part
 
 
@@ -376,7 +378,7 @@ def fit(
 def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(n, generator=generator).split(size)
+        yield from torch.randperm(n, generator=generator, device="cpu").split(size)
 
 
 @torch.no_grad()

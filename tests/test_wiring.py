@@ -267,7 +267,7 @@ def test_every_field_has_a_case():
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Without the picture of the curves."""
-    monkeypatch.setattr(metrics, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(metrics, "draw_curves", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +443,7 @@ def test_non_finite_steps_count_on_after_a_resume(index, rows, tmp_path, monkeyp
         (tmp_path / "run" / f"checkpoint-{step:08d}.safetensors").unlink()
     assert by_hand.checkpoint(cfg.output, 2)[0]["nonfinite"] == 1
     monkeypatch.undo()
-    monkeypatch.setattr(metrics, "draw_curves", lambda folder: None)
+    monkeypatch.setattr(metrics, "draw_curves", lambda *args: None)
     _poison(monkeypatch, {2})
     assert pretrain(cfg)["nonfinite"] == 2
     for step in (3, 4):

@@ -199,7 +199,9 @@ def _record(
         order.append((phase, op, call.shape))
         seen.setdefault(order[-1], call)
         counts[order[-1]] += 1
-        outs = tuple(torch.empty(shape, dtype=d) for shape, d in outputs(op, args, product))
+        outs = tuple(
+            torch.empty(shape, dtype=d, device="meta") for shape, d in outputs(op, args, product)
+        )
         return outs if len(outs) > 1 else outs[0]
 
     with (
@@ -212,7 +214,7 @@ def _record(
     ):
         net = MaskedAutoencoder(cfg)
         video = _clip(cfg, clips)
-        ids = ids_from_noise(torch.rand(clips, length), kept)
+        ids = ids_from_noise(torch.rand(clips, length, device="meta"), kept)
         with recording(record):
             if encode_all:
                 encode_all_loss(net, video, *ids, full_pred, without)
@@ -243,8 +245,10 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
     ids = torch.empty(clips, kept, dtype=torch.int32, device="meta")
     sources = [torch.empty(size, dtype=torch.uint8, device="meta") for _ in range(clips)]
     top, left = side // 90, side // 55
-    box = torch.tensor([top, left, side - 3 * top, side - left - top], dtype=torch.int32)
-    flips = torch.arange(clips) % 2 == 0
+    box = torch.tensor(
+        [top, left, side - 3 * top, side - left - top], dtype=torch.int32, device="cpu"
+    )
+    flips = torch.arange(clips, device="cpu") % 2 == 0
     crop = sources, box.repeat(clips, 1), flips, ids, cfg.img_size
     pixels = cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, dtype
     cell = 8  # of HOG: a patch has whole ones

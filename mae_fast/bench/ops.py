@@ -409,10 +409,10 @@ def smallest(op: str) -> dict[str, Callable[[], object]]:
     """One call of an op on its smallest input: its public function, the bare registered operator
     that it calls (where there is one here), and the reference."""
     if op == "adamw":
-        param = nn.Parameter(torch.ones(1))
-        param.grad = torch.ones(1)
+        param = nn.Parameter(torch.ones(1, device="cpu"))
+        param.grad = torch.ones(1, device="cpu")
         optimizer = torch.optim.AdamW([param], lr=0.0, fused=True)
-        args = optimizer, torch.ones(()), torch.zeros(())
+        args = optimizer, torch.ones((), device="cpu"), torch.zeros((), device="cpu")
         public, reference = ops_module(op)
         return {
             "public": lambda: public(*args),

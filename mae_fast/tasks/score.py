@@ -66,7 +66,7 @@ def test(
         parts = distributed.gather(found, world)
         if not world.writer:
             return
-        logits = torch.empty(len(rows), len(views), len(classes))
+        logits = torch.empty(len(rows), len(views), len(classes), device="cpu")
         for rank, (part, _) in enumerate(parts):
             logits[rank :: world.size] = part
         bad = [x for _, some in parts for x in some]
@@ -150,7 +150,7 @@ def logits_of(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             parts = [model(part) for part in video.split(size)]
         found.append(torch.cat(parts).float().cpu())
-    return torch.stack(found) if found else torch.empty(0, *shape), bad
+    return torch.stack(found) if found else torch.empty(0, *shape, device="cpu"), bad
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
