@@ -123,7 +123,7 @@ class _Pool:
             batch = _receive(self.ends[self.got % len(self.ends)])
         except (OSError, EOFError) as e:
             worker = self.processes[self.got % len(self.ends)]
-            worker.join(60.0)  # its socket closes a while before it has ended
+            worker.join(10.0)  # its socket closes a while before it has ended
             raise DataError(
                 f"a data worker was lost (out of memory?): {_fate(worker.exitcode)}"
             ) from e

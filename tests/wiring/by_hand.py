@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mae_fast.masking import draw_ids
+from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
 
 HELD_OUT_SEED, HELD_OUT_CLIPS = 20220518, 64
@@ -100,14 +100,8 @@ def batch(cfg, rows, seed, step, draws, bad=()):
         cfg.model.num_frames // cfg.model.t_patch_size,
         *(cfg.model.img_size // cfg.model.patch_size,) * 2,
     )
-    ids = draw_ids(
-        cfg.mask.strategy,
-        grid,
-        cfg.mask.ratio,
-        seed=seed,
-        step=step,
-        samples=torch.tensor(samples),
-    )
+    ids = draw_masks(cfg.mask, grid, seed=seed, step=step, samples=torch.tensor(samples))
+    video = [clip for clip in video for _ in range(cfg.mask.per_clip)]
     return torch.stack(video), *ids, list(paths)
 
 
