@@ -118,11 +118,13 @@ class _Pool:
         """The next batch in order, whatever order they are made in."""
         try:
             while self.sent < min(self.got + _AHEAD * len(self.ends), len(self.tasks)):
-                self.ends[self.sent % len(self.ends)].send(self.tasks[self.sent])
+                at = self.sent
+                self.ends[at % len(self.ends)].send(self.tasks[at])
                 self.sent += 1
-            batch = _receive(self.ends[self.got % len(self.ends)])
+            at = self.got
+            batch = _receive(self.ends[at % len(self.ends)])
         except (OSError, EOFError) as e:
-            worker = self.processes[self.got % len(self.ends)]
+            worker = self.processes[at % len(self.ends)]
             worker.join(10.0)  # its socket closes a while before it has ended
             raise DataError(
                 f"a data worker was lost (out of memory?): {_fate(worker.exitcode)}"

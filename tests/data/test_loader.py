@@ -252,16 +252,19 @@ def test_no_rows_is_an_error():
         load([])
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_killed_worker_is_seen_where_a_batch_is_waited_for(rows, step):
-    """Not by a signal handler, which would raise in the middle of a step."""
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_killed_worker_is_seen_where_a_batch_is_waited_for(rows, step, which):
+    """Not by a signal handler, which would raise in the middle of a step; whichever it is, and
+    whether it was to be given a task or to give a batch."""
     before = signal.getsignal(signal.SIGCHLD)
     options = {"num_frames": 8, "batch_size": 2, "seed": 0, "steps": 500}
     batches = iter(make_loader(rows, config(workers=2), **options))
     for _ in range(step + 1):
         next(batches)
     assert signal.getsignal(signal.SIGCHLD) is before
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    pids = sorted(worker.pid for worker in multiprocessing.active_children())
+    os.kill(pids[which], signal.SIGKILL)
     time.sleep(0.2)  # nothing is raised here
     with pytest.raises(DataError, match=r"worker was lost .*: killed by SIGKILL"):
         for _ in range(10):
