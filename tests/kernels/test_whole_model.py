@@ -11,8 +11,8 @@ from mae_fast.weights import to_mae_st
 if not dispatch.interpreting():
     pytest.skip("TRITON_INTERPRET=1 runs it, in a process of its own", allow_module_level=True)
 
-# The others feed a model, or step its parameters.
-OUTSIDE = {"adamw", "crop_resize_patchify_gather", "patchify_gather"}
+# The others feed a model, step its parameters, or are another target's loss.
+OUTSIDE = {"adamw", "crop_resize_patchify_gather", "masked_hog_mse", "patchify_gather"}
 IN_FORWARD = set(ON_TRITON) - OUTSIDE
 
 
