@@ -43,28 +43,15 @@ def check(model: nn.Module) -> list[Finding]:
     known = parts.layer("patch_embed.proj", nn.Conv3d, in_channels=3)
     if not parts.has("decoder_embed", "out_features") or not known:
         return parts.findings
-    embed, proj = model.patch_embed, model.patch_embed.proj
-    (t, h, w), (u, p, q) = embed.input_size, proj.kernel_size
+    proj, p = model.patch_embed.proj, model.patch_embed.proj.kernel_size[1]
     dim, dec = proj.out_channels, model.decoder_embed.out_features
-    with parts.group("patch_embed"):
-        plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
-        parts.layer("patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
-        size = (embed.frames, *embed.img_size)
-        parts.value("patch_embed.input_size", (t * u, h * p, w * q), size)
-        parts.rest_is_off("patch_embed", "proj")
-
-    parts.value("pred_t_dim", model.pred_t_dim, t * model.t_pred_patch_size)
+    check_patch_embed(parts, model)
+    steps = model.patch_embed.input_size[0]
+    parts.value("pred_t_dim", model.pred_t_dim, steps * model.t_pred_patch_size)
     known = ["patch_embed", "blocks", "norm", "decoder_embed", "mask_token"]
     known += ["decoder_blocks", "decoder_norm", "decoder_pred"]
     for name, width in (("", dim), ("decoder_", dec)):
-        tables = {"pos_embed": t * h * w + bool(model.cls_embed)}
-        if model.sep_pos_embed:
-            tables = {"pos_embed_spatial": h * w, "pos_embed_temporal": t}
-        if model.cls_embed:
-            tables |= {"cls_token": 1} | ({"pos_embed_class": 1} if model.sep_pos_embed else {})
-        for table, length in tables.items():
-            known.append(name + table)
-            parts.shape(name + table, 1, length, width)
+        known += check_tables(parts, model, name, width)
         check_blocks(parts, f"{name}blocks", width)
         parts.norm(f"{name}norm", width)
     parts.shape("mask_token", 1, 1, dec)
@@ -72,6 +59,31 @@ def check(model: nn.Module) -> list[Finding]:
     parts.linear("decoder_pred", dec, model.t_pred_patch_size * p * p * 3)
     parts.rest_is_off("", *known)
     return parts.findings
+
+
+def check_patch_embed(parts: Parts, model: nn.Module) -> None:
+    """The patch embedding: a convolution whose kernel is its stride, of clips of one size."""
+    embed = model.patch_embed
+    (t, h, w), (u, p, q) = embed.input_size, embed.proj.kernel_size
+    with parts.group("patch_embed"):
+        plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
+        parts.layer("patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
+        size = (embed.frames, *embed.img_size)
+        parts.value("patch_embed.input_size", (t * u, h * p, w * q), size)
+        parts.rest_is_off("patch_embed", "proj")
+
+
+def check_tables(parts: Parts, model: nn.Module, prefix: str, width: int) -> list[str]:
+    """Positions and cls of the encoder ("") or of the decoder ("decoder_"); their names."""
+    t, h, w = model.patch_embed.input_size
+    tables = {"pos_embed": t * h * w + bool(model.cls_embed)}
+    if model.sep_pos_embed:
+        tables = {"pos_embed_spatial": h * w, "pos_embed_temporal": t}
+    if model.cls_embed:
+        tables |= {"cls_token": 1} | ({"pos_embed_class": 1} if model.sep_pos_embed else {})
+    for table, length in tables.items():
+        parts.shape(prefix + table, 1, length, width)
+    return [prefix + table for table in tables]
 
 
 def check_blocks(parts: Parts, name: str, dim: int) -> None:

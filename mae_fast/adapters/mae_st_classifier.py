@@ -33,21 +33,9 @@ def check(model: nn.Module) -> list[Finding]:
         return parts.findings
     if not parts.layer("patch_embed.proj", nn.Conv3d, in_channels=3):
         return parts.findings
-    embed, proj = model.patch_embed, model.patch_embed.proj
-    (t, h, w), (u, p, q), dim = embed.input_size, proj.kernel_size, proj.out_channels
-    with parts.group("patch_embed"):
-        plain = dict(stride=(u, p, p), padding=(0, 0, 0), dilation=(1, 1, 1), groups=1)
-        parts.layer("patch_embed.proj", nn.Conv3d, kernel_size=(u, p, p), **plain)
-        size = (embed.frames, *embed.img_size)
-        parts.value("patch_embed.input_size", (t * u, h * p, w * q), size)
-        parts.rest_is_off("patch_embed", "proj")
-    tables = {"pos_embed": t * h * w + bool(model.cls_embed)}
-    if model.sep_pos_embed:
-        tables = {"pos_embed_spatial": h * w, "pos_embed_temporal": t}
-    if model.cls_embed:
-        tables |= {"cls_token": 1} | ({"pos_embed_class": 1} if model.sep_pos_embed else {})
-    for table, length in tables.items():
-        parts.shape(table, 1, length, dim)
+    dim = model.patch_embed.proj.out_channels
+    mae_st.check_patch_embed(parts, model)
+    tables = mae_st.check_tables(parts, model, "", dim)
     mae_st.check_blocks(parts, "blocks", dim)
     for name in ("norm", "dropout", "head"):
         parts.findings.append(Finding(name, None, "is called as it is"))
