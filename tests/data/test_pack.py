@@ -140,16 +140,18 @@ def test_times_and_colours_are_kept(packed, tmp_path):
     assert rows["turned_90.mp4"].height > rows["turned_90.mp4"].width
 
 
-def test_the_loader_draws_the_same_frames(folder, tmp_path, video):
-    """The official sampling to the frame: numbers in the pictures, boxes, flips and samples."""
+@pytest.mark.parametrize("short_side", [256, 24])
+def test_the_loader_draws_the_same_frames(folder, tmp_path, video, short_side):
+    """The official sampling to the frame: numbers in the pictures, sizes, boxes, flips, samples."""
     build_index([folder], tmp_path / "i.jsonl", workers=1, progress=False)
     write_pack(tmp_path / "i.jsonl", tmp_path / "pack", HOW, 1)
     options = dict(num_frames=8, batch_size=2, seed=3, steps=4)
-    cfg = DataConfig(workers=0, repeat_aug=2, sampling_rate=2)
+    cfg = DataConfig(workers=0, repeat_aug=2, sampling_rate=2, short_side=short_side)
     both = [make_loader(read_index(tmp_path / p), cfg, **options) for p in ("i.jsonl", "pack")]
     for a, b in zip(*both, strict=True):
         for x, y in zip(a.frames, b.frames, strict=True):
             assert [video.number(f) for f in x] == [video.number(f) for f in y]
+            assert x.shape == y.shape and min(x.shape[1:3]) == min(short_side, 48)
         assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("boxes", "flips", "samples"))
 
 
