@@ -25,7 +25,7 @@ from mae_fast.data.container import BadVideo
 from mae_fast.data.encode import encode
 from mae_fast.data.loader import ClipDataset
 from mae_fast.data.pack import check_pack, write_pack
-from mae_fast.data.packed import PackReader, Place, packs_of
+from mae_fast.data.packed import KEY, LEAF, PACKET, PackReader, Place, _needed, packs_of
 from mae_fast.errors import ConfigError, DataError, WriteError
 
 VIDEOS = Path(__file__).parent / "videos"
@@ -173,6 +173,37 @@ def small(tmp_path_factory, video):
 @pytest.fixture
 def copied(small, tmp_path):
     return Path(shutil.copytree(small / "pack", tmp_path / "pack"))
+
+
+def test_frames_are_given_in_the_order_and_as_often_as_they_are_asked_for(small, video):
+    row = rows_of(small / "pack")["c.mp4"]
+    wanted = [7, 2, 7, 15, 0, 2]
+    assert [video.number(f) for f in PackReader().read(place(row), wanted)] == wanted
+
+
+def test_no_packet_is_sent_that_nothing_leans_on():
+    table = np.zeros(8, PACKET)
+    table["pts"], table["size"] = range(8), 1
+    table["flags"][[0, 5]], table["flags"][[2, 3, 6]] = KEY, LEAF
+    needed, starts = _needed(table, np.array([4]))
+    assert needed.tolist() == [0, 1, 4] and starts == set()
+    needed, starts = _needed(table, np.array([3, 6]))
+    assert needed.tolist() == [0, 1, 3, 5, 6] and starts == {5}
+
+
+def test_more_shards_and_decoders_than_stay_open(small, packed, video, monkeypatch):
+    """The one that was not read for the longest time is closed, and opened again."""
+    monkeypatch.setattr("mae_fast.data.packed._SHARDS", 1)
+    monkeypatch.setattr("mae_fast.data.packed._DECODERS", 1)
+    reader, rows = PackReader(), read_index(small / "pack")
+    assert len({os.path.dirname(r.path) for r in rows}) == 2
+    for row in [*rows, *rows]:
+        assert video.number(reader.read(place(row), [5])[0]) == 5
+        (shard,) = reader._shards.values()
+        os.fstat(shard)  # is open
+    others = [rows_of(packed / "pack")[name] for name in ("grey.mp4", "bt709.mp4")]
+    for row in [*others, *others]:
+        assert len(reader.read(place(row), [1])) == len(reader._decoders) == 1
 
 
 def test_labels_names_and_broken_rows_come_out(small):
