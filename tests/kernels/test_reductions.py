@@ -1,5 +1,5 @@
-"""Sums over lanes that lie apart, of what was put into another shape: Triton 3.6 adds up others (its
-pull request 9219 mends it), and a GPU alone shows that. Read from Triton's own code for a GPU."""
+"""Sums over lanes that lie apart, of what was put into another shape: Triton 3.6 adds up others
+(its pull request 9219 mends it), which a GPU alone shows. Read from Triton's own code for a GPU."""
 
 import re
 
@@ -18,7 +18,9 @@ LAYOUTS = {
     "mirrored": lambda v: v.transpose(3, 4).contiguous().transpose(3, 4),
     "frames_last": lambda v: v.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
 }
-REDUCE = re.compile(r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32\}>.*?\) : \(tensor<[\dx]+x\w+, (.*?)>\)')
+REDUCE = re.compile(
+    r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32\}>.*?\) : \(tensor<[\dx]+x\w+, (.*?)>\)'
+)
 
 
 def lanes(layout: str, aliases: dict[str, str]) -> list[list[int]]:
