@@ -3,12 +3,14 @@
 Nothing is imported before it is asked for, and what is absent costs nothing. A reason is given for
 what a library does not take; its own checks stand behind. Written from the sources of flash-attn
 2.8.3, flash-attention's hopper folder (flash-attn 3), flash-attn-4 4.0.0b36 and xformers 0.0.35.
-None of it has run on a GPU yet: unmeasured.
+Of them only torch's own have run on a GPU: the others are unmeasured.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +42,7 @@ class Library:
     install: str
     capabilities: tuple[tuple[int, int], tuple[int, int]]
     widest: int
+    broken: Callable[[], str | None] = lambda: None  # why it imports, and cannot run
 
     def here(self) -> str | None:
         """Why this machine has it not, or None. Imports nothing."""
@@ -69,7 +72,7 @@ class Library:
             return f"{self.module} does not import: {e}"
         # flash-attn 2.8 ships an early copy of flash-attn-4, for one.
         lacks = [p for p in self.passes if p not in inspect.signature(function).parameters]
-        return f"{self.function} of {self.module} has no {lacks[0]}" if lacks else None
+        return f"{self.function} of {self.module} has no {lacks[0]}" if lacks else self.broken()
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why it does not take these tensors, or None."""
@@ -118,6 +121,15 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return memory_efficient_attention(q, k, v)
 
 
+def _xformers_broken() -> str | None:
+    """Built for another torch it imports, says so in its log, and no kernel takes anything."""
+    library = sys.modules.get("xformers._cpp_lib")
+    error = getattr(library, "_cpp_library_load_exception", None)
+    if error is not None:  # several lines, the last of them advice
+        return " ".join(str(error).partition("\n  Please")[0].split())
+    return None if getattr(library, "_built_with_cuda", True) else "xformers is built without CUDA"
+
+
 _ANY = (99, 0)
 LIBRARIES = {
     "flash_attn_4": Library(
@@ -163,6 +175,7 @@ LIBRARIES = {
         install="pip install mae-fast[xformers]",
         capabilities=((8, 0), _ANY),
         widest=256,
+        broken=_xformers_broken,
     ),
 }
 
@@ -204,12 +217,18 @@ class TorchKernel:
             return None
         tensors = (x.transpose(1, 2) for x in (q, k, v))
         params = torch.backends.cuda.SDPAParams(*tensors, None, 0.0, False, False)
-        if self.ask(params, False):
-            return None
-        with warnings.catch_warnings(record=True) as said:
+        return None if self.ask(params, False) else self.torch_says(q, k, v)
+
+    def torch_says(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """Why torch declines, from the warnings with which it refuses: what its rule says when it
+        is asked alone goes past Python, to stderr."""
+        with warnings.catch_warnings(record=True) as said, contextlib.suppress(RuntimeError):
             warnings.simplefilter("always")
-            self.ask(params, True)
+            self.compute(q, k, v)
         reasons = [str(w.message).split(" (Triggered")[0].strip() for w in said]
+        # Of every kernel in turn; those that were not asked for are disabled.
+        other = ("not used because", "runtime disabled")
+        reasons = [r for r in reasons if not any(words in r for words in other)]
         return "; ".join(reasons) or "torch declines, without a reason"
 
 

@@ -24,6 +24,12 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2e-3, torch.
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
+def floor(t):
+    """One number alone may be off by the whole rounding of an operand and its own, which plain
+    torch's by chance is not: of many they average."""
+    return max(FLOOR[t.dtype], torch.finfo(t.dtype).eps) if t.numel() == 1 else FLOOR[t.dtype]
+
+
 def gradients(function, args, dout=None):
     """[output, gradient of each floating argument that requires one] of one call."""
     args = [a.detach().requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in args]
@@ -42,8 +48,16 @@ def assert_as_good_as_torch(ours, plain, exact):
     for i, (o, p, e) in enumerate(zip(ours, plain, exact, strict=True)):
         assert (o.dtype, o.shape) == (p.dtype, p.shape), f"number {i}: {o.dtype} {o.shape}"
         assert o.isfinite().all(), f"number {i} holds what is not finite"
-        error, allowed = (o - e).norm(), 2 * (p - e).norm() + FLOOR[o.dtype] * greatest
+        error, allowed = (o - e).norm(), 2 * (p - e).norm() + floor(o) * greatest
         assert error <= allowed, f"number {i}: {error} > {allowed}"
+
+
+def assert_rounded_once(narrow, wide):
+    """That `narrow` is `wide` in its own dtype. On a GPU, where another kernel makes it and may add
+    in another order, it is the rounding of a number within fp32's floor of it."""
+    slack = 0 if DEVICE == "cpu" else FLOOR[torch.float32]
+    low, high = ((wide + e).to(narrow.dtype) for e in (-slack, slack))
+    assert ((low <= narrow) & (narrow <= high)).all()
 
 
 def check_op(function, reference, args, dout=None):

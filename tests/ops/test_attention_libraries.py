@@ -237,6 +237,43 @@ def test_a_library_that_cannot_be_called_is_a_reason(body, reason, tmp_path, mon
     _forget()
 
 
+# What xformers 0.0.35 keeps of the error with which its extension did not load.
+XFORMERS_ERROR = """xFormers can't load C++/CUDA extensions. xFormers was built for:
+    PyTorch 2.10.0+cu128 with CUDA 1208 (you have 2.11.0+cu130)
+    Python  3.10.19 (you have 3.12.3)
+  Please reinstall xformers"""
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (
+            f"_cpp_library_load_exception = Exception({XFORMERS_ERROR!r})",
+            "xFormers can't load C++/CUDA extensions. xFormers was built for: PyTorch 2.10.0+cu128"
+            " with CUDA 1208 (you have 2.11.0+cu130) Python 3.10.19 (you have 3.12.3)",
+        ),
+        (
+            "_cpp_library_load_exception, _built_with_cuda = None, False",
+            "xformers is built without CUDA",
+        ),
+        ("_cpp_library_load_exception, _built_with_cuda = None, True", None),
+    ],
+    ids=["another_torch", "no_cuda", "works"],
+)
+def test_xformers_whose_kernels_do_not_load_is_declined(state, reason, tmp_path, monkeypatch):
+    """It imports, and took every call: the op then failed."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _forget()
+    _write(
+        tmp_path,
+        "xformers",
+        "from xformers import _cpp_lib\ndef memory_efficient_attention(q, k, v): pass",
+    )
+    (tmp_path / "xformers/_cpp_lib.py").write_text(state)
+    assert LIBRARIES["xformers"].loads() == reason
+    _forget()
+
+
 @pytest.mark.parametrize(
     ("capability", "takers"),
     [
@@ -332,6 +369,14 @@ def test_torch_flash_kernel_declines_what_it_does_not_take():
         assert kernel.takes(strided, k, v) == "the values of a head do not lie together"
     else:
         assert "dtype" in kernel.takes(q, k, v).lower()  # fp32, in torch's own words
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a GPU's: test_torch_flash_kernel_declines ...")
+def test_torch_says_why_it_declines():
+    q, k, v = (t.detach() for t in _qkv())
+    said = libraries.TORCH_KERNELS["sdpa_flash"].torch_says(q, k[..., :8], v)
+    assert said.startswith("Flash attention requires q,k,v to have the same last dimension.")
+    assert said.endswith("Value.size(-1): 24 instead.")
 
 
 @pytest.fixture

@@ -41,6 +41,16 @@ def make(shape, dtype=torch.float32, flips=(True, False), frames=4):
     return [pixels, boxes, flips, ids, size, t_patch, patch, *NORM, dtype]
 
 
+def interpolated(*args):
+    """The reference, by the kernel that torch has for it. Where equal bits are asked for, a GPU's
+    F.interpolate is made of many, for the sake of its backward, and rounds the pixels' places once
+    more: up to 8e-6 at these sizes."""
+    torch.use_deterministic_algorithms(False)
+    want = crop_resize_patchify_gather_ref(*args)
+    torch.use_deterministic_algorithms(True)
+    return want
+
+
 @pytest.mark.parametrize("channel_last", [False, True], ids=["channel_first", "channel_last"])
 @pytest.mark.parametrize("flips", [(True, False), (False, True)], ids=["first", "second"])
 @pytest.mark.parametrize("dtype", WIDE)
@@ -50,7 +60,7 @@ def test_crop_resize_matches_interpolate(backend, shape, dtype, flips, channel_l
     args = [*make(shape, dtype, flips), channel_last]
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         ours = crop_resize_patchify_gather(*args)
-    want = crop_resize_patchify_gather_ref(*args)
+    want = interpolated(*args)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, want, rtol=0, atol=TOLERANCE[dtype])
 
@@ -95,7 +105,7 @@ def test_crop_resize_takes_any_strides(backend, layout):
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         ours = crop_resize_patchify_gather(*args)
     args[0] = [f.clone() for f in args[0]]
-    torch.testing.assert_close(ours, crop_resize_patchify_gather_ref(*args), rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours, interpolated(*args), rtol=0, atol=2e-6)
 
 
 def test_crop_resize_leaves_numbers_on_another_device_to_the_reference(cpp):

@@ -101,6 +101,8 @@ def test_no_op_is_without_a_case():
 @pytest.mark.parametrize("device", ["meta", "cuda:1"])
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_tensors_on_two_devices_are_refused(name, device):
+    if device == "cuda:1" and torch.cuda.device_count() == 1:
+        pytest.skip("this machine has one GPU, and torch makes no tensor that would be on another")
     function = getattr(
         importlib.import_module("mae_fast.ops." + name.removeprefix("clipped_")), name
     )
