@@ -107,7 +107,7 @@ def test_rehearsal_runs_every_stage(tmp_path, tools):
         assert row["status"] in (records.MEASURED, records.DECLINED), row
         assert row["environment"]["torch"] and row["sources"]
     checked = by_stage["checks"]
-    assert checked["tests of the ops"]["counts"]["PASSED"] >= 2
+    assert checked["tests of the ops"]["counts"]["passed"] >= 2
     # What the smoke has recorded is run again under it, not passed over as "recorded before".
     assert checked["compute-sanitizer"]["told"].startswith("1 item ran, ")
     assert "0 errors" in checked["compute-sanitizer"]["told"]
@@ -159,7 +159,7 @@ def test_every_item_of_the_real_plans_reaches_the_device(tmp_path):
     others = {
         ("compile", "Declined: it is not started"): 1,
         ("tune", "StartedError: -m benchmarks.gpu.stages.tune 0"): 1,
-        ("checks", "StartedError: -m pytest -v"): 1,
+        ("checks", "StartedError: -m pytest -q"): 1,
         ("checks", "Declined: compute-sanitizer is not installed"): 1,
     }
     for (stage, end), count in others.items():
@@ -239,6 +239,54 @@ def test_a_process_that_is_late_ends_with_what_it_started():
     child = int(process.stdout.readline())
     assert checks.end_by([process], 0.0) == 1
     assert ends(child)
+
+
+OP_TESTS = """
+import time
+def test_its_fixture_is_absent(golden): pass
+def test_it_fails(): assert 1.5 < 1.25, "number 0: 1.5 > 1.25"
+def test_it_matches_fp64(): pass
+def test_it_waits(): time.sleep(100)
+"""
+
+
+OP_NAMES = ("it_matches_fp64", "its_fixture_is_absent", "it_fails")
+
+
+def test_failures_are_told_of_a_process_that_is_killed(tmp_path):
+    """pytest itself tells them when all tests have ended."""
+    (tmp_path / "test_op.py").write_text(OP_TESTS)
+    path = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.shards", "test_op.py"]
+    command += ["-p", "no:cacheprovider", "--outcomes", str(path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True)
+    until = time.time() + 60
+    while time.time() < until and not (path.exists() and path.read_text().count("\n") >= 3):
+        time.sleep(0.1)
+    gpu.end_session(process)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    first, absent, fails = (f"test_op.py::test_{n}" for n in OP_NAMES)
+    assert rows[0]["test"] == first  # what holds an op to its reference
+    found = checks.told_of(rows, 1, 1, {"process 2": "Segmentation fault"})
+    assert found["counts"] == {"passed": 1, "failed": 2}
+    assert found["wrong"].keys() == {absent, fails, "process 2"}
+    assert "fixture 'golden' not found" in found["wrong"][absent]
+    assert found["wrong"][fails].startswith("AssertionError: number 0: 1.5 > 1.25")
+    assert found["told"].endswith("1 of 1 processes did not end in time")
+    assert found["reason"].startswith(found["told"] + "\n")
+
+
+def test_op_tests_need_nothing_from_above(tmp_path):
+    """There is no av for tests/conftest.py on a machine with a GPU."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/ops", "--confcutdir", "tests/ops", "--setup-plan"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 def test_a_sanitizer_under_which_nothing_runs_is_a_failure(tmp_path, tools):

@@ -116,7 +116,8 @@ def work(stage: str, items: Iterator[Item], records: Records, deadline: float) -
             try:
                 data = item.run()
                 if data.get("wrong"):
-                    status, data["reason"] = FAILED, f"wrong, and not timed: {data['wrong']}"
+                    status, reason = FAILED, f"wrong, and not timed: {data['wrong']}"
+                    data = {"reason": reason, **data}
             except Declined as e:
                 status, data = DECLINED, {"reason": str(e)}
             except Exception as e:
