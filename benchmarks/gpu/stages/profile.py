@@ -14,12 +14,17 @@ from mae_fast.ops import OPS
 
 PLAN = (("vit_base", 64), ("vit_large", 64), ("vit_large", 8), ("vit_base", 8))
 KERNELS = 60  # kept in a record
-# What a kernel's name holds, for what is not named after an op of ours: libraries' products.
+# What a kernel's name holds, for what is not named after an op of ours: libraries', torch's.
 LIBRARY = {
     "products": ("gemm", "nvjet", "cutlass", "cublas", "::mm", "::addmm", "::linear", "xmma"),
     "attention": ("flash", "fmha", "scaled_dot_product"),
+    "adamw": ("multi_tensor_apply",),
     "sort": ("sort", "radix"),
-    "copies": ("memcpy", "memset", "copy", "cat"),
+    "indexing": ("gather", "scatter", "index", "compute_grad_weight"),
+    "copies": ("memcpy", "copy", "cat"),
+    "fills": ("memset", "fill"),
+    "sums": ("reduce_kernel", "sum_parts"),
+    "elementwise": ("elementwise_kernel",),
 }
 
 
@@ -67,8 +72,12 @@ def profiled(setting: Setting, model: str, batch: int) -> dict:
 
 
 def kernels_of(averages: Any, device: str) -> list[dict]:
-    """The rows with a time of their own on the device, the longest first."""
+    """The rows with a time of their own on the device, the longest first. A span of the host, as
+    our labels are, has a shadow there, from its first kernel to its last: no kernel itself."""
     own = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
+    if device == "cuda":
+        averages = [e for e in averages if e.device_type.name == "CUDA"]
+        averages = [e for e in averages if not e.is_user_annotation]
     rows = [
         {
             "kernel": event.key[:120],
@@ -77,7 +86,7 @@ def kernels_of(averages: Any, device: str) -> list[dict]:
             "microseconds": getattr(event, own),
         }
         for event in averages
-        if getattr(event, own) > 0 and (device == "cpu" or event.device_type.name == "CUDA")
+        if getattr(event, own) > 0
     ]
     return sorted(rows, key=lambda row: -row["microseconds"])
 
