@@ -8,6 +8,7 @@ def add_layer_norm_fwd(x, y, weight, bias, eps, dtype):
     return forward("add_layer_norm_fwd", x, y, weight, bias, eps, dtype)
 
 
-def add_layer_norm_bwd(dtotal, dout, total, weight, mean, rstd):
-    """-> (dtotal + the norm's gradient, dweight, dbias); dtotal may be None."""
-    return backward("add_layer_norm_bwd", dtotal, dout, total, weight, mean, rstd)
+def add_layer_norm_bwd(dtotal, dout, total, weight, mean, rstd, y_dtype):
+    """-> (dtotal + the norm's gradient, the same of y_dtype, dweight, dbias); dtotal may be None.
+    The second holds nothing where the first is of y_dtype."""
+    return backward("add_layer_norm_bwd", dtotal, dout, total, weight, mean, rstd, y_dtype)

@@ -188,8 +188,8 @@ def _dq_block(
 def _attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, stat_ptr, Sq, Sk, H, stat_row, do_batch,
     do_row, do_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    dq_batch, dq_row, D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     blocks = tl.cdiv(Sq, BLOCK_Q)
     head = tl.program_id(0) // blocks
@@ -198,9 +198,8 @@ def _attention_bwd_dq_kernel(
     q_ptr = _head(q_ptr, head, H, q_batch, q_head)
     k_ptr = _head(k_ptr, head, H, k_batch, k_head)
     v_ptr = _head(v_ptr, head, H, v_batch, v_head)
-    batch = tl.cast(Sq, tl.int64) * H * D
-    out_ptr = _head(out_ptr, head, H, batch, D)
-    dq_ptr = _head(dq_ptr, head, H, batch, D)
+    out_ptr = _head(out_ptr, head, H, tl.cast(Sq, tl.int64) * H * D, D)
+    dq_ptr = _head(dq_ptr, head, H, dq_batch, D)
 
     do, do2 = _load(do_ptr, first, do_row, Sq, BLOCK_Q, D, WIDE, REST, True)
     out, out2 = _load(out_ptr, first, H * D, Sq, BLOCK_Q, D, WIDE, REST, True)
@@ -231,7 +230,7 @@ def _attention_bwd_dq_kernel(
     dq *= D**-0.5
     if REST:
         dq2 *= D**-0.5
-    _store(dq_ptr, first, H * D, Sq, dq, dq2, BLOCK_Q, D, WIDE, REST)
+    _store(dq_ptr, first, dq_row, Sq, dq, dq2, BLOCK_Q, D, WIDE, REST)
 
 
 @triton.jit
@@ -261,9 +260,9 @@ def _dkv_block(
 @triton.jit
 def _attention_bwd_dkv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, stat_ptr, dk_ptr, dv_ptr, Sq, Sk, H, stat_row, do_batch, do_row,
-    do_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    do_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dk_batch,
+    dk_row, D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     blocks = tl.cdiv(Sk, BLOCK_K)
     head = tl.program_id(0) // blocks
@@ -272,9 +271,8 @@ def _attention_bwd_dkv_kernel(
     q_ptr = _head(q_ptr, head, H, q_batch, q_head)
     k_ptr = _head(k_ptr, head, H, k_batch, k_head)
     v_ptr = _head(v_ptr, head, H, v_batch, v_head)
-    batch = tl.cast(Sk, tl.int64) * H * D
-    dk_ptr = _head(dk_ptr, head, H, batch, D)
-    dv_ptr = _head(dv_ptr, head, H, batch, D)
+    dk_ptr = _head(dk_ptr, head, H, dk_batch, D)
+    dv_ptr = _head(dv_ptr, head, H, dk_batch, D)
     stat_ptr += tl.cast(head, tl.int64) * 2 * stat_row
 
     k, k2 = _load(k_ptr, first, k_row, Sk, BLOCK_K, D, WIDE, REST, True)
@@ -297,8 +295,8 @@ def _attention_bwd_dkv_kernel(
     dk *= D**-0.5
     if REST:
         dk2 *= D**-0.5
-    _store(dk_ptr, first, H * D, Sk, dk, dk2, BLOCK_K, D, WIDE, REST)
-    _store(dv_ptr, first, H * D, Sk, dv, dv2, BLOCK_K, D, WIDE, REST)
+    _store(dk_ptr, first, dk_row, Sk, dk, dk2, BLOCK_K, D, WIDE, REST)
+    _store(dv_ptr, first, dk_row, Sk, dv, dv2, BLOCK_K, D, WIDE, REST)
 
 
 def _shape_class(k: Tensor) -> str:
@@ -334,7 +332,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """-> out [B, Sq, H, d], and the scores' log-sum-exp, f32 [B, H, Sq] (natural logarithm)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, queries, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # contiguous, whatever q is
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     sizes = _sizes("attention_fwd", k, "BLOCK_K", k.shape[1])
     _attention_fwd_kernel[(batch * heads * triton.cdiv(queries, sizes["BLOCK_Q"]),)](
@@ -348,10 +346,30 @@ def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq [B, Sq, H, d], dk and dv [B, Sk, H, d]."""
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    _backward(dout, q, k, v, out, lse, dq, dk, dv)
+    return dq, dk, dv
+
+
+def attention_qkv_fwd(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """qkv [B, S, 3, H, d] -> as attention_fwd."""
+    return attention_fwd(*qkv.unbind(2))
+
+
+def attention_qkv_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """-> the gradient of qkv [B, S, 3, H, d], contiguous."""
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _backward(dout, *qkv.unbind(2), out, lse, *dqkv.unbind(2))
+    return dqkv
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq, dk, dv
+) -> None:
+    """Writes dq, and dk and dv, which have the same strides; heads lie together in each."""
     dout, q, k, v = _rows(dout), _rows(q), _rows(k), _rows(v)
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     # log-sum-exp to base 2, and delta: whole blocks of 16, so that both rows of a head are aligned
     row = triton.cdiv(queries, 16) * 16
     stat = torch.empty((batch, heads, 2, row), dtype=torch.float32, device=q.device)
@@ -359,10 +377,9 @@ def attention_bwd(
     sizes = _sizes("attention_bwd_dq", k, "BLOCK_K", keys)
     _attention_bwd_dq_kernel[(batch * heads * triton.cdiv(queries, sizes["BLOCK_Q"]),)](
         dout, q, k, v, out.contiguous(), lse.contiguous(), dq, stat, queries, keys, heads,
-        row, *strides, **sizes
+        row, *strides, *dq.stride()[:2], **sizes
     )  # fmt: skip
     sizes = _sizes("attention_bwd_dkv", k, "BLOCK_Q", queries)
     _attention_bwd_dkv_kernel[(batch * heads * triton.cdiv(keys, sizes["BLOCK_K"]),)](
-        dout, q, k, v, stat, dk, dv, queries, keys, heads, row, *strides, **sizes
+        dout, q, k, v, stat, dk, dv, queries, keys, heads, row, *strides, *dk.stride()[:2], **sizes
     )  # fmt: skip
-    return dq, dk, dv

@@ -87,6 +87,14 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"ROWS": 32, "COLUMNS": 64, "num_warps": 4},
         ]
     },
+    "column_sums": {
+        "any": [
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 32, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 8, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 528, "num_warps": 4},
+        ]
+    },
     "bias_gelu_fwd": {
         "any": [
             {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 1056, "num_warps": 4},
@@ -192,9 +200,9 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     # tensor cores. By warps an SM from registers and shared memory, then instructions a score.
     "attention_fwd": {
         "d32": [
+            {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
             {"BLOCK_Q": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3},
-            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2},
-            {"BLOCK_Q": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+            {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         ],
         "d64_short": [
             {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},

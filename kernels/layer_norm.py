@@ -70,6 +70,7 @@ def _layer_norm_bwd_kernel(
     mean,
     rstd,
     dx,
+    dy,
     parts,
     rows,
     inner,
@@ -102,6 +103,8 @@ def _layer_norm_bwd_kernel(
         if dtotal is not None:
             gradient += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + at, gradient, mask=mask)
+        if dy is not None:
+            tl.store(dy + at, gradient, mask=mask)
         dweight += d * n
         dbias += d
     to = parts + tl.program_id(0).to(tl.int64) * 2 * D + column
@@ -146,9 +149,12 @@ def forward(kernel, x, y, weight, bias, eps, dtype):
     return total, out, mean, rstd
 
 
-def backward(kernel, dtotal, dout, x, weight, mean, rstd):
-    """-> (dx, dweight, dbias); x is the sum where there was one, and dtotal its own gradient."""
+def backward(kernel, dtotal, dout, x, weight, mean, rstd, y_dtype):
+    """-> (dx, dy, dweight, dbias); x is the sum where there was one, and dtotal its own gradient;
+    dy is dx of y_dtype, or holds nothing where dx is."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    narrow = y_dtype != x.dtype
+    dy = torch.empty(x.shape if narrow else (0,), dtype=y_dtype, device=x.device)
     rows, width = as_rows(x), x.shape[-1]
     programs, sizes = _sizes(kernel, mean.numel(), width, LEAST_ROWS)
     parts = torch.empty((programs, 2, width), dtype=torch.float32, device=x.device)
@@ -160,6 +166,7 @@ def backward(kernel, dtotal, dout, x, weight, mean, rstd):
         mean.contiguous(),
         rstd.contiguous(),
         dx,
+        dy if narrow else None,
         parts,
         mean.numel(),
         rows.shape[1],
@@ -167,7 +174,7 @@ def backward(kernel, dtotal, dout, x, weight, mean, rstd):
         width,
         **sizes,
     )
-    return dx, *sum_parts(parts, weight.dtype, weight.dtype)
+    return dx, dy, *sum_parts(parts, weight.dtype, weight.dtype)
 
 
 def layer_norm_fwd(x, weight, bias, eps, dtype):
@@ -177,4 +184,5 @@ def layer_norm_fwd(x, weight, bias, eps, dtype):
 
 def layer_norm_bwd(dout, x, weight, mean, rstd):
     """-> (dx, dweight, dbias); partial sums by program, then their sum in order."""
-    return backward("layer_norm_bwd", None, dout, x, weight, mean, rstd)
+    dx, _, *rest = backward("layer_norm_bwd", None, dout, x, weight, mean, rstd, x.dtype)
+    return dx, *rest

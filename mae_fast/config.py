@@ -427,8 +427,9 @@ class TrainConfig:
     """fp32, or bf16: autocast with fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the model trains; auto: a GPU where there is one"""
-    cuda_graph: bool = False
-    """run each step as CUDA graphs; where that cannot be, the log says why"""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """run each step as CUDA graphs, which the host launches at once; auto: on a GPU, where that can
+    be; else the log says why"""
     seed: int = 0
     """of weights, clips and masks"""
     log_every: int = 20

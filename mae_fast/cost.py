@@ -211,12 +211,20 @@ class Memory(NamedTuple):
     peak: float
 
 
-def memory(cfg: ModelConfig, clips: int, ratio: float, device: Device, shards: int = 1) -> Memory:
+def memory(
+    cfg: ModelConfig,
+    clips: int,
+    ratio: float,
+    device: Device,
+    shards: int = 1,
+    keep: bool = False,
+) -> Memory:
     """Of the model, its optimizer and what backward needs; without the runtime's own. `shards`:
-    devices among which FSDP parts weights, moments and gradients."""
+    devices among which FSDP parts weights, moments and gradients; keep: norms and activations are
+    not made again."""
     p, r, count = device.product_bytes, rows(cfg, ratio), parameters(cfg)
     state = 12 * count / shards + (p * count if p < 4 else 0)
-    encoder, decoder = _saved(cfg, r, p)
+    encoder, decoder = _saved(cfg, r, p, keep)
     # The last block's backward begins with g made again and dg, when the head's are gone.
     begins = p * int(cfg.mlp_ratio * cfg.decoder_embed_dim) * r.masked
     a_clip = encoder + decoder + begins
@@ -226,18 +234,25 @@ def memory(cfg: ModelConfig, clips: int, ratio: float, device: Device, shards: i
     return Memory(state, gradients, a_clip, peak)
 
 
-def _saved(cfg: ModelConfig, r: Rows, p: int) -> tuple[int, int]:
+def keeps(cfg: ModelConfig, clips: int, ratio: float, has: float) -> bool:
+    """Whether a GPU that has so many bytes holds a step that makes nothing again."""
+    a_gpu = DEVICES["h100"]
+    return memory(cfg, clips, ratio, a_gpu, keep=True).peak <= USABLE * has
+
+
+def _saved(cfg: ModelConfig, r: Rows, p: int, keep: bool) -> tuple[int, int]:
     """Bytes that the encoder and the decoder keep of one clip for backward.
 
     A block: two residual sums (fp32) with their statistics, q, k, v, attention's out and its lse,
-    and fc1's out; norms' and gelu's outputs are made again.
+    and fc1's out; with `keep` norms' and gelu's outputs, which else are made again.
     """
 
     def block(queries: int, keys: int, dim: int, heads: int) -> int:
         hidden = int(dim * cfg.mlp_ratio)
         sums = 4 * dim * (keys + queries) + 8 * (keys + queries)
         qkv = p * dim * (2 * queries + 2 * keys) + 4 * heads * queries
-        return sums + qkv + p * hidden * queries
+        again = p * dim * (keys + queries) + p * hidden * queries
+        return sums + qkv + p * hidden * queries + keep * again
 
     dim, dec = cfg.embed_dim, cfg.decoder_embed_dim
     video = cfg.in_chans * cfg.num_frames * cfg.img_size**2

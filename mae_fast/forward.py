@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.add_layer_norm import add_layer_norm
-from mae_fast.ops.attention import attention
+from mae_fast.ops.attention import attention, attention_qkv
 from mae_fast.ops.bias_gelu import bias_gelu
 from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.layer_norm import layer_norm
-from mae_fast.ops.linear import linear
+from mae_fast.ops.linear import linear, linears
 from mae_fast.ops.masked_hog_mse import hog_patches, masked_hog_mse
 from mae_fast.ops.masked_mse import masked_mse, target_patches
 from mae_fast.ops.patch_embed import patch_embed
@@ -121,7 +121,7 @@ class Spec(NamedTuple):
     `norm_pix`: the values of a target patch that are normalised together; `hog`: the targets are
     their histograms of gradients. `keep_encoder_cls`: the decoder's cls token is the encoder's,
     projected, plus decoder_cls. `checkpoint`: a block keeps its input only, and runs again in
-    backward.
+    backward; `keep`: it keeps its norms and activations too, which else are made again there.
     """
 
     t_patch: int
@@ -135,6 +135,7 @@ class Spec(NamedTuple):
     mean: float = 0.45
     std: float = 0.225
     checkpoint: bool = False
+    keep: bool = False
     hog: bool = False
 
 
@@ -247,11 +248,17 @@ def _rows(x: Tensor, ids: Tensor) -> Tensor:
 def _shared_qkv(
     others: Tensor, table: Tensor, ids_mask: Tensor, p: Block, heads: int
 ) -> list[Tensor]:
-    """q, k, v [B, S, heads, d] of [others | mask tokens]: those of mask tokens are computed once
-    for each position ([L, E]) and looked up, so their gradients are summed over clips first."""
+    """q, k, v of [others | mask tokens], as of `_qkv`: those of mask tokens are computed once for
+    each position ([L, E]) and looked up, so their gradients are summed over clips first."""
     others, table = (_norm(x, None, p.norm1)[1] for x in (others, table))
+    layers = p.q, p.k, p.v
+    both = [linears(x, layers) for x in (others, table)]
+    if both[0] is not None and both[1] is not None:
+        others, table = both
+        masked = F.embedding(ids_mask, table.flatten(1)).unflatten(-1, (3, -1))
+        return [torch.cat([others, masked], dim=1).unflatten(-1, (heads, -1))]
     qkv = []
-    for w in (p.q, p.k, p.v):
+    for w in layers:
         masked = F.embedding(ids_mask, linear(table, *w))
         qkv.append(torch.cat([linear(others, *w), masked], dim=1).unflatten(-1, (heads, -1)))
     return qkv
@@ -306,7 +313,7 @@ def _run(
     if not isinstance(p, Block):
         return p(x, y, first, lambda x, y, p: _run(spec, x, y, p, heads, first))
     if not spec.checkpoint or not torch.is_grad_enabled():
-        return transformer_block(x, y, p, heads, first, qkv)
+        return transformer_block(x, y, p, heads, first, qkv, again=not spec.keep)
     # What a block keeps lives for the length of its own backward only.
     how = dict(use_reentrant=False, preserve_rng_state=not p.is_plain(), again=False)
     return checkpoint(transformer_block, x, y, p, heads, first, qkv, **how)
@@ -324,13 +331,13 @@ def transformer_block(
     """The block's output for the tokens from `first` on, as the two parts [B, S - first, D] of a
     sum that the next norm takes; its input is x + y [B, S, D] (y None: x alone).
 
-    qkv, where given, holds the queries, keys and values [B, S, heads, d] that the input would give.
+    qkv, where given, is what `_qkv` gives of the input.
     again: norms and activations are made again in backward, not kept.
     """
     if qkv is None:
         x, h = _norm(x, y, p.norm1)
         qkv = _qkv(x, h, p, heads, first, again)
-    a = (p.attend or attention)(*qkv).flatten(2)  # [B, S - first, D]
+    a = _attend(p, qkv).flatten(2)  # [B, S - first, D]
     x, h = _norm(x[:, first:], apply_layer(a, p.proj), p.norm2)
     if type(p.fc1) is Affine:
         with remade(again, h, layer_norm, x, *p.norm2, h.dtype):
@@ -343,12 +350,23 @@ def transformer_block(
         return x, apply_layer(g, p.fc2)
 
 
+def _attend(p: Block, qkv: list[Tensor]) -> Tensor:
+    """Attention of what `_qkv` gives."""
+    if len(qkv) == 3:
+        return (p.attend or attention)(*qkv)
+    return p.attend(*qkv[0].unbind(2)) if p.attend else attention_qkv(*qkv)
+
+
 def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int, again: bool) -> list[Tensor]:
-    """q [B, S - first, heads, d], k and v [B, S, heads, d] of h [B, S, D], the norm of x."""
+    """q [B, S - first, heads, d], k and v [B, S, heads, d] of h [B, S, D], the norm of x; or all in
+    one tensor [B, S, 3, heads, d]."""
     if p.k is None:
         q, k, v = p.q(h)
         return [t.unflatten(-1, (heads, -1)) for t in (q[:, first:], k, v)]
     with remade(again, h, layer_norm, x, *p.norm1, h.dtype):
+        one = linears(h, (p.q, p.k, p.v)) if not first else None
+        if one is not None:
+            return [one.unflatten(-1, (heads, -1))]
         asked = h[:, first:]
         if h.dtype != x.dtype:  # torch rounds before it adds the bias where rows lie apart
             asked = asked.contiguous()

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from mae_fast import checkpoint, distributed, graph, metrics, resume
+from mae_fast import checkpoint, cost, distributed, graph, metrics, resume
 from mae_fast.config import Config, as_config, to_dict
 from mae_fast.data import BadVideos, Batch, ClipDataset, Loader, make_loader, read_index
 from mae_fast.data.packed import check_size, packs_of
@@ -113,6 +113,8 @@ class Run:
             cfg.data.max_bad_share, len(self.rows), self.folder if world.writer else None
         )
         self.wrapped = distributed.wrap(self.model, world)
+        if isinstance(self.model, MaskedAutoencoder):
+            self.model.spec = self.model.spec._replace(keep=self._keep())
         self.trainer = Step(
             self.wrapped,
             self.optimizer,
@@ -223,12 +225,21 @@ class Run:
 
     def _graph(self) -> bool:
         """Whether the step is to be CUDA graphs, and can be."""
-        if not self.cfg.train.cuda_graph:
-            return False
-        reason = graph.why_not(self.world.device, self.world.size)
-        if reason:
+        how, device = self.cfg.train.cuda_graph, self.world.device
+        reason = graph.why_not(device, self.world.size)
+        if reason and (how == "on" or (how == "auto" and device.type == "cuda")):
             log.warning("train.cuda_graph is not used: %s", reason)
-        return not reason
+        return how != "off" and not reason
+
+    def _keep(self) -> bool:
+        """Whether a GPU holds norms and activations too (cost.py); else they are made again in
+        backward."""
+        cfg, device = self.cfg, self.world.device
+        if device.type != "cuda":
+            return False
+        clips = cfg.train.batch_size * cfg.data.repeat_aug * cfg.mask.per_clip
+        has = torch.cuda.get_device_properties(device).total_memory
+        return cost.keeps(cfg.model, clips, cfg.mask.ratio, has)
 
     def _one_step(self, batches: Iterator[Batch], window: Window) -> None:
         """One optimizer step: accum_steps micro-steps, then clip and update. Never syncs."""

@@ -325,9 +325,9 @@ def test_a_run_with_graphs_is_the_run_without(changes, index, tmp_path, monkeypa
     monkeypatch.setattr(graph, "why_not", lambda *args: None)
     monkeypatch.setattr(step, "Graphed", lambda *a: graphs.append(true(*a)) or graphs[-1])
     runs = []
-    for name in ("eager", "graphed"):
-        out = tmp_path / name
-        pretrain(_config(index, out, steps=10, cuda_graph=name == "graphed", **changes))
+    for how in ("off", "on"):
+        out = tmp_path / how
+        pretrain(_config(index, out, steps=10, cuda_graph=how, **changes))
         losses = [row["loss"] for row in metrics.read(out / "metrics.jsonl")]
         runs.append((losses, _weights(out)))
     first, further, end = (g.graph is not None for g in graphs)
@@ -358,7 +358,7 @@ def test_a_step_makes_no_host_wait(strategy, index, tmp_path):
 
 def test_a_run_says_why_it_has_no_graph(index, tmp_path, caplog):
     pretrain(
-        _config(index, tmp_path / "run", steps=1, warmup_steps=0, device="cpu", cuda_graph=True)
+        _config(index, tmp_path / "run", steps=1, warmup_steps=0, device="cpu", cuda_graph="on")
     )
     assert "train.cuda_graph is not used: the run is on the cpu" in caplog.text
 

@@ -216,7 +216,7 @@ FIELDS = {
     "train.clip_grad": ({"train.clip_grad": 0.01}, {"m", "v", "end"}),
     "train.precision": ({"train.precision": "bf16"}, STEP),
     "train.device": ({"train.device": "auto"}, NOTHING),
-    "train.cuda_graph": ({"train.cuda_graph": True}, NOTHING),
+    "train.cuda_graph": ({"train.cuda_graph": "off"}, NOTHING),
     "train.seed": ({"train.seed": 4}, MODEL),
     "train.log_every": ({"train.log_every": 3, "train.save_every": 99}, {"logged"}),
     "train.save_every": ({"train.save_every": 2}, {"saved", "start", "m", "v"}),

@@ -173,10 +173,14 @@ inline std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, con
   return norm_backward(std::nullopt, dout, x, weight, mean, rstd);
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
+// The second is dx of y_dtype, or holds nothing where dx is.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const std::optional<Tensor>& dtotal, const Tensor& dout, const Tensor& total,
-    const Tensor& weight, const Tensor& mean, const Tensor& rstd) {
-  return norm_backward(dtotal, dout, total, weight, mean, rstd);
+    const Tensor& weight, const Tensor& mean, const Tensor& rstd, at::ScalarType y_dtype) {
+  auto [dx, dweight, dbias] = norm_backward(dtotal, dout, total, weight, mean, rstd);
+  const Tensor dy = dx.scalar_type() == y_dtype ? at::empty({0}, dx.options())
+                                                : dx.to(y_dtype);
+  return {dx, dy, dweight, dbias};
 }
 
 MAE_FAST_END

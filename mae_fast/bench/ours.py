@@ -33,6 +33,7 @@ class Ours:
     ) -> Built:
         """The model with its own starting values, its optimizer, and one training step."""
         model = MaskedAutoencoder(cfg).to(device)
+        model.spec = model.spec._replace(keep=device == "cuda")
         optimizer = make_optimizer(model, TrainConfig())
 
         def loss(clips: Tensor, *ids: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 x, y [..., D]; weight, bias [D] -> total, out [..., D], of the dtype that x + y has, and out of the
 one asked for; statistics in fp32 (fp64 for double). Backward saves total, and mean and
-1 / deviation of each row; the gradients of x and y are the same tensor.
+1 / deviation of each row; it gives the gradient of y, which is that of x, in y's dtype too.
 """
 
 import torch
@@ -32,7 +32,7 @@ dispatch.LIBRARY.define(
 )
 dispatch.LIBRARY.define(
     "add_layer_norm_bwd(Tensor? dtotal, Tensor dout, Tensor total, Tensor weight, Tensor mean,"
-    " Tensor rstd) -> (Tensor, Tensor, Tensor)"
+    " Tensor rstd, ScalarType y_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -44,8 +44,9 @@ def _(x, y, weight, bias, eps, dtype):
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_bwd")
-def _(dtotal, dout, total, weight, mean, rstd):
-    return torch.empty_like(total), torch.empty_like(weight), torch.empty_like(weight)
+def _(dtotal, dout, total, weight, mean, rstd, y_dtype):
+    dy = total.new_empty(total.shape if y_dtype != total.dtype else (0,), dtype=y_dtype)
+    return torch.empty_like(total), dy, torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _save(ctx, inputs, output):
@@ -61,8 +62,9 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dtotal, dout, *_):
     if dout is None:  # only the sum was used
         return dtotal, None if dtotal is None else dtotal.to(ctx.y_dtype), *[None] * 4
-    dx, *rest = torch.ops.mae_fast.add_layer_norm_bwd(dtotal, dout, *ctx.saved_tensors)
-    return dx, dx.to(ctx.y_dtype), *rest, None, None
+    saved = ctx.saved_tensors
+    dx, dy, *rest = torch.ops.mae_fast.add_layer_norm_bwd(dtotal, dout, *saved, ctx.y_dtype)
+    return dx, dx if dx.dtype == ctx.y_dtype else dy, *rest, None, None
 
 
 torch.library.register_autograd("mae_fast::add_layer_norm_fwd", _backward, setup_context=_save)

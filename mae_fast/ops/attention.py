@@ -63,6 +63,44 @@ def _backward(ctx, dout, _):
 
 torch.library.register_autograd("mae_fast::attention_fwd", _backward, setup_context=_save)
 
+# The same of q, k and v in one tensor [B, S, 3, H, d], whose gradient is one too: what comes from
+# one product goes back into one.
+dispatch.LIBRARY.define("attention_qkv_fwd(Tensor qkv) -> (Tensor, Tensor)")
+dispatch.LIBRARY.define(
+    "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor"
+)
+
+
+@torch.library.register_fake("mae_fast::attention_qkv_fwd")
+def _(qkv):
+    batch, tokens, _, heads, width = qkv.shape
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    out = qkv.new_empty(batch, tokens, heads, width)
+    return out, qkv.new_empty((batch, heads, tokens), dtype=dtype)
+
+
+@torch.library.register_fake("mae_fast::attention_qkv_bwd")
+def _(dout, qkv, out, lse):
+    return qkv.new_empty(qkv.shape)
+
+
+@torch.library.impl("mae_fast::attention_qkv_fwd", "CPU", lib=dispatch.LIBRARY)
+def _(qkv):
+    return torch.ops.mae_fast.attention_fwd(*qkv.unbind(2))
+
+
+@torch.library.impl("mae_fast::attention_qkv_bwd", "CPU", lib=dispatch.LIBRARY)
+def _(dout, qkv, out, lse):
+    return torch.stack(torch.ops.mae_fast.attention_bwd(dout, *qkv.unbind(2), out, lse), dim=2)
+
+
+@dispatch.once_differentiable
+def _qkv_backward(ctx, dout, _):
+    return None if dout is None else torch.ops.mae_fast.attention_qkv_bwd(dout, *ctx.saved_tensors)
+
+
+torch.library.register_autograd("mae_fast::attention_qkv_fwd", _qkv_backward, setup_context=_save)
+
 
 def _why_not_cpp(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if not q.dtype == k.dtype == v.dtype:
@@ -157,9 +195,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit"
         )
     dispatch.check_device("attention", q=q, k=k, v=v)
-    backend = OP.choose(q, k, v)
+    return _by(OP.choose(q, k, v), q, k, v)
+
+
+def _by(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if backend in ("cpp", "triton"):
         return torch.ops.mae_fast.attention_fwd(q, k, v)[0]
     if backend == "reference":
         return attention_ref(q, k, v)
     return libraries.compute(backend, q, k, v)
+
+
+@spanned(op="attention")
+def attention_qkv(qkv: Tensor) -> Tensor:
+    """`attention` of qkv [B, S, 3, H, d], as one product gives them -> [B, S, H, d]."""
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"attention_qkv: {list(qkv.shape)} is not [B, S, 3, H, d]")
+    q, k, v = qkv.unbind(2)
+    backend = OP.choose(q, k, v)
+    if backend in ("cpp", "triton"):
+        return torch.ops.mae_fast.attention_qkv_fwd(qkv)[0]
+    return _by(backend, q, k, v)

@@ -1,11 +1,16 @@
-"""linear: x @ weight.T + bias, by whichever of torch's two CPU libraries is the faster one here.
+"""linear: x @ weight.T + bias. The same product to rounding, by one of three ways:
 
-torch multiplies fp32 matrices with MKL, which runs at half speed on CPUs that are not Intel's:
-185 against 390 GFLOP/s for oneDNN, also inside torch, on two cores of an AMD EPYC with AVX-512
-(shapes of ViT-B at batch 2, forward and both products of backward). Elsewhere, and for every other
-device and dtype, this is torch.nn.functional.linear. The same product to rounding.
+onednn: torch multiplies fp32 matrices on a CPU with MKL, which runs at half speed on CPUs that are
+not Intel's: 185 against 390 GFLOP/s for oneDNN, also inside torch, on two cores of an AMD EPYC with
+AVX-512 (shapes of ViT-B at batch 2, forward and both products of backward).
+
+half: on a GPU under autocast, with weights in fp32. Several layers of one input are one product,
+weights' gradients come from it in fp32, biases' from a pass of their own over rows.
+
+reference: torch.nn.functional.linear, for everything else.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -74,6 +79,77 @@ class _OneDNNLinear(torch.autograd.Function):
         )
 
 
+# x float [M, N] -> its columns' sums in fp32, [N].
+dispatch.LIBRARY.define("column_sums(Tensor x) -> Tensor")
+
+
+@torch.library.register_fake("mae_fast::column_sums")
+def _(x):
+    return x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+@torch.library.impl("mae_fast::column_sums", "CPU", lib=dispatch.LIBRARY)
+def _(x):
+    return x.sum(0, dtype=torch.float32)
+
+
+class _HalfLinear(torch.autograd.Function):
+    """Layers of one input in 16 bits, as one product; saves x and the weights in 16 bits."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype, count: int, *parameters: Tensor | None):
+        """parameters: `count` weights, then as many biases. -> [..., N of all]"""
+        weights, biases = parameters[:count], parameters[count:]
+        rows = [len(w) for w in weights]
+        x16 = x.to(dtype)
+        weight = _in_one(weights, x16.new_empty(sum(rows), x.shape[-1]))
+        bias = None if not any(b is not None for b in biases) else x16.new_zeros(sum(rows))
+        if bias is not None:
+            _in_one(biases, bias, rows)
+        ctx.save_for_backward(x16, weight)
+        ctx.rows, ctx.dtype = rows, x.dtype
+        return F.linear(x16, weight, bias)
+
+    @staticmethod
+    @dispatch.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        g, x2 = grad.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        need_x, _, _, *needs = ctx.needs_input_grad
+        count = len(ctx.rows)
+        dx = (g @ weight).view(x.shape).to(ctx.dtype) if need_x else None
+        dweights = dbiases = (None,) * count
+        if any(needs[:count]):
+            dweights = _wide_product(g.t(), x2).split(ctx.rows)
+        if any(needs[count:]):
+            dbiases = torch.ops.mae_fast.column_sums(g).split(ctx.rows)
+        grads = (t if need else None for t, need in zip((*dweights, *dbiases), needs, strict=True))
+        return dx, None, None, *grads
+
+
+def _in_one(parts: Sequence[Tensor | None], whole: Tensor, rows: Sequence[int] = ()) -> Tensor:
+    """`whole`, whose rows are now those of the parts, rounded; where there is none it stays."""
+    for part, place in zip(parts, whole.split(list(rows) or [len(p) for p in parts]), strict=True):
+        if part is not None:
+            place.copy_(part)
+    return whole
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16-bit tensors, in fp32 as it is summed."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _why_not_half(x: Tensor, weight: Tensor) -> str | None:
+    if torch.compiler.is_compiling():
+        return "a compiler makes its own"
+    if dispatch.autocast_dtype(x.device.type) not in (torch.bfloat16, torch.float16):
+        return "there is no autocast"
+    if weight.dtype != torch.float32 or x.dtype == torch.float64:
+        return f"x is {x.dtype} and the weight {weight.dtype}"
+    return dispatch.why_not_triton(x, weight)
+
+
 def _why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
@@ -87,8 +163,8 @@ def _why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
 dispatch.MACHINE["onednn"] = why_not_onednn
 OP = dispatch.Op(
     "linear",
-    "fp32 products by the faster CPU library",
-    {"onednn": _why_not_onednn, "reference": dispatch.anything},
+    "products: fp32 by the faster CPU library, under autocast on a GPU several in one",
+    {"onednn": _why_not_onednn, "half": _why_not_half, "reference": dispatch.anything},
 )
 
 
@@ -101,6 +177,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` within another op, which has its own name in a profile."""
     dispatch.check_device("linear", x=x, weight=weight, bias=bias)
-    if OP.choose(x, weight) == "reference":
+    backend = OP.choose(x, weight)
+    if backend == "reference":
         return linear_ref(x, weight, bias)
+    if backend == "half":
+        return _HalfLinear.apply(x, dispatch.autocast_dtype(x.device.type), 1, weight, bias)
     return _OneDNNLinear.apply(x, weight, bias)
+
+
+@spanned(op="linear")
+def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """x [..., K], layers (weight [N, K], bias [N] or None) of one size -> [..., len(layers), N] by
+    one product, or None where one product is not faster."""
+    weights, biases = zip(*layers, strict=True)
+    shapes = {w.shape for w in weights}
+    if len(shapes) > 1 or any(OP.choose(x, w) != "half" for w in weights):
+        return None
+    dtype = dispatch.autocast_dtype(x.device.type)
+    out = _HalfLinear.apply(x, dtype, len(layers), *weights, *biases)
+    return out.unflatten(-1, (len(layers), -1))

@@ -138,8 +138,8 @@ MUTATIONS = [
     Mutation(
         "bias_gelu: the derivative lacks a factor h",
         "kernels/bias_gelu.py",
-        "normal_cdf(h) + h * density",
-        "normal_cdf(h) + density",
+        "cdf + h * (0.39",
+        "cdf + (0.39",
         "interpret",
         "test_bias_gelu_matches_fp64",
     ),

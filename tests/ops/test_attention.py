@@ -7,7 +7,7 @@ from op_checks import BACKENDS, DTYPES, check_op, gradients
 import mae_fast
 from mae_fast.errors import BackendError
 from mae_fast.ops import dispatch
-from mae_fast.ops.attention import attention, attention_ref
+from mae_fast.ops.attention import attention, attention_qkv, attention_ref
 
 # batch, queries, keys, heads, width of a head
 SHAPES = {
@@ -68,6 +68,27 @@ def test_attention_takes_views_of_one_projection(backend, dtype):
     dout = [torch.randn(2, 2, 36, 32).transpose(1, 2)]
     with mae_fast.backends(attention=backend):
         check_op(attention, attention_ref, [q, k, v], dout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 41, 3, 2, 32), (1, 70, 3, 3, 48), (1, 157, 3, 2, 64)])
+def test_attention_of_one_tensor_has_one_gradient(backend, shape, dtype):
+    """qkv [B, S, 3, H, d], also where it is a part of a larger one."""
+    for pad in (0, 16):
+        batch, tokens, _, heads, width = shape
+        qkv = torch.randn(batch, tokens, 3, heads, width + pad).to(DTYPES[dtype])
+        qkv = qkv[..., :width].requires_grad_()
+
+        def reference(qkv):
+            return attention_ref(*qkv.unbind(2))
+
+        with mae_fast.backends(attention=backend):
+            check_op(attention_qkv, reference, [qkv], [torch.randn(batch, tokens, heads, width)])
+
+
+def test_attention_of_one_tensor_refuses_another():
+    with pytest.raises(ValueError, match=r"\[2, 5, 2, 4, 16\]"):
+        attention_qkv(torch.zeros(2, 5, 2, 4, 16))
 
 
 @pytest.mark.skipif(BACKENDS != ["triton"], reason="of the Triton kernels")

@@ -1,12 +1,15 @@
-"""The product by oneDNN: the same to rounding, any strides, and where it stands back."""
+"""The product by oneDNN, and several as one: the same to rounding, any strides, and where these
+stand back."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import DEVICE
+from op_checks import DEVICE, assert_as_good_as_torch
 
+import mae_fast
+from mae_fast.ops import dispatch
 from mae_fast.ops import linear as module
-from mae_fast.ops.linear import linear
+from mae_fast.ops.linear import linear, linears
 
 
 @pytest.fixture(params=["onednn", "default"])
@@ -113,3 +116,85 @@ def test_transposed_of_other_strides_and_dtypes(cpp):
 def test_linear_checks_shapes(form):
     with pytest.raises(RuntimeError):
         linear(torch.randn(3, 4), torch.randn(5, 6))
+
+
+@pytest.fixture
+def half():
+    """The way of a GPU under autocast, which Triton's interpreter takes too."""
+    reason = dispatch.MACHINE["triton"]()
+    if reason:
+        pytest.skip(reason)
+    with mae_fast.backends(linear="half"):
+        yield
+
+
+HALF = torch.bfloat16, torch.float16
+
+
+def _autocast(dtype):
+    return torch.autocast(DEVICE, dtype, enabled=dtype != torch.float64)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "f16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biases", ["all", "none", "q_and_v"])
+def test_layers_of_one_input_match_fp64(half, shape, dtype, biases):
+    """Three layers as one product: outputs, and the gradients of x, of weights and of biases."""
+    size, out = SHAPES[shape]
+    x, gradient = torch.randn(size), torch.randn(*size[:-1], 3, out)
+    weights = [torch.randn(out, size[-1]) / size[-1] ** 0.5 for _ in range(3)]
+    there = {"all": (0, 1, 2), "none": (), "q_and_v": (0, 2)}[biases]
+    leaves = [x, *weights, *(torch.randn(out) for _ in there)]
+
+    def apart(x, layers):
+        return torch.stack([F.linear(x, *layer) for layer in layers], dim=-2)
+
+    def run(function, wide):
+        args = [t.detach().to(wide).requires_grad_() for t in leaves]
+        found = dict(zip(there, args[4:], strict=True))
+        with _autocast(torch.float64 if wide == torch.float64 else dtype):
+            y = function(args[0], [(w, found.get(i)) for i, w in enumerate(args[1:4])])
+        return [y.detach(), *torch.autograd.grad(y, args, gradient.to(y.dtype))]
+
+    exact, plain, ours = (
+        run(apart, torch.float64),
+        *(run(f, torch.float32) for f in (apart, linears)),
+    )
+    assert_as_good_as_torch(ours, plain, exact)
+
+
+def test_one_layer_in_half_matches_a_product_of_its_own(half):
+    """And its input may be in fp32, strided, or need no gradient."""
+    x, w, b = torch.randn(5, 6, 16)[:, ::2], torch.randn(8, 16), torch.randn(8)
+    for need in (True, False):
+        leaves = [x.clone().requires_grad_(need), w.clone().requires_grad_(), b]
+        with _autocast(torch.bfloat16):
+            y = linear(*leaves)
+            expected = F.linear(*leaves)
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.05)
+        y.float().sum().backward()
+        assert leaves[1].grad.dtype == torch.float32 and (leaves[0].grad is None) == (not need)
+        total = x.bfloat16().float().sum((0, 1)).expand(8, 16)
+        torch.testing.assert_close(leaves[1].grad, total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["no_autocast", "bf16_weights", "other_sizes", "fp64"])
+def test_layers_stay_apart(case):
+    """Where one product is not asked for, or the layers are not of one size."""
+    weights = [torch.randn(8, 16) for _ in range(3)]
+    if case == "other_sizes":
+        weights[1] = torch.randn(4, 16)
+    if case == "bf16_weights":
+        weights = [w.bfloat16() for w in weights]
+    x = torch.randn(5, 16, dtype=torch.float64 if case == "fp64" else None)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=case != "no_autocast"):
+        assert linears(x, [(w, None) for w in weights]) is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (40, 700), (3000, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["f32", "bf16", "f16"])
+def test_column_sums(half, size, dtype):
+    x = torch.randn(size).to(dtype)
+    sums = torch.ops.mae_fast.column_sums(x)
+    assert sums.dtype == torch.float32
+    assert_as_good_as_torch([sums], [x.float().sum(0)], [x.double().sum(0)])

@@ -128,8 +128,8 @@ def with_and_without(setting: Setting) -> dict:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for graph in (False, True):
-            name = "with a graph" if graph else "without"
-            absent, rows = trained(setting, Path(folder) / name, cuda_graph=graph)
+            name, how = ("with a graph", "on") if graph else ("without", "off")
+            absent, rows = trained(setting, Path(folder) / name, cuda_graph=how)
             found[name] = [row["loss"] for row in rows]
     pairs = list(zip(*found.values(), strict=True))
     worst = max(abs(a / b - 1) for a, b in pairs)
