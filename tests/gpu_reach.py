@@ -68,7 +68,7 @@ def main(path: Path) -> None:
     calls.Call.real = lambda self, device: torch.empty(0, device=device)
     compile.start_nvcc, subprocess.Popen = lambda: "it is not started", Popen
     made = Setting(Device(), records.Records(path, "sources", ()), False, float("inf"))
-    for stage in (gpu.BACKGROUND, *gpu.STAGES):
+    for stage in (*gpu.BESIDE, *gpu.STAGES):
         for item in import_module(f"benchmarks.gpu.stages.{stage.name}").items(made):
             print(stage.name, item.name, reached(item), sep=" | ", flush=True)
 

@@ -1,0 +1,126 @@
+"""train.py itself, on synthetic clips through its own loader: with a CUDA graph and without, saved
+and resumed, as a rank of NCCL. Beside the smoke, as Triton compiles its kernels for seconds."""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu import stand_ins
+from benchmarks.gpu.records import Declined, Item
+from benchmarks.gpu.setting import TINY, Setting
+from benchmarks.gpu.stand_ins import read_safetensors
+from mae_fast.config import Config, DataConfig, TrainConfig, preset
+
+STEPS = 8  # the fifth is the graph's first replay but one
+SAME = 1e-3  # of a loss in bf16, with a graph and without
+
+
+def items(setting: Setting) -> Iterator[Item]:
+    yield Item("train.py with and without a CUDA graph", lambda: with_and_without(setting))
+    yield Item("train.py saves and resumes", lambda: resumed(setting))
+    yield Item("train.py with one rank of NCCL", lambda: one_rank(setting))
+
+
+class Frames:
+    """In place of a video's reader: frames of random bytes, that depend on its name alone."""
+
+    num_frames = 64
+
+    def __init__(self, path: str, *args, **kwargs):
+        self.seed = sum(Path(path).name.encode())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return None
+
+    def read(self, indices, *args, **kwargs):
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (len(indices), 64, 80, 3)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def trained(setting: Setting, folder: Path, steps: int = STEPS, held_out: bool = False, **train):
+    """The rows of metrics of a run of pretrain in bf16, accumulating two micro-steps."""
+    absent = stand_ins.install()
+    from mae_fast import graph, metrics
+    from mae_fast.data import VideoRow, loader, write_index
+    from mae_fast.train import pretrain
+
+    rows = [VideoRow(f"synthetic-{i}", frames=64, fps=30.0) for i in range(8)]
+    folder.mkdir(exist_ok=True)
+    index = str(folder / "index.jsonl")
+    write_index(rows, Path(index))
+    model = TINY if setting.tiny else preset("vit_tiny", img_size=64, depth=2, decoder_depth=2)
+    data = DataConfig(index=index, val_index=index if held_out else "", workers=2, repeat_aug=2)
+    settings = dict(batch_size=2, accum_steps=2, precision="bf16", log_every=1, blr=0.1)
+    settings |= dict(warmup_steps=1, save_every=steps // 2, device=setting.device.type, steps=steps)
+    cfg = Config(str(folder / "run"), model, data=data, train=TrainConfig(**settings | train))
+    # The rehearsal's graph is a tape of the CPU's operators (mae_fast/graph.py).
+    why_not = (lambda *args: None) if setting.tiny else graph.why_not
+    with mock.patch.object(loader, "VideoReader", Frames):
+        with mock.patch.object(graph, "why_not", why_not):
+            pretrain(cfg)
+    return absent, [row for row in metrics.read(folder / "run/metrics.jsonl") if "loss" in row]
+
+
+def with_and_without(setting: Setting) -> dict:
+    """The losses of both, step by step."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for graph in (False, True):
+            name, how = ("with a graph", "on") if graph else ("without", "off")
+            absent, rows = trained(setting, Path(folder) / name, cuda_graph=how)
+            found[name] = [row["loss"] for row in rows]
+    pairs = list(zip(*found.values(), strict=True))
+    worst = max(abs(a / b - 1) for a, b in pairs)
+    assert len(pairs) == STEPS and worst <= SAME, f"losses differ by {worst:.1e}: {found}"
+    told = f"losses differ by {worst:.1e} at most" + f", stand-ins of {absent}" * bool(absent)
+    return {"losses": found, "stand_ins": absent, "equal_bits": worst == 0, "told": told}
+
+
+def resumed(setting: Setting) -> dict:
+    """A run whose last checkpoint is lost goes on from the one before to the same bits; and the
+    held-out loss is taken."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _, rows = trained(setting, folder, held_out=True)
+        last = sorted((folder / "run").glob("checkpoint-*.safetensors"))[-1]
+        expected = read_safetensors(last)[1]
+        last.unlink()
+        _, again = trained(setting, folder, held_out=True)
+        got = read_safetensors(last)[1]
+    differ = [key for key, t in expected.items() if not torch.equal(t, got[key])]
+    assert not differ, f"a resumed run differs in {', '.join(differ)}"
+    held_out = again[-1]["val_loss"]
+    assert math.isfinite(held_out) and again[-1]["loss"] == rows[-1]["loss"], (rows, again)
+    told = f"{len(got)} tensors are equal, held-out loss {held_out:.3f}"
+    return {"tensors": len(got), "val_loss": held_out, "told": told}
+
+
+def one_rank(setting: Setting) -> dict:
+    """DistributedDataParallel in a group of one, whose products NCCL adds up."""
+    import torch.distributed as dist
+
+    backend = "gloo" if setting.tiny else "nccl"
+    if not getattr(dist, f"is_{backend}_available")():
+        raise Declined(f"torch is built without {backend}")
+    stand_ins.install()
+    from mae_fast import distributed
+
+    wrap = distributed.wrap
+    two = lambda model, world: wrap(model, world._replace(size=2))  # noqa: E731  as of two ranks
+    with tempfile.TemporaryDirectory() as name, mock.patch.object(distributed, "wrap", two):
+        with mock.patch.dict(os.environ, {"NCCL_DEBUG": "WARN"}):
+            where = f"file://{name}/store"
+            dist.init_process_group(backend, init_method=where, rank=0, world_size=1)
+            _, rows = trained(setting, Path(name), steps=2, cuda_graph="off")
+    loss = rows[-1]["loss"]
+    assert math.isfinite(loss), rows
+    return {"backend": backend, "loss": loss, "told": f"{backend}: loss {loss:.3f} after 2 steps"}
