@@ -98,7 +98,7 @@ def why_not_cpp(*tensors: Tensor | None) -> str | None:
     for t in tensors:
         if t is not None and t.device.type != "cpu":
             return f"a tensor is on {t.device}, not on the CPU"
-    return load_cpp()
+    return _miss_cpp()
 
 
 def why_not_triton(*tensors: Tensor | None) -> str | None:
@@ -292,26 +292,33 @@ def _load_cpp() -> str | None:
     folder = Path(__file__).resolve().parent.parent
     built = sorted(p.stem.removeprefix("_cpu_") for p in folder.glob("_cpu_*.so"))
     if not built:
-        reason = _not_built("C++", os.environ.get("CXX", "c++").split()[0])
-    else:
-        name = capability if capability in built else "default"
-        if name not in built:
-            reason = f"the C++ kernels are built for {', '.join(built)}; this CPU has {capability}"
-        else:
-            try:
-                torch.ops.load_library(str(folder / f"_cpu_{name}.so"))
-                has = torch._C._dispatch_has_kernel_for_dispatch_key
-                missing = sorted(op for op in LIBRARY._op_defs if not has(op, "CPU"))
-                if not missing:
-                    return None
-                reason = f"the C++ kernels are built from other sources: {missing[0]} is not there"
-            except OSError as e:  # built for another torch, most often
-                reason = f"the C++ kernels do not load: {e.__cause__ or e}"  # torch hides the words
-    log.warning("%s; plain torch is used in their place", reason)
-    return reason
+        return _not_built("C++", os.environ.get("CXX", "c++").split()[0])
+    name = capability if capability in built else "default"
+    if name not in built:
+        return f"the C++ kernels are built for {', '.join(built)}; this CPU has {capability}"
+    try:
+        torch.ops.load_library(str(folder / f"_cpu_{name}.so"))
+    except OSError as e:  # built for another torch, most often
+        return f"the C++ kernels do not load: {e.__cause__ or e}"  # torch hides the words
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = sorted(op for op in LIBRARY._op_defs if not has(op, "CPU"))
+    if missing:
+        return f"the C++ kernels are built from other sources: {missing[0]} is not there"
+    return None
 
 
 load_cpp = constant(_load_cpp)
+
+
+@constant
+def _miss_cpp() -> str | None:
+    """As load_cpp, with a warning: tensors are on the CPU, where it matters."""
+    reason = load_cpp()
+    if reason and not interpreting():
+        log.warning("%s; plain torch is used in their place", reason)
+    return reason
+
+
 load_triton = constant(_load_triton)
 MACHINE["cpp"] = load_cpp
 MACHINE["triton"] = load_triton

@@ -144,7 +144,10 @@ def op_tests(setting: Setting) -> dict:
     }
     if not rows:
         broken["process 0"] = texts[0][-2000:]
-    return {"processes": shards, "not_ended": late, **told_of(rows, late, shards, broken)}
+    found = told_of(rows, late, shards, broken)
+    for test, error in found.get("wrong", {}).items():
+        print(f"  {test}: {error}", flush=True)
+    return {"processes": shards, "not_ended": late, **found}
 
 
 def told_of(rows: list[dict], late: int, shards: int, broken: dict[str, str]) -> dict:
@@ -157,8 +160,7 @@ def told_of(rows: list[dict], late: int, shards: int, broken: dict[str, str]) ->
     told = f"{counts}, {late} of {shards} processes did not end in time"
     found = {"counts": counts, "seconds": dict(seconds.most_common()), "told": told}
     if wrong:
-        first = [f"{test}: {error}" for test, error in wrong.items()]
-        found |= {"wrong": wrong, "reason": "\n".join([told, *first])}
+        found |= {"wrong": wrong, "reason": f"{told}: {', '.join(wrong)}"}
     return found
 
 
