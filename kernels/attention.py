@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mae_fast.kernels import configs
+from mae_fast.ops.attention import split_qkv
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -351,15 +352,17 @@ def attention_bwd(
     return dq, dk, dv
 
 
-def attention_qkv_fwd(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """qkv [B, S, 3, H, d] -> as attention_fwd."""
-    return attention_fwd(*qkv.unbind(2))
+def attention_qkv_fwd(qkv: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """qkv [B, S, 3, H, d] -> as attention_fwd of the queries from `first` on."""
+    return attention_fwd(*split_qkv(qkv, first))
 
 
 def attention_qkv_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """-> the gradient of qkv [B, S, 3, H, d], contiguous."""
+    """-> the gradient of qkv [B, S, 3, H, d], contiguous; zeros for queries that were not asked."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _backward(dout, *qkv.unbind(2), out, lse, *dqkv.unbind(2))
+    first = qkv.shape[1] - out.shape[1]
+    dqkv[:, :first, 0].zero_()
+    _backward(dout, *split_qkv(qkv, first), out, lse, *split_qkv(dqkv, first))
     return dqkv
 
 

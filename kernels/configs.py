@@ -89,10 +89,10 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
     },
     "column_sums": {
         "any": [
-            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 4},
-            {"ROWS": 32, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},
-            {"ROWS": 8, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 4},
             {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 32, "COLUMNS": 256, "PROGRAMS": 528, "num_warps": 8},
         ]
     },
     "bias_gelu_fwd": {

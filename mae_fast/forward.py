@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.add_layer_norm import add_layer_norm
-from mae_fast.ops.attention import attention, attention_qkv
+from mae_fast.ops.attention import attention, attention_qkv, split_qkv
 from mae_fast.ops.bias_gelu import bias_gelu
 from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.layer_norm import layer_norm
@@ -337,7 +337,7 @@ def transformer_block(
     if qkv is None:
         x, h = _norm(x, y, p.norm1)
         qkv = _qkv(x, h, p, heads, first, again)
-    a = _attend(p, qkv).flatten(2)  # [B, S - first, D]
+    a = _attend(p, qkv, first).flatten(2)  # [B, S - first, D]
     x, h = _norm(x[:, first:], apply_layer(a, p.proj), p.norm2)
     if type(p.fc1) is Affine:
         with remade(again, h, layer_norm, x, *p.norm2, h.dtype):
@@ -350,11 +350,11 @@ def transformer_block(
         return x, apply_layer(g, p.fc2)
 
 
-def _attend(p: Block, qkv: list[Tensor]) -> Tensor:
-    """Attention of what `_qkv` gives."""
+def _attend(p: Block, qkv: list[Tensor], first: int) -> Tensor:
+    """Attention of what `_qkv` gives, [B, S - first, heads, d]."""
     if len(qkv) == 3:
         return (p.attend or attention)(*qkv)
-    return p.attend(*qkv[0].unbind(2)) if p.attend else attention_qkv(*qkv)
+    return p.attend(*split_qkv(*qkv, first)) if p.attend else attention_qkv(*qkv, first)
 
 
 def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int, again: bool) -> list[Tensor]:
@@ -364,7 +364,7 @@ def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int, again: bool) ->
         q, k, v = p.q(h)
         return [t.unflatten(-1, (heads, -1)) for t in (q[:, first:], k, v)]
     with remade(again, h, layer_norm, x, *p.norm1, h.dtype):
-        one = linears(h, (p.q, p.k, p.v)) if not first else None
+        one = linears(h, (p.q, p.k, p.v))
         if one is not None:
             return [one.unflatten(-1, (heads, -1))]
         asked = h[:, first:]

@@ -64,19 +64,25 @@ def _backward(ctx, dout, _):
 torch.library.register_autograd("mae_fast::attention_fwd", _backward, setup_context=_save)
 
 # The same of q, k and v in one tensor [B, S, 3, H, d], whose gradient is one too: what comes from
-# one product goes back into one.
-dispatch.LIBRARY.define("attention_qkv_fwd(Tensor qkv) -> (Tensor, Tensor)")
+# one product goes back into one. Queries are those of the tokens from `first` on.
+dispatch.LIBRARY.define("attention_qkv_fwd(Tensor qkv, int first) -> (Tensor, Tensor)")
 dispatch.LIBRARY.define(
     "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor"
 )
 
 
+def split_qkv(qkv: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S - first, H, d], k and v [B, S, H, d], views of qkv [B, S, 3, H, d]."""
+    q, k, v = qkv.unbind(2)
+    return q[:, first:], k, v
+
+
 @torch.library.register_fake("mae_fast::attention_qkv_fwd")
-def _(qkv):
+def _(qkv, first):
     batch, tokens, _, heads, width = qkv.shape
     dtype = torch.promote_types(qkv.dtype, torch.float32)
-    out = qkv.new_empty(batch, tokens, heads, width)
-    return out, qkv.new_empty((batch, heads, tokens), dtype=dtype)
+    out = qkv.new_empty(batch, tokens - first, heads, width)
+    return out, qkv.new_empty((batch, heads, tokens - first), dtype=dtype)
 
 
 @torch.library.register_fake("mae_fast::attention_qkv_bwd")
@@ -85,21 +91,33 @@ def _(dout, qkv, out, lse):
 
 
 @torch.library.impl("mae_fast::attention_qkv_fwd", "CPU", lib=dispatch.LIBRARY)
-def _(qkv):
-    return torch.ops.mae_fast.attention_fwd(*qkv.unbind(2))
+def _(qkv, first):
+    return torch.ops.mae_fast.attention_fwd(*split_qkv(qkv, first))
 
 
 @torch.library.impl("mae_fast::attention_qkv_bwd", "CPU", lib=dispatch.LIBRARY)
 def _(dout, qkv, out, lse):
-    return torch.stack(torch.ops.mae_fast.attention_bwd(dout, *qkv.unbind(2), out, lse), dim=2)
+    dqkv, first = torch.zeros_like(qkv), qkv.shape[1] - out.shape[1]
+    given = torch.ops.mae_fast.attention_bwd(dout, *split_qkv(qkv, first), out, lse)
+    for place, gradient in zip(split_qkv(dqkv, first), given, strict=True):
+        place.copy_(gradient)
+    return dqkv
+
+
+def _save_qkv(ctx, inputs, output):
+    _save(ctx, inputs[:1], output)
 
 
 @dispatch.once_differentiable
 def _qkv_backward(ctx, dout, _):
-    return None if dout is None else torch.ops.mae_fast.attention_qkv_bwd(dout, *ctx.saved_tensors)
+    if dout is None:
+        return None, None
+    return torch.ops.mae_fast.attention_qkv_bwd(dout, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("mae_fast::attention_qkv_fwd", _qkv_backward, setup_context=_save)
+torch.library.register_autograd(
+    "mae_fast::attention_qkv_fwd", _qkv_backward, setup_context=_save_qkv
+)
 
 
 def _why_not_cpp(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -207,12 +225,12 @@ def _by(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spanned(op="attention")
-def attention_qkv(qkv: Tensor) -> Tensor:
-    """`attention` of qkv [B, S, 3, H, d], as one product gives them -> [B, S, H, d]."""
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"attention_qkv: {list(qkv.shape)} is not [B, S, 3, H, d]")
-    q, k, v = qkv.unbind(2)
+def attention_qkv(qkv: Tensor, first: int = 0) -> Tensor:
+    """`attention` of qkv [B, S, 3, H, d], as one product gives them -> [B, S - first, H, d]."""
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or not 0 <= first <= qkv.shape[1]:
+        raise ValueError(f"attention_qkv: {list(qkv.shape)} is not [B, S, 3, H, d], S >= {first}")
+    q, k, v = split_qkv(qkv, first)
     backend = OP.choose(q, k, v)
     if backend in ("cpp", "triton"):
-        return torch.ops.mae_fast.attention_qkv_fwd(qkv)[0]
+        return torch.ops.mae_fast.attention_qkv_fwd(qkv, first)[0]
     return _by(backend, q, k, v)

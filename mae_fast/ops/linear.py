@@ -102,10 +102,10 @@ class _HalfLinear(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         rows = [len(w) for w in weights]
         x16 = x.to(dtype)
-        weight = _in_one(weights, x16.new_empty(sum(rows), x.shape[-1]))
-        bias = None if not any(b is not None for b in biases) else x16.new_zeros(sum(rows))
-        if bias is not None:
-            _in_one(biases, bias, rows)
+        weight = _in_one(weights, x16.new_empty(sum(rows), x.shape[-1]), rows)
+        bias = None
+        if any(b is not None for b in biases):
+            bias = _in_one(biases, x16.new_empty(sum(rows)), rows)
         ctx.save_for_backward(x16, weight)
         ctx.rows, ctx.dtype = rows, x.dtype
         return F.linear(x16, weight, bias)
@@ -127,11 +127,10 @@ class _HalfLinear(torch.autograd.Function):
         return dx, None, None, *grads
 
 
-def _in_one(parts: Sequence[Tensor | None], whole: Tensor, rows: Sequence[int] = ()) -> Tensor:
-    """`whole`, whose rows are now those of the parts, rounded; where there is none it stays."""
-    for part, place in zip(parts, whole.split(list(rows) or [len(p) for p in parts]), strict=True):
-        if part is not None:
-            place.copy_(part)
+def _in_one(parts: Sequence[Tensor | None], whole: Tensor, rows: list[int]) -> Tensor:
+    """`whole`, whose rows are now those of the parts, rounded; zeros where there is no part."""
+    for part, place in zip(parts, whole.split(rows), strict=True):
+        place.zero_() if part is None else place.copy_(part)
     return whole
 
 

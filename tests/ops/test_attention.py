@@ -1,5 +1,7 @@
 """attention: every backend against the fp64 reference, forward and gradients."""
 
+import re
+
 import pytest
 import torch
 from op_checks import BACKENDS, DTYPES, check_op, gradients
@@ -73,22 +75,26 @@ def test_attention_takes_views_of_one_projection(backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 41, 3, 2, 32), (1, 70, 3, 3, 48), (1, 157, 3, 2, 64)])
 def test_attention_of_one_tensor_has_one_gradient(backend, shape, dtype):
-    """qkv [B, S, 3, H, d], also where it is a part of a larger one."""
-    for pad in (0, 16):
-        batch, tokens, _, heads, width = shape
+    """qkv [B, S, 3, H, d], also where it is a part of a larger one, and some queries are left out:
+    these have a gradient of zeros."""
+    batch, tokens, _, heads, width = shape
+    for pad, first in ((0, 0), (16, 0), (0, 7)):
         qkv = torch.randn(batch, tokens, 3, heads, width + pad).to(DTYPES[dtype])
         qkv = qkv[..., :width].requires_grad_()
 
-        def reference(qkv):
-            return attention_ref(*qkv.unbind(2))
+        def reference(qkv, first):
+            q, k, v = qkv.unbind(2)
+            return attention_ref(q[:, first:], k, v)
 
+        dout = [torch.randn(batch, tokens - first, heads, width)]
         with mae_fast.backends(attention=backend):
-            check_op(attention_qkv, reference, [qkv], [torch.randn(batch, tokens, heads, width)])
+            check_op(attention_qkv, reference, [qkv, first], dout)
 
 
-def test_attention_of_one_tensor_refuses_another():
-    with pytest.raises(ValueError, match=r"\[2, 5, 2, 4, 16\]"):
-        attention_qkv(torch.zeros(2, 5, 2, 4, 16))
+@pytest.mark.parametrize(("shape", "first"), [((2, 5, 2, 4, 16), 0), ((2, 5, 3, 4, 16), 6)])
+def test_attention_of_one_tensor_refuses_another(shape, first):
+    with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
+        attention_qkv(torch.zeros(shape), first)
 
 
 @pytest.mark.skipif(BACKENDS != ["triton"], reason="of the Triton kernels")
