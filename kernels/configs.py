@@ -87,7 +87,7 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"ROWS": 32, "COLUMNS": 64, "num_warps": 4},
         ]
     },
-    "column_sums": {
+    "linear_sums": {
         "any": [
             {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 528, "num_warps": 4},
             {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 4},

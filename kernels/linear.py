@@ -9,7 +9,7 @@ from mae_fast.kernels._rows import LEAST_ROWS, row_programs, sum_parts
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _column_sums_kernel(x, parts, rows, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _linear_sums_kernel(x, parts, rows, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -21,12 +21,12 @@ def _column_sums_kernel(x, parts, rows, D: tl.constexpr, ROWS: tl.constexpr, COL
     tl.store(to, tl.sum(total, 0), mask=column < D)
 
 
-def column_sums(x):
+def linear_sums(x):
     """x [M, N] -> [N] fp32; partial sums by program, then their sum in order."""
     x = x.contiguous()
     rows, width = x.shape
-    programs, sizes = row_programs(rows, configs.pick("column_sums"), LEAST_ROWS)
+    programs, sizes = row_programs(rows, configs.pick("linear_sums"), LEAST_ROWS)
     parts = torch.empty((programs, 1, width), dtype=torch.float32, device=x.device)
     grid = programs, triton.cdiv(width, sizes["COLUMNS"])
-    _column_sums_kernel[grid](x, parts, rows, width, **sizes)
+    _linear_sums_kernel[grid](x, parts, rows, width, **sizes)
     return sum_parts(parts, torch.float32)[0]

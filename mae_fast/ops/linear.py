@@ -80,15 +80,15 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 # x float [M, N] -> its columns' sums in fp32, [N].
-dispatch.LIBRARY.define("column_sums(Tensor x) -> Tensor")
+dispatch.LIBRARY.define("linear_sums(Tensor x) -> Tensor")
 
 
-@torch.library.register_fake("mae_fast::column_sums")
+@torch.library.register_fake("mae_fast::linear_sums")
 def _(x):
     return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-@torch.library.impl("mae_fast::column_sums", "CPU", lib=dispatch.LIBRARY)
+@torch.library.impl("mae_fast::linear_sums", "CPU", lib=dispatch.LIBRARY)
 def _(x):
     return x.sum(0, dtype=torch.float32)
 
@@ -122,7 +122,7 @@ class _HalfLinear(torch.autograd.Function):
         if any(needs[:count]):
             dweights = _wide_product(g.t(), x2).split(ctx.rows)
         if any(needs[count:]):
-            dbiases = torch.ops.mae_fast.column_sums(g).split(ctx.rows)
+            dbiases = torch.ops.mae_fast.linear_sums(g).split(ctx.rows)
         grads = (t if need else None for t, need in zip((*dweights, *dbiases), needs, strict=True))
         return dx, None, None, *grads
 

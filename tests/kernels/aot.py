@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from cases import DTYPES, ON_TRITON, calls, launcher
+from cases import DTYPES, ON_TRITON, calls, launcher, op_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def op(self) -> str:
-        return self.operator.rsplit("_", 1)[0]
+        return op_of(self.operator)
 
     @property
     def key(self) -> tuple:

@@ -121,16 +121,23 @@ def _patch_embed(m: _Maker):
 
 
 def _attention(m: _Maker):
+    """In bf16 q, k and v come from one product, in one tensor."""
     clips, kept, tokens = m.model.clips, m.model.kept + 1, m.model.tokens + 1
     heads, head_dim = m.model.heads, m.model.width // m.model.heads
     if m.dtype == torch.float32 and head_dim > 80:  # declined
         return
-    fused = m.floats(clips, kept, 3, heads, head_dim).detach()
-    yield "encoder", tuple(x.requires_grad_() for x in fused.unbind(2))
+    fused = m.floats(clips, kept, 3, heads, head_dim)
+    if m.dtype != torch.float32:
+        yield "encoder", (fused, 0)
+    else:
+        yield "encoder", tuple(x.requires_grad_() for x in fused.detach().unbind(2))
     heads, head_dim = m.model.decoder_heads, m.model.decoder_width // m.model.decoder_heads
     for name, queries in (("decoder", tokens), ("last_block", tokens - kept)):
         sizes = (queries, tokens, tokens)
-        yield name, tuple(m.floats(clips, n, heads, head_dim) for n in sizes)
+        if m.dtype != torch.float32:
+            yield name, (m.floats(clips, tokens, 3, heads, head_dim), tokens - queries)
+        else:
+            yield name, tuple(m.floats(clips, n, heads, head_dim) for n in sizes)
 
 
 def _stacks(m: _Maker) -> list[tuple[str, int, int]]:
@@ -150,6 +157,12 @@ def _add_layer_norm(m: _Maker):
     for name, tokens, width in _stacks(m):
         x, y = (make(m.model.clips, tokens, width) for make in (m.param, m.floats))
         yield name, (x, y, m.param(width), m.param(width), 1e-6, m.dtype)
+
+
+def _linear(m: _Maker):
+    """Not an operator with a backward: the sums that are a bias's gradient."""
+    for name, tokens, width in _stacks(m):
+        yield name, Call("linear_sums", (m.floats(m.model.clips * tokens, width).detach(),))
 
 
 def _bias_gelu(m: _Maker):
@@ -216,12 +229,18 @@ CASES: dict[str, Callable[[_Maker], Any]] = {
     "crop_resize_patchify_gather": _crop_resize_patchify_gather,
     "decoder_tokens": _decoder_tokens,
     "layer_norm": _layer_norm,
+    "linear": _linear,
     "masked_hog_mse": _masked_hog_mse,
     "masked_mse": _masked_mse,
     "patch_embed": _patch_embed,
     "patchify_gather": _patchify_gather,
 }
-ON_TRITON = [name for name, op in dispatch.OPS.items() if "triton" in op.backends]
+ON_TRITON = [name for name, op in dispatch.OPS.items() if {"triton", "half"} & {*op.backends}]
+
+
+def op_of(operator: str) -> str:
+    """The op that an operator belongs to: <op>_fwd, or attention_qkv_fwd."""
+    return operator.rsplit("_", 1)[0].removesuffix("_qkv")
 
 
 class _Recorder(TorchDispatchMode):
@@ -246,10 +265,13 @@ def calls(
     maker = _Maker(MODELS[model], DTYPES[dtype], device)
     if op == "adamw":
         return {"": list(*_adamw(maker))}
+    if op == "linear":
+        return {name: [call] for name, call in _linear(maker)}
     found = {}
     for name, args in CASES[op](maker):
         with watch(args), _Recorder() as recorder:
-            outs = getattr(torch.ops.mae_fast, f"{op}_fwd")(*args)
+            in_one = op == "attention" and len(args) == 2
+            outs = getattr(torch.ops.mae_fast, f"{op}{'_qkv' * in_one}_fwd")(*args)
             outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad]
             leaves = [a for a in args if torch.is_tensor(a) and a.requires_grad]
             if outs:

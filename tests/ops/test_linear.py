@@ -193,8 +193,8 @@ def test_layers_stay_apart(case):
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (40, 700), (3000, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["f32", "bf16", "f16"])
-def test_column_sums(half, size, dtype):
+def test_linear_sums(half, size, dtype):
     x = torch.randn(size).to(dtype)
-    sums = torch.ops.mae_fast.column_sums(x)
+    sums = torch.ops.mae_fast.linear_sums(x)
     assert sums.dtype == torch.float32
     assert_as_good_as_torch([sums], [x.float().sum(0)], [x.double().sum(0)])
