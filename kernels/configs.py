@@ -36,12 +36,12 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         "512": [
             {"ROWS": 4, "PROGRAMS": 528, "num_warps": 4},
             {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
-            {"ROWS": 4, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 4},
         ],
         "1024": [
             {"ROWS": 4, "PROGRAMS": 264, "num_warps": 8},
             {"ROWS": 2, "PROGRAMS": 528, "num_warps": 4},
-            {"ROWS": 2, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 1056, "num_warps": 4},
         ],
         "2048": [
             {"ROWS": 2, "PROGRAMS": 264, "num_warps": 8},
@@ -68,12 +68,12 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         "512": [
             {"ROWS": 4, "PROGRAMS": 528, "num_warps": 4},
             {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
-            {"ROWS": 4, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 4},
         ],
         "1024": [
             {"ROWS": 4, "PROGRAMS": 264, "num_warps": 8},
             {"ROWS": 2, "PROGRAMS": 528, "num_warps": 4},
-            {"ROWS": 2, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 1056, "num_warps": 4},
         ],
         "2048": [
             {"ROWS": 2, "PROGRAMS": 264, "num_warps": 8},
@@ -99,15 +99,15 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
         "any": [
             {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 1056, "num_warps": 4},
             {"ROWS": 2, "COLUMNS": 1024, "PROGRAMS": 1056, "num_warps": 4},
-            {"ROWS": 8, "COLUMNS": 256, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 4224, "num_warps": 4},
         ]
     },
     "bias_gelu_bwd": {
         "any": [
             {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 132, "num_warps": 4},
             {"ROWS": 4, "COLUMNS": 256, "PROGRAMS": 132, "num_warps": 4},
-            {"ROWS": 8, "COLUMNS": 256, "PROGRAMS": 132, "num_warps": 4},
             {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 528, "num_warps": 4},
         ]
     },
     "decoder_tokens_fwd": {

@@ -8,6 +8,7 @@ mean_loss, norm = step.update(lr=1e-4)
 Nothing in it waits for the device.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from mae_fast import distributed
 from mae_fast.graph import Graphed, Side
+from mae_fast.ops.linear import Copies
 from mae_fast.optim import clipped_step
 
 log = logging.getLogger("mae_fast")
@@ -52,6 +54,8 @@ class Step:
         self.device = next(model.parameters()).device
         self.lr = torch.zeros((), device=self.device)  # a graph would freeze a number
         self.losses: list[Tensor] = []  # of this step's micro-steps
+        whole = all(type(p) is nn.Parameter for p in model.parameters())  # not FSDP's
+        self.copies = Copies() if whole and precision == "bf16" else contextlib.nullcontext()
         side = Side(self.device) if graph else None
         self.side, self.warmup, self.replays = side, WARMUP, False
         # Two graphs of one function: the first finds no gradients and writes them, the other adds.
@@ -86,7 +90,8 @@ class Step:
         return torch.stack(losses).mean(), norm
 
     def _add_gradients(self, *inputs: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with half, self.copies:
             loss = self.loss(*inputs)
         (loss / self.accum).backward()
         return loss.detach()

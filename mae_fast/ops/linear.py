@@ -102,10 +102,10 @@ class _HalfLinear(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         rows = [len(w) for w in weights]
         x16 = x.to(dtype)
-        weight = _in_one(weights, x16.new_empty(sum(rows), x.shape[-1]), rows)
+        weight = _in_one(weights, rows, x16, x.shape[-1])
         bias = None
         if any(b is not None for b in biases):
-            bias = _in_one(biases, x16.new_empty(sum(rows)), rows)
+            bias = _in_one(biases, rows, x16)
         ctx.save_for_backward(x16, weight)
         ctx.rows, ctx.dtype = rows, x.dtype
         return F.linear(x16, weight, bias)
@@ -127,10 +127,43 @@ class _HalfLinear(torch.autograd.Function):
         return dx, None, None, *grads
 
 
-def _in_one(parts: Sequence[Tensor | None], whole: Tensor, rows: list[int]) -> Tensor:
-    """`whole`, whose rows are now those of the parts, rounded; zeros where there is no part."""
-    for part, place in zip(parts, whole.split(rows), strict=True):
+class Copies:
+    """16-bit copies of weights for a training step, which makes all of them with one launch when it
+    begins, where autocast would launch one for each: `with copies: loss = ...`. They are as old as
+    that beginning, as those of autocast are. Not for parameters that come and go (FSDP)."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple, Tensor] = {}
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # (where it goes, the parameter)
+
+    def __enter__(self) -> None:
+        global _copies
+        if self.pairs:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*self.pairs, strict=True)))
+        _copies = self
+
+    def __exit__(self, *args) -> None:
+        global _copies
+        _copies = None
+
+
+_copies: Copies | None = None
+
+
+def _in_one(parts: Sequence[Tensor | None], rows: list[int], like: Tensor, *width: int) -> Tensor:
+    """A tensor as `like` whose rows are those of the parts, rounded; zeros where there is none."""
+    key = *map(id, parts), *rows, like.dtype
+    if _copies is not None and key in _copies.known:
+        return _copies.known[key]
+    whole = like.new_empty(sum(rows), *width)
+    places = whole.split(rows)
+    for part, place in zip(parts, places, strict=True):
         place.zero_() if part is None else place.copy_(part)
+    leaves = [(at, p) for at, p in zip(places, parts, strict=True) if p is not None]
+    if _copies is not None and all(p.is_leaf for _, p in leaves):
+        _copies.known[key] = whole
+        _copies.pairs += leaves
     return whole
 
 

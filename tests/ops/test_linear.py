@@ -9,7 +9,7 @@ from op_checks import DEVICE, assert_as_good_as_torch
 import mae_fast
 from mae_fast.ops import dispatch
 from mae_fast.ops import linear as module
-from mae_fast.ops.linear import linear, linears
+from mae_fast.ops.linear import Copies, linear, linears
 
 
 @pytest.fixture(params=["onednn", "default"])
@@ -198,3 +198,29 @@ def test_linear_sums(half, size, dtype):
     sums = torch.ops.mae_fast.linear_sums(x)
     assert sums.dtype == torch.float32
     assert_as_good_as_torch([sums], [x.float().sum(0)], [x.double().sum(0)])
+
+
+def test_copies_are_as_old_as_the_step(half):
+    """Made together when a step begins: never older than that, whoever wrote the parameter."""
+    weights = [torch.nn.Parameter(torch.randn(8, 16)) for _ in range(3)]
+    bias = torch.nn.Parameter(torch.randn(8))
+    layers = [(w, bias if i else None) for i, w in enumerate(weights)]
+    x, copies = torch.randn(5, 16), Copies()
+    changes = [
+        lambda w: None,
+        lambda w: w.data.mul_(2),
+        lambda w: setattr(w, "data", torch.randn(8, 16)),
+        lambda w: torch.optim.SGD([w], lr=1.0).step(),
+    ]
+    for change in changes:
+        for w in (*weights, bias):
+            w.grad = torch.ones_like(w)
+        for w in weights:
+            change(w)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            expected = linears(x, layers), linear(x, weights[1], bias)
+            with copies:
+                got = linears(x, layers), linear(x, weights[1], bias)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        got[0].float().sum().backward()
+    assert len(copies.known) == 4 and len(copies.pairs) == 7  # weights and biases, of each product
