@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks.gpu import tables as gpu
 from mae_fast.bench.flops import step_flop
 from mae_fast.bench.ratio_table import NOISY, summary
 from mae_fast.bench.timing import ratio, share, spread
@@ -23,9 +24,9 @@ END = "<!-- end of generated part -->"
 ABOUT = """\
 # Measured
 
-On a CPU only, so far: **nothing has been measured on a GPU yet**. `make gpu` will do it in one
-command; [gpu.md](gpu.md) has predictions, called that, and [kernels.md](kernels.md) what is proved
-of the kernels without one. The same records as charts: [report.html](report.html).
+On two CPUs and on one GPU, each named. [gpu.md](gpu.md) says how a GPU is measured, and what a model
+predicts of one that was not; [kernels.md](kernels.md) what is proved of the kernels without one. The
+records of CPUs as charts: [report.html](report.html).
 
 The speed-up over the official code comes from attention that keeps no scores, C++ kernels (AVX2
 and AVX-512), work left out (the `without` lines, one saving off at a time), and fp32 products by
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
     new = {
-        readme: f"{before}{BEGIN}\n{headline(read(RESULTS / 'ladder.jsonl'))}\n{END}{after}",
+        readme: f"{before}{BEGIN}\n{headline(RESULTS)}\n{END}{after}",
         page: f"{ABOUT}\n{BEGIN}\n{tables(RESULTS)}{END}\n",
     }
     if "--check" in argv:
@@ -61,6 +62,7 @@ def tables(results: Path) -> str:
     timed = [r for r in ops if r["kind"] == "op"]
     ratios = read(results / "ratio.jsonl")
     parts = [
+        gpu_tables(results / "gpu"),
         targets_table(ladder, timed),
         ladder_tables(ladder),
         accelerate_table(read(results / "accelerate.jsonl")),
@@ -70,6 +72,15 @@ def tables(results: Path) -> str:
         step_table(read(results / "steps.jsonl")),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def gpu_tables(folder: Path) -> str:
+    """Every device's."""
+    parts = []
+    for _, records in gpu.devices(folder):
+        for words, head, rows in gpu.tables(records):
+            parts.append(f"{words} {gpu.where(records)}.\n\n{table(head, rows)}")
+    return "\n".join(parts)
 
 
 def read(path: Path) -> list[dict]:
@@ -153,8 +164,9 @@ def targets_table(ladder: list[dict], ops: list[dict]) -> str:
     return f"{text}\n\n" + table("target|at least|measured|met", [_target(*row) for row in rows])
 
 
-def headline(ladder: list[dict]) -> str:
-    """The README's line: a step of ViT-B, where it was measured, and how much that moves."""
+def headline(results: Path) -> str:
+    """The README's lines: a step where it was measured, and how much that moves."""
+    ladder = read(results / "ladder.jsonl")
     base = _ladder(ladder, "vit_base", "official_eager")
     fused = _ladder(ladder, "vit_base", FUSED)
     times = _all_times(ladder)
@@ -165,7 +177,7 @@ def headline(ladder: list[dict]) -> str:
         f"**{_faster(base, 'official_eager'):.1f}x** as fast as the\nofficial code ({times[0]:.1f}x"
         f" to {times[-1]:.1f}x over {len(times)} records), and {_faster(fused, FUSED):.2f}x as "
         f"fast as the official code with SDPA and\nfused AdamW ({where([base])}).\n"
-        "On a GPU: **unmeasured**. All numbers: [docs/results.md](docs/results.md)."
+        f"{gpu.headline(results / 'gpu')} All numbers: [docs/results.md](docs/results.md)."
     )
 
 

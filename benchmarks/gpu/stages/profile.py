@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu.engines import GRAPH, OURS, build
+from benchmarks.gpu.engines import EAGER, OURS, build
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
 from mae_fast.graph import count_launches
@@ -37,7 +37,7 @@ def items(setting: Setting) -> Iterator[Item]:
 def profiled(setting: Setting, model: str, batch: int) -> dict:
     cfg, batch = setting.cfg(model), setting.batch(batch)
     clips, noise = setting.clips(cfg, batch), setting.noise(cfg, batch)
-    engine = build(OURS, cfg, setting)
+    engine = build(EAGER, cfg, setting)
 
     def step() -> None:
         engine.step(clips, noise)
@@ -51,7 +51,7 @@ def profiled(setting: Setting, model: str, batch: int) -> dict:
     with profile(activities=activities) as found:
         step()
     launches = count_launches(step)
-    graph = build(GRAPH, cfg, setting)
+    graph = build(OURS, cfg, setting)
     for _ in range(5):
         graph.step(clips, noise)
     rows = kernels_of(found.key_averages(), setting.device.type)
