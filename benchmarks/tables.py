@@ -24,8 +24,8 @@ END = "<!-- end of generated part -->"
 ABOUT = """\
 # Measured
 
-On two CPUs and on one GPU, each named. [gpu.md](gpu.md) says how a GPU is measured, and what a model
-predicts of one that was not; [kernels.md](kernels.md) what is proved of the kernels without one. The
+On some CPUs and on one GPU, each named. [gpu.md](gpu.md) says how a GPU is measured, and what a
+model predicts of others; [kernels.md](kernels.md) what is proved of the kernels without one. The
 records of CPUs as charts: [report.html](report.html).
 
 The speed-up over the official code comes from attention that keeps no scores, C++ kernels (AVX2
