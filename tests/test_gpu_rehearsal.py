@@ -455,6 +455,13 @@ def test_kernels_go_to_their_ops(kernel, op):
     assert profile.op_of(kernel) == op
 
 
+def test_every_kernel_of_ours_has_a_kind():
+    text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    names = re.findall(r"^def (_\w+_kernel)\(", text, re.M)
+    assert len(names) > 20
+    assert [name for name in names if profile.op_of(name) == "other"] == []
+
+
 def test_spans_of_the_host_are_no_kernels():
     """On an H200 the shadows of our labels were two fifths of a step's time."""
 

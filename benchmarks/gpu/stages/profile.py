@@ -14,16 +14,16 @@ from mae_fast.ops import OPS
 
 PLAN = (("vit_base", 64), ("vit_large", 64), ("vit_large", 8), ("vit_base", 8))
 KERNELS = 60  # kept in a record
-# What a kernel's name holds, for what is not named after an op of ours: libraries', torch's.
+# What a kernel's name holds, for what is not named after an op: libraries', torch's, some of ours.
 LIBRARY = {
     "products": ("gemm", "nvjet", "cutlass", "cublas", "::mm", "::addmm", "::linear", "xmma"),
     "attention": ("flash", "fmha", "scaled_dot_product"),
-    "adamw": ("multi_tensor_apply",),
+    "adamw": ("multi_tensor_apply", "_grad_norm_", "_clip_", "_advance_"),
     "sort": ("sort", "radix"),
     "indexing": ("gather", "scatter", "index", "compute_grad_weight"),
     "copies": ("memcpy", "copy", "cat"),
     "fills": ("memset", "fill"),
-    "sums": ("reduce_kernel", "sum_parts"),
+    "sums": ("reduce_kernel", "_sum_parts_", "_linear_sums_"),
     "elementwise": ("elementwise_kernel",),
 }
 
