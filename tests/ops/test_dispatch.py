@@ -156,6 +156,24 @@ def test_kernels_of_other_sources_are_not_used(cpp, monkeypatch):
     assert "other sources: aten::sym_size.int" in dispatch._load_cpp()
 
 
+OTHER_SCHEMA = """
+import torch
+define = torch.library.Library.define
+def changed(self, schema, *args, **kwargs):
+    return define(self, schema.replace("masked_mse_bwd(", "masked_mse_bwd(Tensor more, "), *args)
+torch.library.Library.define = changed
+from mae_fast.ops import dispatch
+print(dispatch.load_cpp())
+"""
+
+
+def test_kernels_of_an_older_schema_are_not_used(cpp):
+    """Their library was built before an update of the sources: the process must not end."""
+    run = subprocess.run([sys.executable, "-c", OTHER_SCHEMA], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-500:]
+    assert run.stdout.startswith("the C++ kernels are built from other sources: mae_fast::masked_")
+
+
 def test_the_kernels_for_lesser_cpus_compute_the_same(cpp):
     """The ops' tests against fp64, with AVX2 by torch's own switch."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
