@@ -158,32 +158,12 @@ CANDIDATES: dict[str, dict[str, list[dict[str, int]]]] = {
             {"BLOCK": 2048, "num_warps": 8},
         ]
     },
-    # "many" tokens or "few" (under 8,192) in 16 bits, or any number in fp32, off the tensor cores.
-    "patch_embed_fwd": {
-        "many": [
-            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8},
-            {"BLOCK_M": 64, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8},
-            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
-        ],
-        "few": [
-            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
-            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8},
-        ],
-        "f32": [{"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4}],
-    },
-    "patch_embed_dweight": {  # BLOCK_N x BLOCK_K of it, from BLOCK_M tokens at a time
-        "many": [
-            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 4, "num_warps": 8},
-            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 8, "num_warps": 8},
-        ],
-        "few": [
-            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2, "num_warps": 4},
-            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 4, "num_warps": 8},
-        ],
-        "f32": [
-            {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4, "num_warps": 8},
-            {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4, "num_warps": 4},
-        ],
+    "patch_embed_add": {
+        "any": [
+            {"ROWS": 4, "num_warps": 4},
+            {"ROWS": 2, "num_warps": 4},
+            {"ROWS": 8, "num_warps": 8},
+        ]
     },
     "patch_embed_dpos": {
         "any": [{"BLOCK": 256, "num_warps": 1}, {"BLOCK": 1024, "num_warps": 4}],

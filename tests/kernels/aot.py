@@ -27,6 +27,7 @@ from cases import DTYPES, ON_TRITON, calls, launcher, op_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from wgmma import overwritten
 
 from mae_fast.kernels import configs
 
@@ -73,6 +74,7 @@ class Row:
     wide_loads: float
     wide_stores: float
     waits: int = 0  # for all wgmma begun
+    overwritten: int = 0  # instructions that write what a wgmma in flight reads
     cases: list[str] = field(default_factory=list)
 
     @property
@@ -90,6 +92,8 @@ class Row:
             wrong.append(f"{self.dots} dots, and no tensor-core instruction")
         if self.waits >= max(self.tensor_core, 1):
             wrong.append(f"{self.tensor_core} wgmma one after the other, {self.waits} waits")
+        if self.overwritten:
+            wrong.append(f"{self.overwritten} instructions write what a wgmma in flight reads")
         return wrong
 
     def worse(self, before: "Row") -> list[str]:
@@ -225,6 +229,7 @@ def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: An
         wide_loads=_wide([i for i in instructions if i.startswith(("LDG.", "LDGSTS."))]),
         wide_stores=_wide([i for i in instructions if i.startswith("STG.")]),
         waits=len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)),
+        overwritten=len(overwritten(code)),
     )
 
 

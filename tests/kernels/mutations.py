@@ -274,12 +274,12 @@ MUTATIONS = [
         "no_worse and attention-sm_90",
     ),
     Mutation(
-        "patch_embed: the product in fp32, beside the tensor cores",
+        "patch_embed: positions are those of the rows, not of the tokens",
         "kernels/patch_embed.py",
-        "acc = tl.dot(a.to(dtype), tl.trans(b), acc,",
-        "acc = tl.dot(a.to(tl.float32), tl.trans(b).to(tl.float32), acc,",
-        "aot",
-        "no_worse and patch_embed-sm_80",
+        "at = token.to(tl.int64)[:, None] * WIDTH + n",
+        "at = row[:, None] * WIDTH + n",
+        "interpret",
+        "test_patch_embed_matches_fp64",
     ),
     # CUDA C++.
     Mutation(
