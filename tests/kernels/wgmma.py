@@ -1,8 +1,8 @@
 """A fault of compilers, seen in machine code of sm_90: a wgmma whose left operand lies in registers
 reads them until a wait says that it has ended, and something writes them before.
 
-On an H200 it showed as two runs that differ, of a kernel that was right in the interpreter and clean
-under compute-sanitizer.
+On an H200 it showed as two runs that differ, of a kernel that was right in the interpreter and
+clean under compute-sanitizer.
 """
 
 import re
