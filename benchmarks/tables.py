@@ -79,7 +79,7 @@ def gpu_tables(folder: Path) -> str:
     parts = []
     for _, records in gpu.devices(folder):
         for words, head, rows in gpu.tables(records):
-            parts.append(f"{words} {gpu.where(records)}.\n\n{table(head, rows)}")
+            parts.append(f"{words}\n\n{table(head, rows)}")
     return "\n".join(parts)
 
 

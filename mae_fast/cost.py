@@ -15,7 +15,8 @@ from mae_fast.masking import num_keep
 from mae_fast.ops.work import ADAMW_BYTES, Both
 
 USABLE = 0.92  # of a device's memory; assumed: the rest is the runtime's own, and holes
-# Shares of a GPU's ceilings: assumed. Nothing has run on one.
+# Shares of a GPU's ceilings: assumed before anything had run on one; docs/gpu.md has steps of an
+# H200 beside what they predict.
 GPU_SHARES = {
     "encoder products": 0.75,
     "decoder products": 0.60,
@@ -147,15 +148,17 @@ def step_bytes(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[str, 
     """Bytes that each op moves in a step, forward and backward, p bytes a value that products take
     and give: the least (mae_fast/ops/work.py), and what is made again in backward."""
     found: dict[str, float] = {"casts and sums": 0.0, "adamw": ADAMW_BYTES * parameters(cfg)}
+    half = p < 4  # as on a GPU, which keeps norms and activations, and makes one product of q, k, v
     for (_, op), (forward, backward) in _work(cfg, clips, ratio, p).items():
-        # A norm's output is made again from the sum, an activation's from fc1's.
+        # Else a norm's output is made again from the sum, an activation's from fc1's.
         again = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0}.get(op, 0.0)
-        found[op] = found.get(op, 0.0) + forward.bytes * (1 + again) + backward.bytes
-    # The gradients of q's, k's and v's input are summed; where products are not fp32, the
-    # residual's gradient is cast for two of them.
+        found[op] = found.get(op, 0.0) + forward.bytes * (1 + again * (not half)) + backward.bytes
+    # In half: the residual's gradient is written in 16 bits too, for two products, and the
+    # gradients of five products are read again for their biases'. Else: the gradients of q's, k's
+    # and v's input are summed.
     r, dim, dec = rows(cfg, ratio), cfg.embed_dim, cfg.decoder_embed_dim
     values = r.decoder * dec + cfg.depth * r.seen * dim  # of blocks, once each
-    found["casts and sums"] = clips * values * (6 * p + (2 * (4 + p) if p < 4 else 0))
+    found["casts and sums"] = clips * values * ((2 + 5) * p if half else 6 * p)
     return found
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from mae_fast.bench.machine import Limit
 
 FLUSH_BYTES = 256 << 20  # the L2 of an H100 holds 50 MB, that of a B200 126
-# Busy work before a timed call, so that the host has launched all of it when the clock starts:
-# 2 M cycles are about a millisecond, more than the host needs for any op.
-HEAD_START_CYCLES = 2_000_000
+# Busy work before a timed call, so that the host has launched all of it when the clock starts: 8 M
+# cycles are about 4 ms. With 1 ms, forward and backward of small ops told what the host took.
+HEAD_START_CYCLES = 8_000_000
 SMI_FIELDS = (
     "name",
     "driver_version",

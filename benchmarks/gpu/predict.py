@@ -1,4 +1,5 @@
-"""What a step should cost on an H100, by the model of mae_fast/cost.py: docs/gpu.md's predictions.
+"""What a step should cost on an H100, by the model of mae_fast/cost.py, and on an H200 beside what
+was measured on one: docs/gpu.md's predictions.
 
     python -m benchmarks.gpu.predict
 
@@ -6,7 +7,10 @@ writes its tables into docs/gpu.md.
 """
 
 from benchmarks.gpu import ROOT
+from benchmarks.gpu.engines import OURS
+from benchmarks.gpu.records import RESULTS
 from benchmarks.gpu.setting import model_of
+from benchmarks.gpu.tables import devices, steps
 from mae_fast.bench.flops import official_step_flop
 from mae_fast.cost import DEVICES, compute_seconds, terms
 
@@ -20,16 +24,21 @@ def tables() -> str:
     """Markdown: each model's step, then its parts."""
     lines = [
         "| 64 clips, 90% masked | clips/s, predicted | target | of 798 TFLOP/s, official FLOP |"
-        " 0% against 90%, predicted | target |",
-        "|---|---|---|---|---|---|",
+        " 0% against 90%, predicted | target | H200: predicted | H200: measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    found = {(r["model"], r["batch_asked"], r["engine"]): r for r in steps(of_the_h200())}
     for model, (clips, times) in TARGETS.items():
         cfg = model_of(model)
         seconds = compute_seconds(cfg, CLIPS, 0.9, H100)
         share = CLIPS / seconds * official_step_flop(cfg, 1) / H100.products
         ratio = compute_seconds(cfg, CLIPS, 0, H100) / seconds
+        there = CLIPS / compute_seconds(cfg, CLIPS, 0.9, DEVICES["h200"])
+        record = found.get((model, CLIPS, OURS))
+        measured = f"{record['clips_per_second'][OURS]:.0f}" if record else "unmeasured"
         lines.append(
             f"| {model} | {CLIPS / seconds:.0f} | {clips} | {share:.0%} | {ratio:.1f}x | {times}x |"
+            f" {there:.0f} | {measured} |"
         )
     lines += ["", "| microseconds a clip | " + " | ".join(TARGETS) + " | ceiling, share assumed |"]
     lines.append("|---" * (2 + len(TARGETS)) + "|")
@@ -41,6 +50,10 @@ def tables() -> str:
         lines.append(f"| {row[0].name} | {cells} | {units[row[0].ceiling]}, {row[0].share:.0%} |")
     sums = " | ".join(f"{1e6 * sum(t.seconds for t in c) / CLIPS:.0f}" for c in columns)
     return "\n".join([*lines, f"| **all** | {sums} | |"])
+
+
+def of_the_h200() -> list[dict]:
+    return dict(devices(RESULTS)).get("NVIDIA-H200", [])
 
 
 def main() -> None:

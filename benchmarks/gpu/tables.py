@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu.engines import ENGINES
+from benchmarks.gpu.records import RESULTS
 from mae_fast.bench.timing import ratio, spread
 
 OURS, BAR = "mae_fast", "official_sdpa_compile"
+SOURCES = RESULTS / "sources.json"  # hash_of_sources -> commit
 TARGETS = {"vit_base": 1300, "vit_large": 850, "vit_huge16": 550}  # clips/s on one H100
 Tables = list[tuple[str, str, list[list[str]]]]  # (words, head, rows)
 
@@ -30,11 +32,18 @@ def devices(folder: Path) -> Iterator[tuple[str, list[dict]]]:
 
 
 def where(records: list[dict]) -> str:
-    """Device, versions and commits of some records."""
+    """Device, versions and commits of some records; those of SOURCES where a copy's git was older
+    than its files."""
     e = records[-1]["environment"]
-    commits = dict.fromkeys(str(r["environment"]["commit"]) for r in records)
+    known = json.loads(SOURCES.read_text())
+    commits = dict.fromkeys(known.get(r["sources"], r["environment"]["commit"]) for r in records)
     versions = f"torch {e['torch']}, triton {e['triton']}"
-    return f"{e['cuda:0']}; {versions}; commit {', '.join(commits)}"
+    return f"{e['cuda:0']}; {versions}; commit {', '.join(map(str, commits))}"
+
+
+def microseconds(samples: list[float]) -> str:
+    """Their median; ! where they spread over 10%."""
+    return f"{1e6 * statistics.median(samples):.0f}{'!' * (spread(samples) > 0.1)}"
 
 
 def steps(records: list[dict]) -> list[dict]:
@@ -53,14 +62,18 @@ def faster(record: dict) -> float:
 
 def tables(records: list[dict]) -> Tables:
     """Of one device's records."""
-    found = [step_table(steps(records)), ratio_table(records), attention_table(records)]
-    found += [op_table(records), profile_table(records)]
-    return [table for table in found if table[2]]
+    found = []
+    for stages, make in TABLES.items():
+        used = [r for r in records if r["stage"] in stages]
+        words, head, rows = make(used)
+        if rows:
+            found.append((f"{words} {where(used)}.", head, rows))
+    return found
 
 
 def step_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
     rows = []
-    for r in records:
+    for r in steps(records):
         name, rate = r["engine"], r["clips_per_second"][r["engine"]]
         done = rate * r["official_flop_a_clip"] / 1e12
         product = r["limits"].get("product")
@@ -103,9 +116,7 @@ def ratio_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
             f"{r['times_the_base']:.2f}x",
             f"{r['times_the_base_in_flop']:.2f}x",
         ]
-        for r in sorted(
-            (r for r in records if r["stage"] == "ratios"), key=lambda r: (r["model"], r["ratio"])
-        )
+        for r in sorted(records, key=lambda r: (r["model"], r["ratio"]))
     ]
     words = (
         "**What masking buys on a GPU**, 64 clips, bf16, beside 90% in the same rounds. At 0% the "
@@ -118,7 +129,7 @@ def ratio_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
 def attention_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
     rows = []
     for r in records:
-        if r["stage"] != "attention" or "seconds" not in r:
+        if "seconds" not in r:
             continue
         medians = {n: 1e6 * statistics.median(s) for n, s in r["seconds"].items()}
         ours = medians.pop("triton", None)
@@ -132,16 +143,16 @@ def attention_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
                 r["model"],
                 shape,
                 r["direction"].replace("_", " + "),
-                f"{ours:.0f}",
+                microseconds(r["seconds"]["triton"]),
                 f"{r['flop'] / ours / 1e6:.0f}",
-                f"{medians[best]:.0f} (`{best}`)",
+                f"{microseconds(r['seconds'][best])} (`{best}`)",
                 f"{medians[best] / ours:.2f}x",
             ]
         )
     words = (
         "**Attention on a GPU**, on the calls of a step at 64 clips in bf16, caches cold: the "
         "Triton kernel beside the fastest of torch's four kernels and of the libraries that were "
-        "there."
+        "there; ! spread over 10%: the host was not far enough ahead, and is in it."
     )
     head = "model|q, and k and v|direction|us|TFLOP/s|fastest library, us|ours is faster"
     return words, head, rows
@@ -150,7 +161,7 @@ def attention_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
 def op_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
     rows = []
     for r in records:
-        if r["stage"] != "kernels" or "seconds" not in r:
+        if "seconds" not in r:
             continue
         medians = {n: 1e6 * statistics.median(s) for n, s in r["seconds"].items()}
         ours = medians.pop("triton", None)
@@ -161,7 +172,8 @@ def op_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
         others = ", ".join(f"{us:.0f} (`{n}`)" for n, us in medians.items())
         share = f"{r['bytes'] / (ours / 1e6) / rate:.0%}"
         shape = r["shape"].split()[0]
-        rows.append([f"`{r['op']}`", shape, r["direction"].replace("_", " + "), f"{ours:.0f}"])
+        samples = microseconds(r["seconds"]["triton"])
+        rows.append([f"`{r['op']}`", shape, r["direction"].replace("_", " + "), samples])
         rows[-1] += [share, others]
     words = (
         "**Ops on a GPU**, on the calls of a step at 64 clips under autocast, caches cold: "
@@ -182,10 +194,18 @@ def profile_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
             str(sum(r["launches_with_graph"].values())),
         ]
         for r in records
-        if r["stage"] == "profile"
     ]
     words = "**Where a step's time goes on a GPU**: its kernels, by op; what the host launches."
     return words, "model|clips|ms of kernels|shares|launches|with graphs", rows
+
+
+TABLES = {  # of which stages
+    ("steps", "rungs"): step_table,
+    ("ratios",): ratio_table,
+    ("attention",): attention_table,
+    ("kernels",): op_table,
+    ("profile",): profile_table,
+}
 
 
 def headline(folder: Path) -> str:
