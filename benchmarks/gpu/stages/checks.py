@@ -158,7 +158,7 @@ def told_of(rows: list[dict], late: int, shards: int, broken: dict[str, str]) ->
         seconds[row["test"].split("::")[0]] += row["seconds"]
     wrong = {row["test"]: row["error"] for row in rows if row["outcome"] == "failed"} | broken
     told = f"{counts}, {late} of {shards} processes did not end in time"
-    found = {"counts": counts, "seconds": dict(seconds.most_common()), "told": told}
+    found = {"counts": counts, "seconds_by_file": dict(seconds.most_common()), "told": told}
     if wrong:
         found |= {"wrong": wrong, "reason": f"{told}: {', '.join(wrong)}"}
     return found
