@@ -11,9 +11,9 @@ def test_the_page_shows_the_tables():
 
 @pytest.mark.parametrize("version", aot.versions())
 def test_no_chosen_kernel_of_the_models_breaks_a_rule(version):
-    """No spills but a few bytes, tensor cores wherever there are dots of 16 bits, and nothing written
-    under a wgmma: ViT-B and ViT-L. (Attention's tile that is fastest on sm_90 spills 24 bytes on
-    sm_100 under Triton 3.6.)"""
+    """No spills but a few bytes, tensor cores wherever there are dots of 16 bits, and nothing
+    written under a wgmma: ViT-B and ViT-L. (Attention's tile that is fastest on sm_90 spills 24
+    bytes on sm_100 under Triton 3.6.)"""
     wrong = [
         f"{row.kernel} {row.dtype} sm_{row.arch} {row.sizes}: {problem}"
         for row in aot.committed(version)[1]
