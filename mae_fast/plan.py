@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mae_fast import cost
+from mae_fast import cost, memory
 from mae_fast.bench import records
 from mae_fast.bench.data import rate_of
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
@@ -75,7 +75,7 @@ def plan(
         raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
     where = this_device() if device == "this" else cost.DEVICES[device]
     shards = gpus if strategy == "fsdp" else 1
-    greatest = cost.greatest_batch(cfg, ratio, where, shards)
+    greatest = memory.greatest_batch(cfg, ratio, where.product_bytes, where.memory, shards)
     if not greatest or batch > greatest:
         raise ConfigError(
             f"{batch or 1} clips of {model} do not fit on one {device}: at most {greatest} do"
@@ -134,10 +134,10 @@ def predict(
     seconds = max(compute + exposed, loading)
     bound = "loader" if loading > compute + exposed else "communication" if exposed else "compute"
     shards = gpus if strategy == "fsdp" else 1
-    held = cost.memory(cfg, batch, ratio, device, shards)
+    held = memory.memory(cfg, batch, ratio, device.product_bytes, shards)
     need = node * batch / (compute + exposed)
     return {
-        "parameters": cost.parameters(cfg),
+        "parameters": memory.parameters(cfg),
         "forward_gflops": forward_flop(cfg, ratio) / 1e9,
         "flop_speedup": forward_flop(cfg, 0) / forward_flop(cfg, ratio),
         "gflop_a_clip": {

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from mae_fast import checkpoint, cost, distributed, graph, metrics, resume
+from mae_fast import checkpoint, distributed, graph, memory, metrics, resume
 from mae_fast.config import Config, as_config, to_dict
 from mae_fast.data import BadVideos, Batch, ClipDataset, Loader, make_loader, read_index
 from mae_fast.data.packed import check_size, packs_of
@@ -232,14 +232,15 @@ class Run:
         return how != "off" and not reason
 
     def _keep(self) -> bool:
-        """Whether a GPU holds norms and activations too (cost.py); else they are made again in
+        """Whether a GPU holds norms and activations too (memory.py); else they are made again in
         backward."""
         cfg, device = self.cfg, self.world.device
         if device.type != "cuda":
             return False
         clips = cfg.train.batch_size * cfg.data.repeat_aug * cfg.mask.per_clip
         has = torch.cuda.get_device_properties(device).total_memory
-        return cost.keeps(cfg.model, clips, cfg.mask.ratio, has)
+        p = 2 if cfg.train.precision == "bf16" else 4
+        return memory.keeps(cfg.model, clips, cfg.mask.ratio, p, has)
 
     def _one_step(self, batches: Iterator[Batch], window: Window) -> None:
         """One optimizer step: accum_steps micro-steps, then clip and update. Never syncs."""

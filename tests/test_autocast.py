@@ -49,11 +49,14 @@ def apart(monkeypatch):
     return change
 
 
-def step(cfg: ModelConfig, dtype: torch.dtype, autocast: bool) -> SimpleNamespace:
+def step(
+    cfg: ModelConfig, dtype: torch.dtype, autocast: bool, keep: bool = False
+) -> SimpleNamespace:
     """Loss, pred and gradients of a step, and what was watched; norms alive before the backward,
     and made in it."""
     torch.manual_seed(0)
     model = MaskedAutoencoder(cfg)
+    model.spec = model.spec._replace(keep=keep)
     for p in model.parameters():
         p.data.add_(0.2 * torch.randn_like(p))
     model.to(dtype)
@@ -123,6 +126,14 @@ def test_norms_are_made_again_and_not_kept(cfg, apart, operators):
     assert (in_fp32.first, in_fp32.alive, in_fp32.again) == (13, 4, 9)
     assert (one.first, one.alive, one.again) == (13, 4, 9)
     assert (each.first, each.alive, each.again) == (13, 0, 0)  # the casts were kept
+
+
+def test_what_is_kept_is_not_made_again(cfg, operators):
+    """As on a GPU whose memory holds it: the same bits."""
+    again, kept = (step(cfg, torch.float32, autocast=True, keep=keep) for keep in (False, True))
+    assert (kept.first, kept.alive, kept.again) == (13, 13, 0)
+    assert torch.equal(kept.loss, again.loss)
+    assert all(torch.equal(g, again.grads[n]) for n, g in kept.grads.items())
 
 
 def test_positions_of_a_table_are_rounded_as_its_products_are():

@@ -222,13 +222,13 @@ def _file_ladder(dataset: ClipDataset) -> dict[str, Any]:
 @functools.cache
 def _takes() -> dict[str, float]:
     """Clips a second that one H100 would take, as `mae-fast plan` predicts."""
-    from mae_fast import cost
+    from mae_fast import cost, memory
     from mae_fast.plan import predict
 
     where, out = cost.DEVICES["h100"], {}
     for name in ("vit_base", "vit_large", "vit_huge"):
         cfg = preset(name)
-        batch = min(64, cost.greatest_batch(cfg, 0.9, where, 1))
+        batch = min(64, memory.greatest_batch(cfg, 0.9, where.product_bytes, where.memory))
         out[name] = predict(cfg, 0.9, where, 1, 8, batch, "ddp", 0.0)["clips_per_second"]
     return out
 

@@ -12,10 +12,9 @@ import torch
 from mae_fast.bench.calls import step_calls
 from mae_fast.config import ModelConfig
 from mae_fast.forward import SAVINGS
+from mae_fast.memory import BASE_RATIO
 from mae_fast.ops.work import Both, Work
 
-# At 0% nothing is left to predict: the decoder and the loss are then those of this mask.
-BASE_RATIO = 0.9
 PARTS = ("patch embedding", "encoder products", "encoder attention", "decoder products")
 PARTS += ("decoder attention", "head")
 

@@ -3,7 +3,7 @@ put where the profile puts the time."""
 
 import torch
 
-from mae_fast import cost
+from mae_fast import memory
 from mae_fast.bench import engines
 from mae_fast.bench.engines import OURS, Masking
 from mae_fast.config import ModelConfig
@@ -24,6 +24,6 @@ def least(
             where = Where("decoder" if phase == "head" else phase, op, bool(backward))
             found[where] = found.get(where, Work()) + work
     if found:
-        parameters = cost.parameters(engines.model_of(name, cfg))
+        parameters = memory.parameters(engines.model_of(name, cfg))
         found[Where("optimizer", "adamw", False)] = Work(0, ADAMW_BYTES * parameters)
     return found
