@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mae_fast.kernels import configs
-from mae_fast.ops.attention import split_qkv
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -352,9 +351,14 @@ def attention_bwd(
     return dq, dk, dv
 
 
+def _split(qkv: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unbind(2)
+    return q[:, first:], k, v
+
+
 def attention_qkv_fwd(qkv: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """qkv [B, S, 3, H, d] -> as attention_fwd of the queries from `first` on."""
-    return attention_fwd(*split_qkv(qkv, first))
+    return attention_fwd(*_split(qkv, first))
 
 
 def attention_qkv_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
@@ -362,7 +366,7 @@ def attention_qkv_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Te
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     first = qkv.shape[1] - out.shape[1]
     dqkv[:, :first, 0].zero_()
-    _backward(dout, *split_qkv(qkv, first), out, lse, *split_qkv(dqkv, first))
+    _backward(dout, *_split(qkv, first), out, lse, *_split(dqkv, first))
     return dqkv
 
 
