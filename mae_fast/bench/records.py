@@ -117,7 +117,7 @@ def problems(record: Any) -> list[str]:
     lacking = [key for key in ENVIRONMENT if key not in record["environment"]]
     if lacking:
         found.append(f"environment lacks {', '.join(lacking)}")
-    samples = record.get("seconds", {})
+    samples = record.get("seconds", {}) if "seconds" in fields else {}
     if "seconds" in fields and not samples:
         found.append("it has no samples")
     for series, values in samples.items():

@@ -193,6 +193,7 @@ def _why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
 
 
 dispatch.MACHINE["onednn"] = why_not_onednn
+dispatch.MACHINE["half"] = dispatch.load_triton
 OP = dispatch.Op(
     "linear",
     "products: fp32 by the faster CPU library, under autocast on a GPU several in one",
@@ -217,7 +218,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _OneDNNLinear.apply(x, weight, bias)
 
 
-@spanned(op="linear")
 def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """x [..., K], layers (weight [N, K], bias [N] or None) of one size -> [..., len(layers), N] by
     one product, or None where one product is not faster."""
@@ -225,6 +225,12 @@ def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor
     shapes = {w.shape for w in weights}
     if len(shapes) > 1 or any(OP.choose(x, w) != "half" for w in weights):
         return None
+    return _in_one_product(x, weights, biases).unflatten(-1, (len(layers), -1))
+
+
+@spanned(op="linear")
+def _in_one_product(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Tensor:
     dtype = dispatch.autocast_dtype(x.device.type)
-    out = _HalfLinear.apply(x, dtype, len(layers), *weights, *biases)
-    return out.unflatten(-1, (len(layers), -1))
+    return _HalfLinear.apply(x, dtype, len(weights), *weights, *biases)

@@ -227,6 +227,7 @@ def _all_section(page: Page, found: list[Record]) -> None:
             str(record["environment"]["commit"]),
         ]
         for record in found
+        if record["kind"] != "check"  # which has times, and no samples
         for name, samples in record.get("seconds", {}).items()
     ]
     page.table(["what", "of", "name", "seconds", "spread", "samples", "commit"], rows)
