@@ -13,7 +13,6 @@ import tyro
 
 from mae_fast import cost, memory
 from mae_fast.bench import records
-from mae_fast.bench.data import rate_of
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
 from mae_fast.bench.paper import PAPER
 from mae_fast.config import ModelConfig, Variant, load_config
@@ -329,3 +328,18 @@ def _free_memory() -> float:
         import os
 
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def rate_of(record: str) -> float:
+    """Clips a second of one node, by a number or by a record: its rate times its cores."""
+    try:
+        return float(record)
+    except ValueError:
+        pass
+    try:
+        found = jsonlib.loads(Path(record).read_text())
+        return found["clips_per_s_core"] * found["cores"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(
+            f"--data-rate must be clips a second or a file of `bench data -o`, got {record}: {e!r}"
+        ) from None

@@ -12,14 +12,15 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from mae_fast import cost, memory
 from mae_fast.config import DataConfig, preset
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, read_source
 from mae_fast.data.loader import ClipDataset, join, make_loader
 from mae_fast.environment import environment
-from mae_fast.errors import ConfigError
 from mae_fast.fields import require
 from mae_fast.files import write
+from mae_fast.plan import predict
 
 FRAMES = 16
 _STAGED = 24  # clips whose stages are timed
@@ -222,9 +223,6 @@ def _file_ladder(dataset: ClipDataset) -> dict[str, Any]:
 @functools.cache
 def _takes() -> dict[str, float]:
     """Clips a second that one H100 would take, as `mae-fast plan` predicts."""
-    from mae_fast import cost, memory
-    from mae_fast.plan import predict
-
     where, out = cost.DEVICES["h100"], {}
     for name in ("vit_base", "vit_large", "vit_huge"):
         cfg = preset(name)
@@ -262,18 +260,3 @@ def tell(found: dict[str, Any]) -> str:
             f"{each['cores']:.0f} cores of this kind"
         )
     return "\n".join(lines)
-
-
-def rate_of(record: str) -> float:
-    """Clips a second of one node, by a number or by a record: its rate times its cores."""
-    try:
-        return float(record)
-    except ValueError:
-        pass
-    try:
-        found = jsonlib.loads(Path(record).read_text())
-        return found["clips_per_s_core"] * found["cores"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(
-            f"--data-rate must be clips a second or a file of `bench data -o`, got {record}: {e!r}"
-        ) from None

@@ -18,12 +18,11 @@ from mae_fast.data import Batch, Loader, read_index
 from mae_fast.distributed import World
 from mae_fast.errors import ConfigError
 from mae_fast.masking import draw_ids
-from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 from mae_fast.optim import lr_at
 from mae_fast.signals import Signals, Told
 from mae_fast.tasks import score
 from mae_fast.tasks.augment import erase, mix, soft_cross_entropy
-from mae_fast.tasks.clips import LabelledClips, Views, classes_of, numbers_of
+from mae_fast.tasks.clips import LabelledClips, Views, classes_of, normalised, numbers_of
 from mae_fast.tasks.config import FinetuneConfig, as_config
 from mae_fast.weights import classifier as weights
 
@@ -134,17 +133,6 @@ class FinetuneRun(train.Run):
         loss = torch.nn.functional.cross_entropy(logits[good], labels[good])
         right = (logits.argmax(1) == labels) & good
         return {"val_loss": float(loss), "val_acc1": float(right.double().mean())}
-
-
-def normalised(batch: Batch, model: VideoClassifier) -> Tensor:
-    """The cropped, resized and mirrored clips [n, 3, T, size, size], normalised by the family's
-    mean and deviation of each channel, where the frames are."""
-    size = model.cfg.model.img_size
-    numbers = zip(batch.frames, batch.boxes.tolist(), batch.flips.tolist(), strict=True)
-    clips = [crop_resize(f, box, flip, size, 0.0, 1.0) for f, box, flip in numbers]
-    video = torch.stack(clips)
-    mean, std = (video.new_tensor(t).view(3, 1, 1, 1) for t in model.family.pixels)
-    return video.sub_(mean).div_(std)
 
 
 def mask_ratio(first: float, step: int, total: int) -> float:

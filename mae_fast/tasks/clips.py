@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mae_fast.classifier import VideoClassifier
 from mae_fast.data import BadVideo, Batch, ClipDataset, VideoRow, clip_indices
 from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 from mae_fast.tasks.config import ClipsConfig
 from mae_fast.tasks.randaugment import randaugment
 
@@ -225,3 +227,14 @@ class Views:
     def of(self, numbers: range, waiting: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         """The batches of these rows, in order, by cfg.workers processes."""
         return produce(self.batch, numbers, self.cfg.workers, waiting)
+
+
+def normalised(batch: Batch, model: VideoClassifier) -> Tensor:
+    """The cropped, resized and mirrored clips [n, 3, T, size, size], normalised by the family's
+    mean and deviation of each channel, where the frames are."""
+    size = model.cfg.model.img_size
+    numbers = zip(batch.frames, batch.boxes.tolist(), batch.flips.tolist(), strict=True)
+    clips = [crop_resize(f, box, flip, size, 0.0, 1.0) for f, box, flip in numbers]
+    video = torch.stack(clips)
+    mean, std = (video.new_tensor(t).view(3, 1, 1, 1) for t in model.family.pixels)
+    return video.sub_(mean).div_(std)

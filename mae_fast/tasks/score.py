@@ -18,7 +18,7 @@ from mae_fast.classifier import VideoClassifier
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.files import write, writing
-from mae_fast.tasks.clips import Views, numbers_of
+from mae_fast.tasks.clips import Views, normalised, numbers_of
 from mae_fast.tasks.config import FinetuneConfig, from_state, load
 
 log = logging.getLogger("mae_fast")
@@ -135,8 +135,6 @@ def logits_of(
     size: int = 8,
 ) -> tuple[Tensor, list[tuple[str, str]]]:
     """(logits [n, views, classes] fp32 on the CPU, (path, reason) of bad videos), NaN for these."""
-    from mae_fast.tasks.classify import normalised
-
     model.eval()
     device, bad = model.head.weight.device, []
     shape = (len(views), model.head.out_features)

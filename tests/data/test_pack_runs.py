@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mae_fast import checkpoint, cli
-from mae_fast.bench.data import rate_of
 from mae_fast.config import Config, DataConfig, TrainConfig
 from mae_fast.data import build_index
 from mae_fast.data.pack import write_pack
 from mae_fast.data.packed import HOW
 from mae_fast.errors import ConfigError
+from mae_fast.plan import rate_of
 from mae_fast.train import pretrain
 
 MADE = {"short_side": 40, "crf": 20, "gop": 1, "copy": False, "shard": 3}
