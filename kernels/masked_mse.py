@@ -161,7 +161,7 @@ def masked_mse_fwd(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix
         if norm_pix == "channel":  # its sums are over a row of a tensor
             band = triton.next_power_of_2(band)
             # Read column by column, a row's sum is over lanes that lie apart, which Triton 3.6 adds
-            # up wrong. TODO: drop once we require triton >= 3.8
+            # up wrong, and 3.8 does not.
             video = video.contiguous() if video.stride(3) == 1 else video
         rows, columns = height // patch, width // patch
         _masked_mse_fwd_kernel[ids.shape[1], ids.shape[0]](

@@ -72,7 +72,8 @@ class Records:
         cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         # Not validated: what was measured on a borrowed machine is kept, whatever it is.
         with self.path.open("a") as f:
-            f.write("\n" * cut + json.dumps(record) + "\n")
+            # A traceback names files by their place in the checkout, wherever that was.
+            f.write("\n" * cut + json.dumps(record).replace(f"{ROOT}/", "") + "\n")
 
 
 def open_records(

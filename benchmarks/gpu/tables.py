@@ -126,15 +126,20 @@ def ratio_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
     return words, head, rows
 
 
+def ours_and_others(records: list[dict]) -> Iterator[tuple[dict, float, dict[str, float]]]:
+    """(record, microseconds of Triton's kernel, {other: its}) of each that has Triton's."""
+    for r in records:
+        medians = {n: 1e6 * statistics.median(s) for n, s in r.get("seconds", {}).items()}
+        ours = medians.pop("triton", None)
+        if ours is not None:
+            yield r, ours, medians
+
+
 def attention_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
     rows = []
-    for r in records:
-        if "seconds" not in r:
-            continue
-        medians = {n: 1e6 * statistics.median(s) for n, s in r["seconds"].items()}
-        ours = medians.pop("triton", None)
+    for r, ours, medians in ours_and_others(records):
         medians.pop("reference", None)
-        if ours is None or not medians:
+        if not medians:
             continue
         best = min(medians, key=medians.get)
         shape = " ".join(x.removeprefix("bfloat16") for x in r["shape"].split()[:2])
@@ -160,13 +165,7 @@ def attention_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
 
 def op_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
     rows = []
-    for r in records:
-        if "seconds" not in r:
-            continue
-        medians = {n: 1e6 * statistics.median(s) for n, s in r["seconds"].items()}
-        ours = medians.pop("triton", None)
-        if ours is None:
-            continue
+    for r, ours, medians in ours_and_others(records):
         copy = r["limits"]["copy"]
         rate = copy["bytes"] / statistics.median(copy["seconds"])
         others = ", ".join(f"{us:.0f} (`{n}`)" for n, us in medians.items())
