@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import device, engines, predict, records
+from benchmarks.gpu import device, engines, predict, records, tables
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import attention, checks, compile, profile, steps, tune
 from mae_fast.bench.calls import Call
@@ -326,9 +326,18 @@ def test_an_item_that_fails_does_not_lose_the_others(tmp_path):
     rows = {r["item"]: r for r in found.all()}
     assert rows["fails"]["reason"] == "ValueError: wrong\nat length"
     assert "in fail" in rows["fails"]["traceback"]
+    assert str(records.ROOT) not in (tmp_path / "a.jsonl").read_text()
     assert [r["status"] for r in rows.values()] == ["failed", "declined", "measured"]
     other = records.Records(tmp_path / "a.jsonl", "other sources", ())
     assert other.done("stage") == set()
+
+
+def test_tables_say_how_much_faster_ours_is():
+    """By clips a second, round by round: another batch and a slower step."""
+    record = {"engine": "official_bf16", "seconds": {"official_bf16": [3.0, 6.0]}}
+    record["seconds"]["mae_fast"] = [1.0, 2.0]
+    record["engines"] = {"official_bf16": {"clips": 32}, "mae_fast": {"clips": 64}}
+    assert tables.faster(record) == 6.0
 
 
 def test_what_was_not_reached_is_run_next_time(tmp_path):

@@ -356,6 +356,13 @@ def test_a_step_makes_no_host_wait(strategy, index, tmp_path):
     assert waits == [torch.ops.aten._local_scalar_dense.default]
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_model_is_told_what_its_run_keeps(keep, index, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "_keep", lambda self: keep)
+    world = World(0, 1, torch.device("cpu"))
+    assert Run(_config(index, tmp_path / "run"), world, Signals(alone=True)).model.spec.keep is keep
+
+
 def test_a_run_says_why_it_has_no_graph(index, tmp_path, caplog):
     pretrain(
         _config(index, tmp_path / "run", steps=1, warmup_steps=0, device="cpu", cuda_graph="on")
