@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # for editors and type checkers; below is what runs
     from mae_fast.config import MaskConfig as MaskConfig
     from mae_fast.config import ModelConfig as ModelConfig
     from mae_fast.config import TrainConfig as TrainConfig
-    from mae_fast.config import load_config as load_config
     from mae_fast.config import preset as preset
+    from mae_fast.config_file import load_config as load_config
     from mae_fast.drop_in import accelerate as accelerate
     from mae_fast.drop_in import explain as explain
     from mae_fast.drop_in import restore as restore
@@ -47,7 +47,7 @@ _HOME = {
     "backends": "ops.dispatch",
     "convert": "weights",
     "explain": "drop_in",
-    "load_config": "config",
+    "load_config": "config_file",
     "load_model": "weights",
     "pretrain": "train",
     "reconstruct": "reconstruction",

@@ -154,7 +154,8 @@ def pretrain(args: list[str]) -> None:
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 save and leave with exit code 75. torchrun hands
     on the last two only with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 (or
     that in PET_SIGNALS_TO_HANDLE), and leaves with 1."""
-    from mae_fast.config import Config, load_config
+    from mae_fast.config import Config
+    from mae_fast.config_file import load_config
 
     cfg = _configured("pretrain", args, Config, load_config, inspect.getdoc(pretrain))
     importlib.import_module("mae_fast.train").pretrain(cfg)

@@ -5,11 +5,13 @@ or another dataclass.
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 import numbers
 import os
 import types
+from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
 from mae_fast.errors import ConfigError
@@ -100,3 +102,10 @@ def either(names: Any) -> str:
     """`a, b or c`."""
     *rest, last = map(str, names)
     return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def unknown(what: str, name: Any, known: Iterable[str]) -> str:
+    """The words that refuse `name`, with the nearest known one."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {shown(name)}{hint} (known: {', '.join(known)})"

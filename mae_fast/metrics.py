@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mae_fast.config import Config, to_dict
+from mae_fast.config import Config
+from mae_fast.config_file import to_dict
 from mae_fast.errors import ConfigError
 
 log = logging.getLogger("mae_fast")

@@ -15,8 +15,9 @@ from mae_fast import cost, memory
 from mae_fast.bench import records
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
 from mae_fast.bench.paper import PAPER
-from mae_fast.config import ModelConfig, Variant, load_config
+from mae_fast.config import ModelConfig, Variant
 from mae_fast.config import preset as make_preset
+from mae_fast.config_file import load_config
 from mae_fast.errors import ConfigError
 from mae_fast.files import write_figure
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast import checkpoint, distributed, graph, memory, metrics, resume
-from mae_fast.config import Config, as_config, to_dict
+from mae_fast.config import Config
+from mae_fast.config_file import as_config, to_dict
 from mae_fast.data import BadVideos, Batch, ClipDataset, Loader, make_loader, read_index
 from mae_fast.data.packed import check_size, packs_of
 from mae_fast.data.prefetch import DevicePrefetch

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from mae_fast import checkpoint
-from mae_fast.config import load_config
+from mae_fast.config_file import load_config
 from mae_fast.data import build_index
 from mae_fast.train import pretrain
 

@@ -6,19 +6,9 @@ from typing import get_args
 
 import pytest
 
-from mae_fast import config
-from mae_fast.config import (
-    Config,
-    DataConfig,
-    MaskConfig,
-    ModelConfig,
-    TrainConfig,
-    config_from_dict,
-    load_config,
-    model_from_dict,
-    preset,
-    to_dict,
-)
+from mae_fast import config, config_file
+from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig, preset
+from mae_fast.config_file import config_from_dict, load_config, model_from_dict, to_dict
 from mae_fast.errors import ConfigError
 
 SMALL = dict(
@@ -101,10 +91,10 @@ def test_defaults_are_the_official_recipe(monkeypatch):
     recipe = to_dict(config_from_dict({"recipe": "mae_st"}))
     assert recipe == {**to_dict(Config()), "model": to_dict(preset("vit_large"))}
     # Each of the recipe's values arrives, whatever the defaults are.
-    for section, values in config.RECIPES["mae_st"].items():
+    for section, values in config_file.RECIPES["mae_st"].items():
         assert {key: DEFAULTS[section][key] for key in values} == values
         for key in values:
-            monkeypatch.setitem(config.RECIPES["mae_st"][section], key, "marked")
+            monkeypatch.setitem(config_file.RECIPES["mae_st"][section], key, "marked")
             with pytest.raises(ConfigError, match=f"{section}.{key} must .*'marked'"):
                 config_from_dict({})
             monkeypatch.undo()

@@ -433,7 +433,8 @@ def test_convert_keeps_what_was_lost_in_the_file(tmp_path, capsys):
 
 def test_convert_takes_a_runs_checkpoint_and_says_its_heads(tmp_path, capsys):
     from mae_fast.checkpoint import save
-    from mae_fast.config import Config, to_dict
+    from mae_fast.config import Config
+    from mae_fast.config_file import to_dict
 
     model = make("mae_st")
     state = {"config": to_dict(Config(model=model.cfg))}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mae_fast import MaskedAutoencoder, checkpoint, cli, files, preset
-from mae_fast.config import Config, to_dict
+from mae_fast.config import Config
+from mae_fast.config_file import to_dict
 from mae_fast.data.index import VideoRow, write_index
 from mae_fast.errors import ConfigError, WriteError
 

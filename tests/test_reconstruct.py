@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mae_fast import MaskedAutoencoder, checkpoint, preset
-from mae_fast.config import Config, to_dict
+from mae_fast.config import Config
+from mae_fast.config_file import to_dict
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.ops.masked_mse import NORM_PIX
 from mae_fast.reconstruction import draw_panel, load_clip, reconstruct

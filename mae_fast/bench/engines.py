@@ -18,7 +18,8 @@ from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, nearest
 from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, forward_flop, step_work
 from mae_fast.bench.ours import Ours
-from mae_fast.config import ModelConfig, load_config, preset
+from mae_fast.config import ModelConfig, preset
+from mae_fast.config_file import load_config
 from mae_fast.errors import ConfigError
 from mae_fast.forward import SAVINGS
 from mae_fast.masking import draw_ids, num_keep

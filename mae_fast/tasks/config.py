@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mae_fast import config
+from mae_fast import config_file
 from mae_fast.classifier import ClassifierConfig, FamilyName
 from mae_fast.config import DataConfig, ModelConfig, TrainConfig, preset
 from mae_fast.fields import check_fields, require
@@ -264,10 +264,10 @@ RECIPES = {
 
 def from_dict(tree: dict[str, Any]) -> FinetuneConfig:
     """A run from nested tables; the recipe is mae_st_k400 unless `recipe` names another."""
-    return config.config_from_dict(tree, FinetuneConfig, _SECTIONS, RECIPES)
+    return config_file.config_from_dict(tree, FinetuneConfig, _SECTIONS, RECIPES)
 
 
-load = functools.partial(config.load_config, build=from_dict)
+load = functools.partial(config_file.load_config, build=from_dict)
 
 
 def as_config(cfg: "FinetuneConfig | str | Path") -> FinetuneConfig:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mae_fast import checkpoint
-from mae_fast.config import ModelConfig, as_model, model_from_dict
+from mae_fast.config import ModelConfig, as_model
+from mae_fast.config_file import model_from_dict
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.weights.families import identify, read, strip

@@ -84,9 +84,9 @@ def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys)
     cfg = dict(img_size=32, patch_size=8, num_frames=4, pred_t_dim=2, embed_dim=192, depth=1)
     cfg |= dict(num_heads=3, decoder_embed_dim=192, decoder_depth=1, decoder_num_heads=6)
     model = MaskedAutoencoder(ModelConfig(**cfg))
-    from mae_fast import checkpoint, config
+    from mae_fast import checkpoint, config_file
 
-    state = {"model": config.to_dict(model.cfg)}
+    state = {"model": config_file.to_dict(model.cfg)}
     optimizer = torch.optim.AdamW(model.parameters())
     path = checkpoint.save(tmp_path, 1, model, optimizer, {"config": state, "run": "r"}, 1)
     for name, index in (("a", motions.train), ("b", motions.val)):
