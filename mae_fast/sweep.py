@@ -19,8 +19,8 @@ import tyro
 
 from mae_fast import cost, metrics, plan
 from mae_fast.checkpoint import checkpoints
-from mae_fast.config import Config, tomllib
-from mae_fast.config_file import config_from_dict, to_dict
+from mae_fast.config import Config
+from mae_fast.config_file import config_from_dict, to_dict, tomllib
 from mae_fast.data import read_index
 from mae_fast.errors import ConfigError
 from mae_fast.evaluate import held_out_loss

@@ -43,9 +43,9 @@ MODELS = {
     "vit_b_two_clips": Model(2, 16, 224, 16, 768, 12, 512, 16),
     "vit_l_slowfast": Model(64, 16, 224, 16, 1024, 16, 512, 8),
     "heads_of_128": Model(64, 16, 224, 16, 1024, 8, 512, 4),
-    "vit_b_quarter_clip": Model(1, 4, 224, 16, 768, 12, 512, 16),
+    "vit_b_eighth_clip": Model(1, 2, 224, 16, 768, 12, 512, 16),
     "vit_b_cut_down": Model(2, 4, 64, 16, 128, 2, 64, 2),
-    "odd": Model(3, 10, 35, 7, 80, 1, 48, 3),
+    "odd": Model(2, 6, 35, 7, 80, 1, 48, 3),
 }
 
 

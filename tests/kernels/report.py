@@ -37,7 +37,7 @@ worse than these tables say, or is missing from them.
 BYTES = """
 ## Bytes
 
-Memory-bound operators on a quarter of a clip of ViT-B (4 of 16 frames, 90% masked), forward and
+Memory-bound operators on an eighth of a clip of ViT-B (2 of 16 frames, 90% masked), forward and
 backward. The least: every element of inputs and outputs once, of clips the wanted patches only.
 Moved: what programs of a launch share, as a norm's weight, counts once; at most {at_most}x of the
 least, partial sums and their second pass included. Requested: all lanes of all programs, which

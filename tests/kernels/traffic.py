@@ -1,5 +1,5 @@
 """The bytes that memory-bound operators load and store, against what they must and what plain torch
-moves, for a quarter of a clip of ViT-B. Counted by the sanitizer: no cache is modelled."""
+moves, for an eighth of a clip of ViT-B. Counted by the sanitizer: no cache is modelled."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from mae_fast.ops import dispatch
 from mae_fast.ops.work import ADAMW_BYTES
 
 TABLE = Path(__file__).with_name("traffic.jsonl")
-MODEL, FRAMES = "vit_b_quarter_clip", 4
+MODEL, FRAMES = "vit_b_eighth_clip", 2
 COMPUTE_BOUND = {"attention", "linear", "patch_embed"}
 MEMORY_BOUND = [op for op in ON_TRITON if op not in COMPUTE_BOUND]
 AT_MOST = 1.15  # of the least bytes
