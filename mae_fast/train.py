@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from mae_fast import checkpoint, distributed, graph, memory, metrics, resume
 from mae_fast.config import Config
 from mae_fast.config_file import as_config, to_dict
-from mae_fast.data import BadVideos, Batch, ClipDataset, Loader, make_loader, read_index
+from mae_fast.data import (
+    BadVideos,
+    Batch,
+    ClipDataset,
+    Loader,
+    VideoRow,
+    make_loader,
+    read_index,
+)
 from mae_fast.data.packed import check_size, packs_of
 from mae_fast.data.prefetch import DevicePrefetch
 from mae_fast.distributed import PeerLost, World
@@ -91,11 +99,8 @@ class Run:
 
     def __init__(self, cfg: Config, world: World, signals: Signals) -> None:
         self.cfg, self.world, self.signals = cfg, world, signals
-        if not cfg.data.index:
-            raise ConfigError("data.index is empty: make one with `mae-fast index FOLDER`")
         self.folder = Path(cfg.output)
-        self.rows = read_index(cfg.data.index)
-        self.val_rows = read_index(cfg.data.val_index) if cfg.data.val_index else []
+        self.rows, self.val_rows = self._read_rows()
         self.packs = packs_of([*self.rows, *self.val_rows])
         check_size([*self.rows, *self.val_rows], cfg.data.short_side)
         self.draws = {"index": resume.draws(self.rows), "val_index": resume.draws(self.val_rows)}
@@ -127,6 +132,13 @@ class Run:
         )
 
     # What another task does otherwise; the rest is every run's.
+
+    def _read_rows(self) -> tuple[list[VideoRow], list[VideoRow]]:
+        """What training draws from, and what is held out."""
+        data = self.cfg.data
+        if not data.index:
+            raise ConfigError("data.index is empty: make one with `mae-fast index FOLDER`")
+        return read_index(data.index), read_index(data.val_index) if data.val_index else []
 
     def _make_model(self) -> nn.Module:
         return MaskedAutoencoder(self.cfg.model)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mae_fast import checkpoint, train
 from mae_fast.classifier import VideoClassifier, init_head, param_groups
 from mae_fast.config import num_keep
-from mae_fast.data import Batch, Loader, read_index
+from mae_fast.data import Batch, Loader, VideoRow
 from mae_fast.distributed import World
 from mae_fast.errors import ConfigError
 from mae_fast.masking import draw_ids
@@ -41,14 +41,14 @@ class FinetuneRun(train.Run):
     cfg: FinetuneConfig
 
     def __init__(self, cfg: FinetuneConfig, world: World, signals: Signals) -> None:
-        if not cfg.data.index:
-            raise ConfigError("data.index is empty: make one with `mae-fast index FOLDER`")
-        rows = read_index(cfg.data.index)
-        self.classes = classes_of(rows, cfg.data.classes)
-        if cfg.data.val_index:
-            numbers_of(read_index(cfg.data.val_index), self.classes)
         self.micro = 0  # of this step
         super().__init__(cfg, world, signals)
+
+    def _read_rows(self) -> tuple[list[VideoRow], list[VideoRow]]:
+        rows, val_rows = super()._read_rows()
+        self.classes = classes_of(rows, self.cfg.data.classes)
+        numbers_of(val_rows, self.classes)
+        return rows, val_rows
 
     def _make_model(self) -> VideoClassifier:
         cfg = self.cfg
