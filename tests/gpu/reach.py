@@ -1,6 +1,6 @@
 """Every item of every stage of `make gpu`, with its real plan, up to what only a GPU can answer.
 
-python tests/gpu_reach.py RECORDS    prints "stage | item | where it stopped" a line
+python tests/gpu/reach.py RECORDS    prints "stage | item | where it stopped" a line
 
 torch.cuda says that there is a device; models are tiny, and a process that an item starts is not
 started. An import that is missing, a wrong name or argument stops an item before the device does.

@@ -1,0 +1,227 @@
+"""What the stages of `make gpu` decide and write, on stand-ins."""
+
+import json
+import math
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import engines, predict, records, tables
+from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.stages import attention, compile, profile, steps, tune
+from mae_fast.bench.calls import Call
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_what_decides_comes_first():
+    names = [s.name for s in gpu.STAGES]
+    assert names[:5] == ["smoke", "steps", "profile", "attention", "tune"]
+    first = [(m, b, e) for m, b, engines in steps.PLAN for e in engines]
+    assert [e for m, b, e in first if (m, b) == ("vit_large", 64)] == list(steps.FIRST)
+    assert "official_sdpa_compile" in steps.FIRST
+
+
+def test_an_item_that_fails_does_not_lose_the_others(tmp_path):
+    def fail():
+        raise ValueError("wrong\nat length")
+
+    def decline():
+        raise records.Declined("not here")
+
+    ran = []
+
+    def items():
+        yield records.Item("fails", fail)
+        yield records.Item("declines", decline)
+        yield records.Item("works", lambda: ran.append("works") or {"value": 1})
+
+    found = records.Records(tmp_path / "a.jsonl", "sources", ())
+    records.work("stage", items(), found, math.inf)
+    records.work("stage", items(), found, math.inf)  # nothing is left
+    assert ran == ["works"]
+    rows = {r["item"]: r for r in found.all()}
+    assert rows["fails"]["reason"] == "ValueError: wrong\nat length"
+    assert "in fail" in rows["fails"]["traceback"]
+    assert str(records.ROOT) not in (tmp_path / "a.jsonl").read_text()
+    assert [r["status"] for r in rows.values()] == ["failed", "declined", "measured"]
+    other = records.Records(tmp_path / "a.jsonl", "other sources", ())
+    assert other.done("stage") == set()
+
+
+def test_tables_say_how_much_faster_ours_is():
+    """By clips a second, round by round: another batch and a slower step."""
+    record = {"engine": "official_bf16", "seconds": {"official_bf16": [3.0, 6.0]}}
+    record["seconds"]["mae_fast"] = [1.0, 2.0]
+    record["engines"] = {"official_bf16": {"clips": 32}, "mae_fast": {"clips": 64}}
+    assert tables.faster(record) == 6.0
+
+
+def test_what_was_not_reached_is_run_next_time(tmp_path):
+    found = records.Records(tmp_path / "a.jsonl", "sources", ())
+    item = records.Item("late", dict)
+    records.work("stage", iter([item]), found, deadline=0.0)
+    (tmp_path / "a.jsonl").open("a").write('{"cut short by a cra')
+    records.work("stage", iter([item]), found, math.inf)
+    assert [r["status"] for r in found.all()] == ["not reached", "measured"]
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    tried = []
+
+    def run(batch):
+        tried.append(batch)
+        if batch > 3:
+            raise torch.OutOfMemoryError("too much")
+
+    assert engines.fitting(run, 12) == 3 and tried == [12, 6, 3]
+    with pytest.raises(torch.OutOfMemoryError):
+        engines.fitting(lambda batch: run(4), 2)
+
+
+def test_an_engine_with_another_loss_is_not_timed():
+    model = torch.nn.Linear(1, 1)
+    same, other = (
+        mock.Mock(model=model, step=lambda clips, noise, loss=loss: loss) for loss in (1.0, 1.02)
+    )
+    state = model.state_dict()
+    with pytest.raises(AssertionError, match=r"other gives loss 1\.02, expected 1\.0: not timed"):
+        engines.first_losses({"mae_fast": same, "other": other}, None, None, state)
+
+
+def test_cuda_kernels_are_built_where_nvcc_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile, "ROOT", tmp_path)
+    setup = tmp_path / "setup.py"
+    setup.write_text("import sys, os; print(*sys.argv[1:], os.environ['MAX_JOBS'])")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(records.Declined, match="is built without CUDA"):
+        compile.ended(compile.start_nvcc())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(compile.cpp_extension, "CUDA_HOME", None)
+    assert compile.start_nvcc() == "there is no nvcc"
+    monkeypatch.setattr(compile.cpp_extension, "CUDA_HOME", "/usr/local/cuda")
+    assert compile.ended(compile.start_nvcc())["told"] == "-q build_ext --inplace 4"
+    setup.write_text("raise SystemExit('error: no kernel')")
+    with pytest.raises(AssertionError, match="ended with 1: error: no kernel"):
+        compile.ended(compile.start_nvcc())
+
+
+def test_a_kernel_that_is_wrong_is_a_failure(tmp_path):
+    """Its item is: what else was timed is kept."""
+    setting = Setting.make(True, math.inf, tmp_path / "a.jsonl", alone=True)
+    item = records.Item("an op", lambda: {"wrong": {"triton": "result 0"}})
+    records.work("kernels", iter([item]), setting.records, math.inf)
+    (row,) = setting.records.all()
+    assert row["status"] == records.FAILED and row["reason"].startswith("wrong, and not timed")
+
+
+def test_costs_are_those_of_the_table():
+    """facts of docs/results.md: the bytes and FLOP of an op in fp32."""
+    x, w, b = torch.randn(2, 3, 16), torch.ones(16), torch.zeros(16)
+
+    def both(call):
+        forward, backward = call.work()
+        return forward.bytes + backward.bytes
+
+    assert both(Call("layer_norm", (x, w, b, 1e-6))) == 5 * 4 * x.numel()
+    assert both(Call("add_layer_norm", (x, x, w, b, 1e-6))) == 8 * 4 * x.numel()
+    assert both(Call("bias_gelu", (x, b))) == 5 * 4 * x.numel()
+    q = torch.randn(2, 5, 3, 16)
+    assert sum(w.flop for w in Call("attention", (q, q, q)).work()) == 12 * 2 * 5**2 * 48
+
+
+def test_the_fastest_candidate_is_that_of_the_whole_step():
+    def record(count, **seconds):
+        kernel = {"kernel": "k", "shape_class": "any"}
+        kernel["seconds"] = {json.dumps({"BLOCK": int(n[1:])}): [s] for n, s in seconds.items()}
+        return {"stage": "tune", "architecture": 90, "calls_a_step": count, "kernels": [kernel]}
+
+    # 16 is best in most calls of a step, 8 does not launch everywhere.
+    found = [record(1, b8=1.0, b16=3.0, b32=1.0), record(24, b16=1.0, b32=2.0)]
+    assert tune.fastest(found) == {("90", "k", "any"): {"BLOCK": 16}}
+    assert tune.fastest([{"stage": "steps"}]) == {}
+
+
+def test_attention_is_ordered_by_all_calls_of_a_row():
+    def record(count, **seconds):
+        times = {name: [s] for name, s in seconds.items()}
+        of = {"stage": "attention", "status": "measured", "architecture": 90, "width": 32}
+        of |= {"direction": "forward", "seconds": times}
+        return {**of, "keys": 1569, "calls_a_step": count}
+
+    # xformers did not take the second call.
+    found = attention.rows([record(3, triton=1.0, xformers=0.5), record(1, triton=2.0, torch=9.0)])
+    assert found == {"90": {"d32-s2048-bfloat16-forward": {"triton": 5000.0}}}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "op"),
+    [
+        ("_add_layer_norm_fwd_kernel", "add_layer_norm"),
+        ("_layer_norm_bwd_kernel", "layer_norm"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "products"),
+        ("void cutlass::device_kernel<flash::enable_sm90>", "products"),
+        ("fmha_cutlassF_bf16", "products"),
+        ("pytorch_flash::flash_fwd_kernel", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<8, CUDAFunctor_add>", "elementwise"),
+        ("vectorized_elementwise_kernel<4, at::native::FillFunctor<float>", "fills"),
+        ("Memset (Device)", "fills"),
+        ("vectorized_elementwise_kernel<8, at::native::bfloat16_copy_kernel_cuda", "copies"),
+        ("(anonymous namespace)::CatArrayBatchedCopy_vectorized<", "copies"),
+        ("void at::native::reduce_kernel<128, 4, at::native::ReduceOp<c10::BFloat16", "sums"),
+        ("_sum_parts_kernel", "sums"),
+        ("multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>", "adamw"),
+        ("at::native::(anonymous namespace)::compute_grad_weight<c10::BFloat16, int>", "indexing"),
+        ("void at::native::vectorized_gather_kernel<16, int>", "indexing"),
+        ("_crop_resize_patchify_gather_fwd_kernel", "crop_resize_patchify_gather"),
+        ("void some_library::kernel", "other"),
+    ],
+)
+def test_kernels_go_to_their_ops(kernel, op):
+    assert profile.op_of(kernel) == op
+
+
+def test_every_kernel_of_ours_has_a_kind():
+    text = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    names = re.findall(r"^def (_\w+_kernel)\(", text, re.M)
+    assert len(names) > 20
+    assert [name for name in names if profile.op_of(name) == "other"] == []
+
+
+def test_spans_of_the_host_are_no_kernels():
+    """On an H200 the shadows of our labels were two fifths of a step's time."""
+
+    def event(key, microseconds, on, annotation=False):
+        kind = mock.Mock()
+        kind.name = on
+        times = {"self_device_time_total": microseconds, "is_user_annotation": annotation}
+        return mock.Mock(key=key, count=1, device_type=kind, **times)
+
+    found = [
+        event("_bias_gelu_fwd_kernel", 5.0, "CUDA"),
+        event("mae_fast label:|bias_gelu", 5.0, "CUDA", annotation=True),
+        event("Optimizer.step#AdamW.step", 7.0, "CUDA", annotation=True),
+        event("mae_fast label:|bias_gelu", 5.0, "CPU", annotation=True),
+        event("Memset (Device)", 6.0, "CUDA"),
+    ]
+    rows = profile.kernels_of(found, "cuda")
+    assert [row["kernel"] for row in rows] == ["Memset (Device)", "_bias_gelu_fwd_kernel"]
+
+
+def test_record_files_have_plain_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    path = records.open_records("NVIDIA H100 80GB HBM3", rehearsal=False).path
+    assert path.parent == tmp_path / "NVIDIA-H100-80GB-HBM3"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-[0-9a-z-]+\.jsonl", path.name)
+
+
+def test_predictions_are_those_of_the_model():
+    """docs/gpu.md: python -m benchmarks.gpu.predict writes it again."""
+    assert predict.tables() in predict.DOC.read_text()
+    for model in predict.TARGETS:
+        terms = predict.terms(predict.model_of(model), predict.CLIPS, 0.9, predict.H100)
+        assert all(t.amount > 0 for t in terms)
