@@ -459,6 +459,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """How a run is judged on the way by what its frozen encoder knows of labels: kNN and a linear
+    probe, in minutes. They change nothing in the run."""
+
+    probe: int = 0
+    """steps from one probe to the next, and at the end; 0: never"""
+    train_index: str = ""
+    """videos with labels that the probes learn from"""
+    test_index: str = ""
+    """other videos with labels, on which they are tested"""
+
+    def __post_init__(self) -> None:
+        _check(self, "eval", not_negative="probe")
+        _require(
+            not self.probe or bool(self.train_index and self.test_index),
+            f"eval.probe {self.probe} needs eval.train_index and eval.test_index",
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """One pre-training run."""
 
@@ -468,6 +488,7 @@ class Config:
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", as_model(self.model))

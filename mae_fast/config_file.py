@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig, preset
+from mae_fast.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    MaskConfig,
+    ModelConfig,
+    TrainConfig,
+    preset,
+)
 from mae_fast.errors import ConfigError
 from mae_fast.fields import require, unknown
 
@@ -19,7 +27,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_SECTIONS = {"model": ModelConfig, "mask": MaskConfig, "data": DataConfig, "train": TrainConfig}
+_SECTIONS = {
+    "model": ModelConfig,
+    "mask": MaskConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
 
 # mae_st: PRETRAIN.md of the official repository. The defaults above are the same, so that a run
 # without a recipe trains the same way; here they are pinned by name.

@@ -1,16 +1,21 @@
-"""Held-out loss: the same clips, crops and masks every time, beside what a mean would score."""
+"""What judges a pre-training run on the way: held-out loss, of the same clips, crops and masks
+every time, beside what a mean would score; and probes of the frozen encoder.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mae_fast import probe
 from mae_fast.config import Config
-from mae_fast.data import VideoRow, make_loader
+from mae_fast.data import VideoRow, make_loader, read_index
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.masked_mse import norm_target
+from mae_fast.tasks.clips import classes_of, numbers_of
+from mae_fast.tasks.config import ClipsConfig
 
 CLIPS = 64
 _SEED = 20220518  # any fixed number: the paper's first day on arXiv
@@ -66,3 +71,28 @@ def held_out_loss(
         "val_mean_patch_loss": means / clips,
         "val_clips": clips,
     }
+
+
+class Probes:
+    """The probes of a run, every eval.probe-th step and after the last, where it has any. The
+    indexes are read, and their labels checked, when the run begins. Raises DataError."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.every = cfg.eval.probe
+        if not self.every:
+            return
+        self.train = read_index(cfg.eval.train_index)
+        self.test = read_index(cfg.eval.test_index, broken=True)  # a broken one counts as wrong
+        numbers_of(self.test, classes_of(self.train))
+        d, same = cfg.data, "sampling_rate target_fps short_side decoder strict workers"
+        self.clips = ClipsConfig(**{name: getattr(d, name) for name in same.split()})
+        self.seed = cfg.train.seed
+
+    def due(self, step: int, total: int) -> bool:
+        return bool(self.every) and (step % self.every == 0 or step == total)
+
+    def __call__(self, model: MaskedAutoencoder, waiting: Callable[[], None]) -> dict[str, float]:
+        """{"probe_knn", "probe_linear"}: accuracies. `waiting` may raise."""
+        net = probe.encoder_of(model)
+        found = probe.judge(net, self.train, self.test, self.clips, seed=self.seed, waiting=waiting)
+        return {f"probe_{kind}": accuracy for kind, accuracy in found.items()}

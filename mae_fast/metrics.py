@@ -100,6 +100,7 @@ def _line(row: dict[str, Any]) -> str:
             words[-1] += f" (mean {row['val_mean_patch_loss']:.4f})"
         if "val_acc1" in row:
             words[-1] += f" (top-1 {row['val_acc1']:.1%})"
+    words += [f"{key.replace('_', ' ')} {x:.1%}" for key, x in row.items() if key[:6] == "probe_"]
     return "  ".join(words)
 
 

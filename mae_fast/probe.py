@@ -8,7 +8,7 @@ chosen on a part of the training videos, and only then sees the test.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from mae_fast import checkpoint, weights
 from mae_fast.classifier import ClassifierConfig, FamilyName, VideoClassifier
 from mae_fast.config import preset
-from mae_fast.data import read_index
+from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError, DataError
 from mae_fast.files import write, writing
 from mae_fast.forward import Affine, apply_layer, transformer_block
-from mae_fast.model import Mlp, TransformerBlock
+from mae_fast.model import MaskedAutoencoder, Mlp, TransformerBlock
 from mae_fast.ops.attention import attention
 from mae_fast.ops.layer_norm import layer_norm
-from mae_fast.tasks.clips import Views
+from mae_fast.tasks.clips import Views, classes_of, normalised, numbers_of
 from mae_fast.tasks.config import ClipsConfig, Sampling
 from mae_fast.weights import classifier as into
 
@@ -110,18 +110,70 @@ def encoder(source: str, model: str = "", family: FamilyName = "mae_st") -> Vide
     return net
 
 
+def encoder_of(model: MaskedAutoencoder) -> VideoClassifier:
+    """The encoder of a model as it is now, frozen: on the model's own tensors, not on copies."""
+    cfg = ClassifierConfig(model.cfg, model.cfg.variant, 2, pool="first")
+    with torch.random.fork_rng(devices=[]):
+        net = VideoClassifier(cfg).eval().requires_grad_(False)
+    theirs = {n: t for n, t in model.state_dict().items() if n in net.state_dict()}
+    missing, _ = net.load_state_dict(theirs, strict=False, assign=True)
+    if set(missing) != {"head.weight", "head.bias"}:
+        raise ValueError(f"not an encoder of a masked autoencoder: {missing} are missing")
+    return net.requires_grad_(False).to(next(iter(theirs.values())).device)
+
+
+def judge(
+    net: VideoClassifier,
+    train: list[VideoRow],
+    test: list[VideoRow],
+    clips: ClipsConfig,
+    kinds: Collection[str] = ("knn", "linear"),
+    *,
+    epochs: int = 20,
+    seed: int = 0,
+    grid: list[tuple[float, float]] | None = None,
+    waiting: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """{kind: accuracy on `test`} of probes ("knn", "linear", "attentive") that learn from what the
+    frozen encoder makes of `train`: videos with labels, of each one view in its middle.
+
+    grid: (rate, decay) of the attentive heads, by default GRID. The state of torch's random numbers
+    is as it was afterwards. `waiting` is called while videos decode; it may raise.
+    """
+    m, classes, pooled, tokens, labels = net.cfg.model, classes_of(train), [], [], []
+    for rows in (train, test):
+        views = Views(rows, clips, m.num_frames, clips.short_side or m.img_size, 1, 1)
+        found, _ = features_of(net, views, "attentive" in kinds, waiting=waiting)
+        if found.dim() == 4:
+            tokens.append(found)
+            found = found.float().mean(dim=2)
+        pooled.append(found)
+        labels.append(torch.tensor(numbers_of(rows, classes), device="cpu"))
+    n, found = len(classes), {}
+    with torch.random.fork_rng(devices=[]):
+        if "knn" in kinds:
+            found["knn"] = accuracy(knn(pooled[0], labels[0], pooled[1], n, 10), labels[1])
+        if "linear" in kinds:
+            found |= linear(*pooled, *labels, n, epochs=5 * epochs, seed=seed)
+        if "attentive" in kinds:
+            found |= attentive(*tokens, *labels, n, epochs, seed, grid or GRID)
+    return {kind: found[kind] for kind in kinds}
+
+
 @torch.no_grad()
 def features_of(
-    net: VideoClassifier, views: Views, tokens: bool = False, size: int = 8
+    net: VideoClassifier,
+    views: Views,
+    tokens: bool = False,
+    size: int = 8,
+    waiting: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, list[tuple[str, str]]]:
     """(features [N, V, D] fp32, or with `tokens` [N, V, L, D] bf16, (path, reason) of bad videos,
     whose features are NaN)."""
-    from mae_fast.tasks.classify import normalised
-
     device, bad, found = net.head.weight.device, [], []
     m, norm = net.cfg.model, getattr(net, net.norm_name)
     empty = (len(views), *((m.num_patches,) if tokens else ()), m.embed_dim)
-    for batch in views.of(range(len(views.rows))):
+    for batch in views.of(range(len(views.rows)), waiting):
         if batch.bad:
             bad += batch.bad
             found.append(torch.full(empty, torch.nan, device="cpu"))
@@ -297,7 +349,7 @@ def attentive(
 ) -> dict[str, Any]:
     """The attentive probe of tokens [N, V, L, D]."""
     dim = x.shape[-1]
-    while dim % heads:  # of a small encoder
+    while heads > 1 and (dim % heads or dim < 16 * heads):  # of a small encoder
         heads //= 2
     make = lambda: AttentiveHead(dim, classes, heads, depth)  # noqa: E731
     return _named("attentive", *best(make, x, y, a, b, grid, epochs, seed))

@@ -32,6 +32,10 @@ _FREE = {
     "train.max_nonfinite",
     "train.tensorboard",
     "train.wandb",
+    "eval",  # of a state that has none
+    "eval.probe",
+    "eval.train_index",
+    "eval.test_index",
 }
 
 

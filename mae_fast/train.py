@@ -43,7 +43,7 @@ from mae_fast.errors import (
     MaeFastError,
     NonFiniteError,
 )
-from mae_fast.evaluate import held_out_loss
+from mae_fast.evaluate import Probes, held_out_loss
 from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.dispatch import backends
@@ -101,6 +101,7 @@ class Run:
         self.cfg, self.world, self.signals = cfg, world, signals
         self.folder = Path(cfg.output)
         self.rows, self.val_rows = self._read_rows()
+        self.probes = self._make_probes()
         self.packs = packs_of([*self.rows, *self.val_rows])
         check_size([*self.rows, *self.val_rows], cfg.data.short_side)
         self.draws = {"index": resume.draws(self.rows), "val_index": resume.draws(self.val_rows)}
@@ -139,6 +140,9 @@ class Run:
         if not data.index:
             raise ConfigError("data.index is empty: make one with `mae-fast index FOLDER`")
         return read_index(data.index), read_index(data.val_index) if data.val_index else []
+
+    def _make_probes(self) -> Probes | None:
+        return Probes(self.cfg)
 
     def _make_model(self) -> nn.Module:
         return MaskedAutoencoder(self.cfg.model)
@@ -195,8 +199,9 @@ class Run:
             batches.ahead()
             window.waited += time.perf_counter() - before
             save = self.step == self.total or self.step % cfg.save_every == 0
-            if save or self.step % cfg.log_every == 0:
-                row = self._report(window, sink, save)
+            probe = self.probes is not None and self.probes.due(self.step, self.total)
+            if save or probe or self.step % cfg.log_every == 0:
+                row = self._report(window, sink, save, probe)
                 window = Window()
             elif sink:
                 sink.tick(self.step, time.perf_counter() - window.began)
@@ -204,11 +209,15 @@ class Run:
                 self._save()
         return row
 
-    def _report(self, window: Window, sink: metrics.Metrics | None, held_out: bool) -> dict:
+    def _report(
+        self, window: Window, sink: metrics.Metrics | None, held_out: bool, probe: bool = False
+    ) -> dict:
         """Write the window's row, and only then raise what is wrong with it."""
         row, wrong = self._cross(window)
         if held_out and not wrong:
             row |= self._held_out()
+        if probe and not wrong:
+            row |= self._probed()
         if sink and row:
             sink.write(row)
         if wrong:
@@ -346,6 +355,14 @@ class Run:
         try:
             device = self.world.device
             return held_out_loss(self.model, self.val_rows, self.cfg, device, self.signals.look_up)
+        except Told:
+            return {}
+
+    def _probed(self) -> dict[str, Any]:
+        if not self.world.writer:
+            return {}
+        try:
+            return self.probes(self.model, self.signals.look_up)
         except Told:
             return {}
 

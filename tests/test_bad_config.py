@@ -12,17 +12,31 @@ import numpy as np
 import pytest
 
 from mae_fast import cli, masking
-from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig, preset
+from mae_fast.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    MaskConfig,
+    ModelConfig,
+    TrainConfig,
+    preset,
+)
 from mae_fast.errors import ConfigError
 from mae_fast.fields import shown
 
-SECTIONS = {"model": ModelConfig, "mask": MaskConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS = {
+    "model": ModelConfig,
+    "mask": MaskConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
 FIELDS = [(s, f) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 FIELDS += [("", f) for f in dataclasses.fields(Config) if f.name not in SECTIONS]
 # Fields of numbers that may be zero; every other is refused at 0.
 ZERO = set(
     "ratio decoder_ratio span_seconds short_side flip workers max_bad_share steps warmup_steps "
-    "warmup_epochs min_lr weight_decay clip_grad seed max_nonfinite".split()
+    "warmup_epochs min_lr weight_decay clip_grad seed max_nonfinite probe".split()
 )
 # As TOML has them; what each kind of field refuses is all but what is named after it.
 VALUES = {

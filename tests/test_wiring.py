@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from mae_fast import checkpoint, distributed, metrics, train
-from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
+from mae_fast.config import Config, DataConfig, EvalConfig, MaskConfig, ModelConfig, TrainConfig
 from mae_fast.data import VideoReader, VideoRow, read_index, write_index
 from mae_fast.distributed import World
 from mae_fast.errors import ConfigError, DataError, Interrupted, NonFiniteError
@@ -59,8 +59,15 @@ BASE = {
         keep=99,
         seed=3,
     ),
+    "eval": {},
 }
-SECTIONS = {"model": ModelConfig, "mask": MaskConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS = {
+    "model": ModelConfig,
+    "mask": MaskConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
 
 
 RATES = (30, 25, 15)
@@ -235,6 +242,9 @@ ELSEWHERE = {
     "train.tensorboard": "test_tensorboard_and_wandb_get_the_rows",
     "train.wandb": "test_tensorboard_and_wandb_get_the_rows",
     "train.backends": "test_backends_are_forced_for_the_run",
+    "eval.probe": "test_probes_judge_a_run_and_change_nothing",
+    "eval.train_index": "test_probes_judge_a_run_and_change_nothing",
+    "eval.test_index": "test_probes_judge_a_run_and_change_nothing",
 }
 # What a resumed run may change.
 FREE = {
@@ -251,6 +261,9 @@ FREE = {
     "train.max_nonfinite",
     "train.tensorboard",
     "train.wandb",
+    "eval.probe",
+    "eval.train_index",
+    "eval.test_index",
 }
 
 
@@ -612,6 +625,36 @@ def test_more_steps_than_a_name_can_count_are_refused(index, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def _labelled(rows, folder) -> dict[str, str]:
+    """Indexes for the probes, of the same videos: two classes."""
+    named = [dataclasses.replace(r, label="ab"[i % 2]) for i, r in enumerate(rows)]
+    for name, some in (("train", named[:4]), ("test", named[4:])):
+        write_index(some, folder / f"probe_{name}.jsonl")
+    return {f"eval.{name}_index": str(folder / f"probe_{name}.jsonl") for name in ("train", "test")}
+
+
+def test_probes_judge_a_run_and_change_nothing(base, index, rows, tmp_path):
+    """Every third step and at the end, from the encoder as it then is; the run is the base's."""
+    changes = _labelled(rows, tmp_path) | {"eval.probe": 3}
+    cfg = config(index, tmp_path / "run", **changes, **{"train.log_every": 99})
+    row = pretrain(cfg)
+    probed = [r["step"] for r in by_hand.rows_of(cfg.output) if "probe_knn" in r]
+    assert probed == [3, 4] and row["step"] == 4
+    assert all(0 <= row[key] <= 1 for key in ("probe_knn", "probe_linear"))
+    before, got = observed(base.output), observed(cfg.output)
+    assert {key for key in got if got[key] != before[key]} <= {"logged"}
+    again = json.loads((tmp_path / "run" / "config.json").read_text())["eval"]
+    assert again["probe"] == 3
+    with pytest.raises(ConfigError, match=r"needs eval\.train_index and eval\.test_index"):
+        EvalConfig(probe=1, train_index="x")
+    bare = changes | {"eval.test_index": index}
+    with pytest.raises(DataError, match="is none of the classes"):
+        pretrain(config(index, tmp_path / "bare", **bare))
+    assert not (tmp_path / "bare").exists()
+    with pytest.raises(DataError, match="has no label"):
+        pretrain(config(index, tmp_path / "bare", **changes | {"eval.train_index": index}))
+
+
 @pytest.fixture(scope="module")
 def two(rows, index, tmp_path_factory):
     """Runs of two ranks in one pair of processes: {name: (cfg, rank 0's result, rank 1's)}."""
@@ -757,8 +800,12 @@ def test_on_resume_a_field_is_free_or_refused(field, base, index, tmp_path, capl
         "train.warmup_epochs": 2.0,
         "train.save_every": 2,
         "train.log_every": 3,
+        "eval.train_index": index,
+        "eval.test_index": index,
     }
     changes = FIELDS.get(field, ({},))[0]
+    if field == "eval.probe":
+        changes = _labelled(read_index(index), tmp_path) | {field: 1}
     if field in special:
         changes = {field: special[field]}
     cfg = config(index, folder, **changes)

@@ -50,6 +50,9 @@ class FinetuneRun(train.Run):
         numbers_of(val_rows, self.classes)
         return rows, val_rows
 
+    def _make_probes(self) -> None:
+        return None  # it has labels of its own
+
     def _make_model(self) -> VideoClassifier:
         cfg = self.cfg
         model = VideoClassifier(cfg.classifier_of(len(self.classes)))
@@ -77,7 +80,9 @@ class FinetuneRun(train.Run):
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """video [B, C, T, H, W], target [B, classes] and, under a mask, ids_keep [B, K]."""
         cfg, a = self.cfg, self.cfg.augment
-        key = (cfg.train.seed, self.step, self.micro % cfg.train.accum_steps, self.world.rank)
+        # Its number in the step, so that two processes draw what one draws in two micro-steps.
+        place = self.micro % cfg.train.accum_steps * self.world.size + self.world.rank
+        key = (cfg.train.seed, self.step, place)
         self.micro += 1
         rng = np.random.default_rng(key)
         torch.manual_seed(int(rng.integers(2**62)))  # dropout's and drop path's, also once resumed
@@ -110,6 +115,14 @@ class FinetuneRun(train.Run):
             self._unlock()
             raise ConfigError(f"{self.folder} holds a run with other labels: choose another output")
         return found
+
+    def _graph(self) -> bool:
+        how = self.cfg.train.cuda_graph
+        if how == "off" or not self.cfg.train.mask_ratio:
+            return super()._graph()
+        if how == "on" or self.world.device.type == "cuda":
+            log.warning("train.cuda_graph is not used: masked steps differ in their tokens")
+        return False
 
     def _held_out(self) -> dict[str, Any]:
         """Loss and accuracy of one middle view of every held-out video; by the writer alone."""

@@ -10,9 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from mae_fast import cli, probe
 from mae_fast.config import ModelConfig
+from mae_fast.data import read_index
 from mae_fast.errors import DataError
+from mae_fast.forward import encode
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.layer_norm import layer_norm
+from mae_fast.tasks.clips import Views
+from mae_fast.tasks.config import ClipsConfig
 
+TINY = dict(img_size=32, patch_size=8, num_frames=4, pred_t_dim=2, embed_dim=192, depth=1,
+            num_heads=3, decoder_embed_dim=192, decoder_depth=1, decoder_num_heads=6)  # fmt: skip
 GOLDEN = Path(__file__).parent / "golden" / "vjepa2_attentive.safetensors"
 
 
@@ -81,9 +88,7 @@ def test_heads_are_chosen_without_the_test(monkeypatch):
 
 
 def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys):
-    cfg = dict(img_size=32, patch_size=8, num_frames=4, pred_t_dim=2, embed_dim=192, depth=1)
-    cfg |= dict(num_heads=3, decoder_embed_dim=192, decoder_depth=1, decoder_num_heads=6)
-    model = MaskedAutoencoder(ModelConfig(**cfg))
+    model = MaskedAutoencoder(ModelConfig(**TINY))
     from mae_fast import checkpoint, config_file
 
     state = {"model": config_file.to_dict(model.cfg)}
@@ -108,6 +113,34 @@ def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys)
     assert "error" in capsys.readouterr().err
     unknown = str(tmp_path / "x.safetensors")
     assert cli.main(["features", unknown, str(motions.val), "-o", "y"]) == 2
+
+
+def test_a_live_encoder_is_judged_as_its_checkpoint_would_be(motions):
+    """On the model's own tensors, and without a number drawn from the run's."""
+    model = MaskedAutoencoder(ModelConfig(**TINY))
+    net = probe.encoder_of(model)
+    assert net.blocks[0].attn.q.weight.data_ptr() == model.blocks[0].attn.q.weight.data_ptr()
+    assert not any(p.requires_grad for p in net.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    video = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+    ids = torch.arange(32, dtype=torch.int32).expand(2, -1)
+    wanted = encode(model.params(), model.spec, video, ids)
+    norm = net.norm
+    found = layer_norm(net.tokens(video), norm.weight, norm.bias, norm.eps)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+    rows = read_index(motions.train), read_index(motions.val)
+    clips, before = ClipsConfig(sampling="uniform", workers=0), torch.get_rng_state()
+    how = dict(epochs=1, grid=[(1e-3, 0.1)])
+    found = probe.judge(net, *rows, clips, ("linear", "knn", "attentive"), **how)
+    assert list(found) == ["linear", "knn", "attentive"]
+    assert all(0 <= x <= 1 for x in found.values())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert probe.judge(net, *rows, clips, ("knn",)) == {"knn": found["knn"]}
+    # Of the training videos themselves a nearest neighbour knows all.
+    alone = probe.knn(x := probe.features_of(net, Views(rows[0], clips, 4, 32, 1, 1))[0],
+                      a := torch.arange(16), x, 16, 1)  # fmt: skip
+    assert probe.accuracy(alone, a) == 1.0
 
 
 def test_an_unknown_class_is_refused(tmp_path):
