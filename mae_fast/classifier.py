@@ -55,8 +55,8 @@ class ClassifierConfig:
     pool "mean" is the official fine-tuning: the mean of the patches, then the norm (the pre-trained
     one in mae_st and slowfast, a new one in videomae and transformers); "first" is the pre-trained
     norm, then the first token (the cls token, where there is one), as the official codes have it
-    without mean pooling. drop_path rises linearly over the blocks, by the sample; dropout acts
-    before the head.
+    without mean pooling; then the mean of all in slowfast without a cls token. drop_path rises
+    linearly over the blocks, by the sample; dropout acts before the head.
     """
 
     model: ModelConfig = field(default_factory=lambda: preset("vit_base"))
@@ -208,11 +208,13 @@ class VideoClassifier(nn.Module):
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Features [B, D] of tokens, as the head takes them."""
-        norm = Norm.of(getattr(self, self.norm_name))
+        norm, family = Norm.of(getattr(self, self.norm_name)), self.cfg.family
         if self.cfg.pool == "first":
+            if family == "slowfast" and not self.has_cls:
+                return layer_norm(tokens, *norm, None).mean(dim=1)
             return layer_norm(tokens[:, :1].contiguous(), *norm, None)[:, 0]
-        # mae_st and PySlowFast leave the cls token out of the mean, not its influence.
-        mean = tokens[:, int(self.has_cls) :].mean(dim=1)
+        # The cls token is left out of the mean; by mae_st the first token, whatever it is.
+        mean = tokens[:, int(self.has_cls or family == "mae_st") :].mean(dim=1)
         return layer_norm(mean[:, None], *norm, None)[:, 0]
 
     def forward(self, video: Tensor, ids_keep: Tensor | None = None) -> Tensor:

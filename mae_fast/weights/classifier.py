@@ -29,7 +29,9 @@ def load(model: VideoClassifier, path: str | Path) -> list[str]:
             f"{model.cfg.model.num_heads}"
         )
     state = strip(state)
-    table, rest = read(state, identify(state))
+    source = identify(state)
+    table, rest = read(state, source)
+    _check_pool(model, table, source, path)
     said = [f"{', '.join(rest)}: no part of a classifier"] if rest else []
     decoder = [n for n in table if n.startswith(("decoder_", "mask_token"))]
     for name in decoder:
@@ -40,6 +42,24 @@ def load(model: VideoClassifier, path: str | Path) -> list[str]:
     _positions(model, table, found, said)
     _fit(model, table, said, path)
     return said
+
+
+def _check_pool(model: VideoClassifier, table: Table, source: str, path: str | Path) -> None:
+    """VideoMAE and transformers pool by the mean or take the first token, and the name of the norm
+    tells which. Raises CheckpointError where the model would do the other with a whole classifier.
+    """
+    there = table.get("head.weight")
+    if there is None or there.shape != model.head.weight.shape:
+        return  # its head is not taken
+    if "fc_norm.weight" in table and model.cfg.pool == "first":
+        raise CheckpointError(
+            f'{path}: its classifier takes the mean of the patches: give classifier.pool = "mean"'
+        )
+    first = source in ("videomae", "transformers") and "norm.weight" in table
+    if first and model.cfg.pool == "mean":
+        raise CheckpointError(
+            f'{path}: its classifier takes the first token: give classifier.pool = "first"'
+        )
 
 
 def _pool_norm(model: VideoClassifier, table: Table, said: list[str]) -> None:

@@ -165,6 +165,36 @@ def test_first_token_pooling_is_the_norm_and_then_the_cls_token():
     torch.testing.assert_close(model(video), wanted)
 
 
+def test_pooling_without_a_cls_token_is_each_official_codes():
+    """mae_st leaves the first token out, whatever it is; PySlowFast's "first" is a mean."""
+    video = torch.randn(2, 3, 4, 16, 16, dtype=torch.float64)
+    bare = dict(model=dict(cls_embed=False))
+    model = tiny("mae_st", **bare).double()
+    wanted = model.head(model.norm(model.tokens(video)[:, 1:].mean(1)))
+    torch.testing.assert_close(model(video), wanted)
+    model = tiny("slowfast", **bare).double()
+    wanted = model.head(model.norm(model.tokens(video).mean(1)))
+    torch.testing.assert_close(model(video), wanted)
+    model = tiny("slowfast", pool="first", **bare).double()
+    wanted = model.head(model.norm(model.tokens(video)).mean(1))
+    torch.testing.assert_close(model(video), wanted)
+
+
+@pytest.mark.parametrize("source", ["videomae", "transformers"])
+def test_a_classifier_that_pools_otherwise_is_refused(source, tmp_path):
+    """Its weights would fit, and mean something else."""
+    state, file = Golden(source).state(), tmp_path / "w.safetensors"
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=r'takes the mean of the patches: give .*"mean"'):
+        into.load(tiny(source, pool="first"), file)
+    norm = "videomae.layernorm" if source == "transformers" else "norm"
+    save_file({n.replace("fc_norm", norm): t for n, t in state.items()}, file)
+    with pytest.raises(CheckpointError, match=r'takes the first token: give .*"first"'):
+        into.load(tiny(source), file)
+    into.load(tiny(source, pool="first"), file)
+    into.load(tiny(source, num_classes=9), file)  # of which the encoder alone is taken
+
+
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     drop = DropPath(0.25).train()
