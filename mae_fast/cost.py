@@ -11,8 +11,8 @@ import torch
 
 from mae_fast.bench.flops import BASE_RATIO, by_part, step_work
 from mae_fast.config import ModelConfig
-from mae_fast.memory import parameters, rows
-from mae_fast.ops.work import ADAMW_BYTES, Both
+from mae_fast.memory import encoder_parameters, parameters, rows
+from mae_fast.ops.work import ADAMW_BYTES, Both, Work
 
 # Shares of a GPU's ceilings: assumed before anything had run on one; docs/gpu.md has steps of an
 # H200 beside what they predict.
@@ -38,6 +38,9 @@ CPU_SHARES = {
     "loss and decoder input": 0.25,
     "optimizer": 1.0,
 }
+
+
+_ENCODER = ("patch embedding", "encoder")  # phases
 
 
 class Device(NamedTuple):
@@ -92,18 +95,26 @@ class Term(NamedTuple):
 def step_bytes(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[str, float]:
     """Bytes that each op moves in a step, forward and backward, p bytes a value that products take
     and give: the least (mae_fast/ops/work.py), and what is made again in backward."""
-    found: dict[str, float] = {"casts and sums": 0.0, "adamw": ADAMW_BYTES * parameters(cfg)}
     half = p < 4  # as on a GPU, which keeps norms and activations, and makes one product of q, k, v
-    for (_, op), (forward, backward) in _work(cfg, clips, ratio, p).items():
-        # Else a norm's output is made again from the sum, an activation's from fc1's.
-        again = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0}.get(op, 0.0)
-        found[op] = found.get(op, 0.0) + forward.bytes * (1 + again * (not half)) + backward.bytes
+    found = {"casts and sums": 0.0, "adamw": ADAMW_BYTES * parameters(cfg)}
+    found |= _moved(_work(cfg, clips, ratio, p), again=not half)
     # In half: the residual's gradient is written in 16 bits too, for two products, and the
     # gradients of five products are read again for their biases'. Else: the gradients of q's, k's
     # and v's input are summed.
     r, dim, dec = rows(cfg, ratio), cfg.embed_dim, cfg.decoder_embed_dim
     values = r.decoder * dec + cfg.depth * r.seen * dim  # of blocks, once each
     found["casts and sums"] = clips * values * ((2 + 5) * p if half else 6 * p)
+    return found
+
+
+def _moved(work: dict[tuple[str, str], Both], again: bool) -> dict[str, float]:
+    """Bytes by op. again: in backward a norm's output is made from the sum, an activation's from
+    fc1's."""
+    found: dict[str, float] = {}
+    more = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0} if again else {}
+    for (_, op), (forward, backward) in work.items():
+        moved = forward.bytes * (1 + more.get(op, 0.0)) + backward.bytes
+        found[op] = found.get(op, 0.0) + moved
     return found
 
 
@@ -114,8 +125,36 @@ def _work(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[tuple[str,
 
 def terms(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> list[Term]:
     """The work of one step of `clips` on one device."""
-    moved = step_bytes(cfg, clips, ratio, device.product_bytes)
-    flop = by_part(_work(cfg, clips, ratio, device.product_bytes))
+    p = device.product_bytes
+    return _terms(cfg, device, _work(cfg, clips, ratio, p), step_bytes(cfg, clips, ratio, p))
+
+
+def encoder_terms(
+    cfg: ModelConfig, clips: int, ratio: float, device: Device, train: bool
+) -> list[Term]:
+    """The encoder alone, on the patches that a mask leaves (ratio 0: all): a step of fine-tuning,
+    but for the head, or without `train` forward, as in a test."""
+    p = device.product_bytes
+    work = {k: v for k, v in _work(cfg, clips, ratio, p).items() if k[0] in _ENCODER}
+    if not train:
+        work = {k: (forward, Work()) for k, (forward, _) in work.items()}
+    moved = _moved(work, again=train and p == 4)
+    values = clips * cfg.depth * rows(cfg, ratio).seen * cfg.embed_dim
+    moved["casts and sums"] = train * values * ((2 + 5) * p if p < 4 else 6 * p)
+    moved["adamw"] = train * ADAMW_BYTES * encoder_parameters(cfg)
+    return [t for t in _terms(cfg, device, work, moved, train) if t.amount]
+
+
+def _terms(
+    cfg: ModelConfig,
+    device: Device,
+    work: dict[tuple[str, str], Both],
+    moved: dict[str, float],
+    train: bool = True,
+) -> list[Term]:
+    flop = by_part(work)
+    # Of attention, whose backward makes scores again, in each of its two kernels.
+    products, exponentials = (1 + device.attention_backward / 2, 3) if train else (1, 1)
     heads = {
         "encoder": cfg.embed_dim // cfg.num_heads,
         "decoder": cfg.decoder_embed_dim // cfg.decoder_num_heads,
@@ -124,10 +163,13 @@ def terms(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> list[Te
     amounts = {
         "encoder products": sum(flop["patch embedding"] + flop["encoder products"]),
         "decoder products": sum(flop["decoder products"] + flop["head"]),
-        "attention products": sum(attention.values()) * (1 + device.attention_backward / 2),
-        # One a score: of its FLOP, 4 a value of a head. In each kernel of backward too.
-        "attention exponentials": 3 * sum(attention[x] / (4 * d) for x, d in heads.items()),
-        "norms and gelu": sum(moved[op] for op in ("layer_norm", "add_layer_norm", "bias_gelu")),
+        "attention products": products * sum(attention.values()),
+        # One a score: of its FLOP, 4 a value of a head.
+        "attention exponentials": exponentials
+        * sum(attention[x] / (4 * d) for x, d in heads.items()),
+        "norms and gelu": sum(
+            moved.get(op, 0.0) for op in ("layer_norm", "add_layer_norm", "bias_gelu")
+        ),
         "casts and sums": moved["casts and sums"],
         "loss and decoder input": sum(
             moved.get(op, 0.0) for op in ("masked_mse", "masked_hog_mse", "decoder_tokens")

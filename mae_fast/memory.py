@@ -98,6 +98,14 @@ def memory(
     return Memory(state, gradients, a_clip, peak)
 
 
+def tuning(cfg: ModelConfig, clips: int, ratio: float, p: int) -> Memory:
+    """The same of fine-tuning, of the encoder alone on what a mask leaves (ratio 0: all)."""
+    count = encoder_parameters(cfg)
+    a_clip, _ = _saved(cfg, rows(cfg, ratio), p, keep=False)
+    state, gradients = 12 * count + (p * count if p < 4 else 0), 4 * count
+    return Memory(state, gradients, a_clip, state + max(clips * a_clip, gradients))
+
+
 def keeps(cfg: ModelConfig, clips: int, ratio: float, p: int, has: float) -> bool:
     """Whether a device that has so many bytes holds a step that makes nothing again."""
     return memory(cfg, clips, ratio, p, keep=True).peak <= USABLE * has

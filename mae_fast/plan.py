@@ -4,6 +4,7 @@ Everything printed is a prediction; what records hold of the same model and devi
 """
 
 import json as jsonlib
+import math
 import re
 import statistics
 from pathlib import Path
@@ -25,55 +26,80 @@ VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
 # One core's time for 16 frames, every fourth of a 30 fps video, without resizing: 57-88 ms seen.
 DECODE_SECONDS = 0.07
 DRAWN = ("vit_base", "vit_large", "vit_huge")
+TESTS = {"k400": 19_881, "ssv2": 24_777}  # of the validation sets
+Task = Literal["pretrain", "finetune", "test", "features"]
 
 
 def plan(
     model: str = "vit_large",
     variant: Variant = "mae_st",
-    ratio: float = 0.9,
+    ratio: float | None = None,
     device: Literal["h100", "h200", "a100", "b200", "this"] = "h100",
     gpus: int = 1,
     gpus_per_node: int = 8,
     batch: int = 0,
     strategy: Literal["ddp", "fsdp"] = "ddp",
-    epochs: float = 800.0,
+    epochs: float | None = None,
     dataset: str = "k400",
     data_rate: str = "0",
     price: float = 0.0,
     results: str = "benchmarks/results",
+    task: Task = "pretrain",
+    views: int = 30,
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "",
     json: bool = False,
 ) -> None:
-    """Predict a pre-training run: FLOP, bytes, memory, step time by part, hours, what binds.
+    """Predict a run: FLOP, bytes, memory, step time by part, hours, what binds.
 
     Args:
-        model: vit_tiny ... vit_huge, or the TOML file of a run.
+        model: vit_tiny ... vit_huge, or the TOML file of a run of pre-training.
         variant: which of the two official models; a TOML file has its own.
-        ratio: masked share in [0, 1). At 0 the encoder sees every token, and the decoder and the
-            loss are those of a 90% mask.
+        ratio: masked share in [0, 1), by default 0.9, and 0 of other tasks. At 0 the encoder sees
+            every token, and the decoder and the loss are those of a 90% mask. Of finetune it is the
+            share at first, which falls to 0 by a cosine.
         device: bf16 on a GPU; `this`: fp32 on this machine's CPU, whose ceilings are measured now.
         gpus: devices in all.
         gpus_per_node: devices that share a node and its loader.
         batch: clips a device and step; by default 64 (`this`: 2), or what fits.
         strategy: how devices share the model. FSDP is not in the engine yet.
-        epochs: effective epochs: each takes one clip of every video.
+        epochs: effective epochs: each takes one clip of every video; by default 800, and 100 of
+            finetune (50 passes with two clips of each).
         dataset: k400, ssv2, or a number of videos.
         data_rate: clips a second that the loader of one node gives, or a file of `bench data -o`,
             whose machine's cores are then all taken; 0: taken to be enough.
         price: of one device for an hour, in any currency.
         results: folder of records, to stand beside the prediction.
+        task: pretrain; finetune: a classifier on the same encoder; test: `views` of every video of
+            a validation set; features: one view of every training video, for probes.
+        views: of a video in a test.
         output: draw hours against the masking ratio by model into this PNG.
         json: print one JSON document and nothing else.
     """
     cfg = _model(model, variant)
+    ratio = (0.9 if task == "pretrain" else 0.0) if ratio is None else ratio
+    epochs = (800.0 if task == "pretrain" else 100.0) if epochs is None else epochs
     if not 0 <= ratio < 1:
         raise ConfigError(f"--ratio must be in [0, 1), got {ratio}")
-    for name, value in (("gpus", gpus), ("gpus-per-node", gpus_per_node), ("epochs", epochs)):
+    for name, value in (
+        ("gpus", gpus),
+        ("gpus-per-node", gpus_per_node),
+        ("epochs", epochs),
+        ("views", views),
+    ):
         if value <= 0:
             raise ConfigError(f"--{name} must be above 0, got {value}")
     if device == "this" and gpus > 1:
         raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
     where = this_device() if device == "this" else cost.DEVICES[device]
+    if task != "pretrain":
+        if output or strategy == "fsdp":
+            raise ConfigError(f"--task {task} takes no --output and no --strategy fsdp")
+        clips = {"test": views * _videos(dataset, TESTS), "features": _videos(dataset)}
+        clips = clips.get(task, epochs * _videos(dataset))
+        how = (ratio, where, gpus, gpus_per_node, batch, rate_of(data_rate))
+        found = {"model": model, **downstream(cfg, task, *how, clips)}
+        print(jsonlib.dumps(found, indent=2) if json else tell_downstream(found, price))
+        return
     shards = gpus if strategy == "fsdp" else 1
     greatest = memory.greatest_batch(cfg, ratio, where.product_bytes, where.memory, shards)
     if not greatest or batch > greatest:
@@ -167,6 +193,75 @@ def predict(
             "decode_seconds_a_clip": DECODE_SECONDS,
         },
     }
+
+
+def downstream(
+    cfg: ModelConfig,
+    task: Task,
+    ratio: float,
+    device: cost.Device,
+    gpus: int,
+    gpus_per_node: int,
+    batch: int,
+    data_rate: float,
+    clips: float,
+) -> dict[str, Any]:
+    """Fine-tuning, or a pass forward alone, of `clips` in all; the head is left out. Times of a
+    masked run are means over its cosine."""
+    train, p = task == "finetune", device.product_bytes
+    if ratio and not train:
+        raise ConfigError(f"--task {task} sees every token, got --ratio {ratio}")
+    # Middles of ten parts of half a cosine from `ratio` to 0.
+    course = [
+        ratio * (1 + math.cos(math.pi * (i + 0.5) / 10)) / 2 for i in range(10 if ratio else 1)
+    ]
+    batch = batch or (1 if device.name == "this" else 16)
+    held = memory.tuning(cfg, batch, ratio, p)
+    if train and held.peak > memory.USABLE * device.memory:
+        raise ConfigError(f"{batch} clips do not fit on one {device.name}: give a smaller --batch")
+    each = [cost.encoder_terms(cfg, batch, r if ratio else 0.0, device, train) for r in course]
+    parts = {
+        t.name: sum(u.seconds for terms in each for u in terms if u.name == t.name) / len(each)
+        for t in each[0]
+    }
+    compute = sum(parts.values())
+    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, "ddp") if train else 0.0
+    exposed = cost.exposed_seconds(sent, compute)
+    node = min(gpus, gpus_per_node)
+    loading = batch * node / data_rate if data_rate else 0.0
+    seconds = max(compute + exposed, loading)
+    hours = clips / (gpus * batch / seconds) / 3600
+    return {
+        "task": task,
+        "ratio": ratio,
+        "device": device.name,
+        "gpus": gpus,
+        "batch_clips": batch,
+        "precision": "bf16" if p == 2 else "fp32",
+        "memory_mb": held.peak / 2**20 if train else None,
+        "step": {"seconds": seconds, "parts": parts, "loading": loading, "not_hidden": exposed},
+        "clips_per_second": gpus * batch / seconds,
+        "run": {"clips": clips, "hours": hours, "gpu_hours": hours * gpus},
+    }
+
+
+def tell_downstream(found: dict[str, Any], price: float) -> str:
+    """The prediction in words."""
+    step, run, masked = found["step"], found["run"], f", {found['ratio']:.0%} masked at first"
+    lines = [
+        f"{found['task']} of {found['model']}{masked if found['ratio'] else ''}, {found['gpus']} x "
+        f"{found['device']}, {found['batch_clips']} clips each, {found['precision']}: predicted, "
+        "not measured",
+        *(f"    {part:24} {1e3 * seconds:8.1f} ms" for part, seconds in step["parts"].items()),
+        f"    {'the step':24} {1e3 * step['seconds']:8.1f} ms",
+        f"  speed             {found['clips_per_second']:.1f} clips/s",
+        f"  run               {run['clips'] / 1e6:.2f} M clips: {run['hours']:.1f} h, "
+        f"{run['gpu_hours']:.0f} device-hours"
+        + (f", cost {run['gpu_hours'] * price:.0f}" if price else ""),
+    ]
+    if found["memory_mb"]:
+        lines.append(f"  memory            {found['memory_mb'] / 1024:.1f} GiB")
+    return "\n".join(lines)
 
 
 def this_device() -> cost.Device:
@@ -310,9 +405,9 @@ def _model(name: str, variant: Variant) -> ModelConfig:
     return load_config(name).model if name.endswith(".toml") else make_preset(name, variant)
 
 
-def _videos(dataset: str) -> int:
-    if dataset in VIDEOS:
-        return VIDEOS[dataset]
+def _videos(dataset: str, known_sets: dict[str, int] = VIDEOS) -> int:
+    if dataset in known_sets:
+        return known_sets[dataset]
     if not re.fullmatch(r"[1-9]\d*", dataset):
         known = ", ".join(VIDEOS)
         raise ConfigError(f"--dataset must be {known} or a number of videos, got {dataset!r}")

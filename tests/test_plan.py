@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_fast import backends, cli, cost, memory, plan
 from mae_fast.bench import records
 from mae_fast.bench.flops import forward_flop, official_parts, step_parts
+from mae_fast.classifier import ClassifierConfig, VideoClassifier
 from mae_fast.config import ModelConfig, preset
 from mae_fast.errors import ConfigError
 from mae_fast.masking import ids_from_noise, num_keep
@@ -231,3 +232,39 @@ def test_the_picture(tmp_path, capsys):
 def test_plan_refuses(argv, said, capsys):
     assert cli.main(["plan", *argv]) == ConfigError.exit_code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_the_classifier_s_flop_is_what_torch_counts(ratio):
+    """The cost model's share of a step that is the encoder's, forward; the head is left out."""
+    net = VideoClassifier(ClassifierConfig(TINY, num_classes=1))
+    video = torch.zeros(3, 3, 4, 32, 32, dtype=torch.uint8)
+    ids = ids_from_noise(torch.rand(3, TINY.num_patches), num_keep("random", TINY.grid, ratio))
+    with backends(**dict.fromkeys(OPS, "reference")), FlopCounterMode(display=False) as counter:
+        net(video, ids[0])
+    device = cost.DEVICES["h100"]
+    terms = {t.name: t for t in cost.encoder_terms(TINY, 3, ratio, device, train=False)}
+    got = terms["encoder products"].amount + terms["attention products"].amount
+    assert got == pytest.approx(counter.get_total_flops(), rel=0.01)
+    train = {t.name: t.amount for t in cost.encoder_terms(TINY, 3, ratio, device, train=True)}
+    assert train["encoder products"] == pytest.approx(3 * terms["encoder products"].amount, rel=0.2)
+
+
+def test_downstream_is_planned_and_called_predicted(capsys):
+    def said(*args):
+        assert cli.main(["plan", "--model", "vit_base", "--json", *args]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    full, half = (said("--task", "finetune", "--ratio", r) for r in ("0", "0.5"))
+    # A cosine from 50% leaves three quarters on the mean, and attention costs their square.
+    assert 0.5 < half["step"]["seconds"] / full["step"]["seconds"] < 0.8
+    assert full["run"]["clips"] == 100 * 240_000 and full["memory_mb"] > 3000
+    test = said("--task", "test", "--views", "21")
+    assert test["run"]["clips"] == 21 * 19_881 and "optimizer" not in test["step"]["parts"]
+    assert test["step"]["seconds"] < full["step"]["seconds"] / 2
+    slow = said("--task", "test", "--data-rate", "10")
+    assert slow["step"]["seconds"] == pytest.approx(1.6)
+    assert cli.main(["plan", "--task", "features", "--model", "vit_base"]) == 0
+    assert "predicted, not measured" in capsys.readouterr().out
+    for args in (["--task", "test", "--ratio", "0.5"], ["--task", "finetune", "--batch", "9999"]):
+        assert cli.main(["plan", "--model", "vit_base", *args]) == 2
