@@ -1,26 +1,42 @@
 """Fine-tuning on the loop of pretrain: recipes, rates, samples, resuming, tests of a run."""
 
+import dataclasses
 import json
 import math
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
+import by_hand
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mae_fast import cli, train
+from mae_fast import cli, metrics, train
 from mae_fast.checkpoint import checkpoints, read
+from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
 from mae_fast.config import ModelConfig
 from mae_fast.data import read_index, write_index
+from mae_fast.data.pack import pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.step import WARMUP, Step
 from mae_fast.tasks import clips, score
+from mae_fast.tasks.augment import smoothed, soft_cross_entropy
 from mae_fast.tasks.classify import FinetuneRun, finetune, learning_rate, mask_ratio
 from mae_fast.tasks.config import RECIPES, FinetuneConfig, from_dict
 
 MODEL = dict(preset="vit_tiny", img_size=32, patch_size=8, num_frames=4, embed_dim=24, depth=2,
              num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
+
+ALONE = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+}
 
 
 def config(motions, output, **changes):
@@ -176,6 +192,138 @@ def test_fine_tuning_from_a_pretrained_run_resumed_is_the_same_to_the_bit(
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
     assert not torch.equal(whole["model.blocks.0.attn.q.weight"],
                            pretrained.blocks[0].attn.q.weight)  # fmt: skip
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(motions, tmp_path):
+    """SIGKILL in the fourth step; the checkpoint is of the second."""
+    changes = dict(train__steps=5, train__save_every=2, data__workers=1)
+    whole = config(motions, tmp_path / "whole", **changes)
+    finetune(whole)
+    cut = config(motions, tmp_path / "cut", **changes)
+    (tmp_path / "cut.pickle").write_bytes(pickle.dumps(cut))
+    killed = """
+import os, pickle, sys
+from mae_fast.tasks.classify import FinetuneRun, finetune
+inputs = FinetuneRun._inputs
+def last(self, batch):
+    if self.step == 3:
+        os.kill(os.getpid(), 9)
+    return inputs(self, batch)
+FinetuneRun._inputs = last
+finetune(pickle.load(open(sys.argv[1], "rb")))
+"""
+    command = [sys.executable, "-c", killed, str(tmp_path / "cut.pickle")]
+    run = subprocess.run(command, capture_output=True, text=True, env=ALONE)
+    assert run.returncode == -9, run.stderr[-2000:]
+    assert [p.name for p in checkpoints(tmp_path / "cut")] == ["checkpoint-00000002.safetensors"]
+    finetune(cut)
+    ends = [read(checkpoints(tmp_path / name)[-1])[1] for name in ("whole", "cut")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+def test_two_processes_are_one_in_training_and_in_the_test(motions, tmp_path):
+    """Two ranks draw what one draws in two micro-steps: erasing, drop path, dropout, masks. Nine
+    videos are tested, one of rank 1's is broken: none twice, none left out."""
+    rows = read_index(motions.val) + read_index(motions.train)[:1]
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(Path(rows[3].path).read_bytes()[:1200])
+    rows[3] = dataclasses.replace(rows[3], path=str(cut))
+    write_index(rows, tmp_path / "test.jsonl")
+    options = dict(index=str(tmp_path / "test.jsonl"), temporal=2, spatial=3)
+    one = config(motions, tmp_path / "one", train__mask_ratio=0.5, train__accum_steps=2)
+    finetune(one)
+    score.test(one.output, **options)
+    two = config(motions, tmp_path / "two", train__mask_ratio=0.5)
+    (tmp_path / "case.pickle").write_bytes(pickle.dumps((two, options)))
+    script = Path(by_hand.__file__).with_name("two_tuning_ranks.py")
+    command = [sys.executable, str(script), str(tmp_path / "case.pickle")]
+    run = subprocess.run(command, capture_output=True, text=True, env=ALONE, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    ends = [read(checkpoints(cfg.output)[-1])[1] for cfg in (one, two)]
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+    losses = [
+        [r["loss"] for r in metrics.read(Path(c.output) / "metrics.jsonl")] for c in (one, two)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 4
+
+    folders = [Path(cfg.output) / "test" for cfg in (one, two)]
+    kept = [load_file(folder / "logits.safetensors") for folder in folders]
+    assert kept[1]["logits"].shape == (9, 7, 4)
+    assert kept[1]["logits"][3].isnan().all()
+    assert int(kept[1]["logits"].isnan().all(dim=2).all(dim=1).sum()) == 1
+    torch.testing.assert_close(kept[1]["logits"], kept[0]["logits"], equal_nan=True)
+    assert torch.equal(kept[1]["labels"], kept[0]["labels"])
+    said = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert [s.pop("checkpoint") != "" for s in said] == [True, True] and said[0] == said[1]
+    assert said[0]["videos"] == 9 and said[0]["bad_videos"] == 1
+    bad = [json.loads((folder / "bad_videos.json").read_text()) for folder in folders]
+    assert bad[0] == bad[1] and bad[0][0][0] == str(cut)
+
+
+def test_a_pack_is_fine_tuned_and_tested_as_its_videos_are(motions, tmp_path):
+    """Copied packets: the same pixels, so the same run to the bit."""
+    indexes = {}
+    for name in ("train", "val"):
+        pack(str(getattr(motions, name)), output=str(tmp_path / name), copy=True, workers=1)
+        indexes[name] = str(tmp_path / name)
+    found = []
+    for index in (dict(train=str(motions.train), val=str(motions.val)), indexes):
+        out = tmp_path / f"run{len(found)}"
+        cfg = config(motions, out, data__index=index["train"], data__val_index=index["val"])
+        row = finetune(cfg)
+        score.test(str(out))
+        logits = load_file(out / "test" / "logits.safetensors")["logits"]
+        found.append((row["loss"], row["val_loss"], logits))
+    assert found[0][:2] == found[1][:2] and torch.equal(found[0][2], found[1][2])
+
+
+def trainer(graph, precision="fp32"):
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in MODEL.items() if k != "preset"} | dict(pred_t_dim=2)
+    cfg = ClassifierConfig(ModelConfig(**sizes), "mae_st", 4, drop_path=0.3, dropout=0.3)
+    model = VideoClassifier(cfg).train()
+    groups = param_groups(model, 0.05, 0.75)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    loss = lambda video, target: soft_cross_entropy(model(video), target)  # noqa: E731
+    return Step(model, optimizer, loss, clip=1.0, precision=precision, graph=graph)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_as_graphs_is_the_eager_one_bit_for_bit(precision):
+    """With drop path, dropout and rates by layer; the seed is set outside of the graph."""
+    found = []
+    for graph in (False, True):
+        step, losses = trainer(graph, precision), []
+        for i in range(WARMUP + 4):
+            generator = torch.Generator().manual_seed(i)
+            video = torch.randn(4, 3, 4, 32, 32, generator=generator)
+            target = smoothed(torch.tensor([0, 1, 2, 3]), 4, 0.1)
+            torch.manual_seed(i)
+            step.micro(video, target)
+            losses.append(torch.stack(step.update(1e-3 * (i + 1))))
+        assert (step.first.graph is not None) if graph else (step.side is None)
+        found.append((torch.stack(losses), list(step.model.parameters())))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+def test_bf16_is_near_fp32(motions, tmp_path):
+    rows = [
+        finetune(config(motions, tmp_path / p, train__precision=p, train__blr=1e-3))
+        for p in ("fp32", "bf16")
+    ]
+    assert rows[1]["loss"] != rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=2e-2)
+    tensors = read(checkpoints(tmp_path / "bf16")[-1])[1]
+    assert {t.dtype for t in tensors.values()} == {torch.float32}  # weights and moments stay so
+
+
+def test_a_masked_run_says_that_it_has_no_graph(motions, tmp_path, caplog):
+    finetune(config(motions, tmp_path / "run", train__mask_ratio=0.5, train__cuda_graph="on"))
+    assert "masked steps differ in their tokens" in caplog.text
 
 
 def test_a_run_with_other_labels_is_refused(motions, tmp_path):
