@@ -1,6 +1,5 @@
-"""One process or several: torchrun's environment, DDP, and what ranks tell each other."""
+"""One process or several: torchrun's environment, and what ranks tell each other."""
 
-import contextlib
 import gc
 import itertools
 import os
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from mae_fast.errors import ConfigError
 
@@ -60,21 +58,6 @@ def finish() -> None:
     if dist.is_initialized():
         gc.collect()  # a model in a cycle would keep the group's threads, which abort at exit
         dist.destroy_process_group()
-
-
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """The model as its ranks train it."""
-    if world.size == 1:
-        return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def no_sync(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """Leave gradients unreduced in all but the last micro-step."""
-    if last or not isinstance(model, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
 
 
 def gather(value: Any, world: World) -> list[Any]:

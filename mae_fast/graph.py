@@ -39,12 +39,10 @@ WAITING = {
 }
 
 
-def why_not(device: torch.device, processes: int = 1) -> str | None:
+def why_not(device: torch.device) -> str | None:
     """Why a training step on this device is not captured, or None."""
     if device.type != "cuda":
         return f"the run is on the {device.type}, which has no CUDA graphs"
-    if processes > 1:
-        return f"what {processes} processes tell each other in a step is not captured"
     return None
 
 
@@ -117,6 +115,11 @@ class Graphed:
         self.graph.replay()
         return self.output.clone()
 
+    def close(self) -> None:
+        """Free the graph; it cannot be called again."""
+        if isinstance(self.graph, torch.cuda.CUDAGraph):
+            self.graph.reset()
+
     def _capture(self) -> None:
         graph, block = self.side.capture()
         try:
@@ -159,6 +162,8 @@ class Tape(TorchDispatchMode):
             return
         for operator, args, kwargs, out in self.calls:
             again = operator(*args, **kwargs)
+            if operator.namespace == "c10d":  # a collective, with its work
+                again[-1].wait()
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
                 # A view, or what was written in place, is where it was.
                 if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():

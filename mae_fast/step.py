@@ -9,13 +9,14 @@ Nothing in it waits for the device.
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mae_fast import distributed
+from mae_fast.buckets import Buckets
 from mae_fast.graph import Graphed, Side
 from mae_fast.ops.linear import Copies
 from mae_fast.optim import clipped_step
@@ -26,15 +27,16 @@ WARMUP = 3  # steps before a capture: all state, workspaces and kernels exist by
 
 
 class Step:
-    """Optimizer steps of `accum` micro-steps each, of a model as `distributed.wrap` gives it.
+    """Optimizer steps of `accum` micro-steps each.
 
-    loss(*inputs) is a batch's loss, a scalar, computed under autocast if precision is "bf16". Ranks
-    reduce gradients in the last micro-step only. clip is the greatest global norm of the gradients,
-    0 for none; a step whose norm is not finite changes nothing.
+    loss(*inputs) is a batch's loss, a scalar, computed under autocast if precision is "bf16". With
+    `buckets`, of several processes with batches of their own, gradients are the mean over all: they
+    are added up in the last micro-step. clip is the greatest global norm of the gradients, 0 for
+    none; a step whose norm is not finite changes nothing.
 
     With graph=True the first WARMUP steps run as they are, and from then on each part (the first
-    micro-step, a further one, the update) is a CUDA graph; on a CPU, its rehearsal. Inputs whose
-    shapes are not those of the capture run without, and the log says why, once. Raises
+    micro-step, a further one, the last, the update) is a CUDA graph; on a CPU, its rehearsal.
+    Inputs whose shapes are not those of the capture run without, and the log says why, once. Raises
     BackendError if a part cannot be captured.
     """
 
@@ -48,8 +50,9 @@ class Step:
         clip: float = 0.0,
         precision: str = "fp32",
         graph: bool = False,
+        buckets: Buckets | None = None,
     ) -> None:
-        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.model, self.optimizer, self.loss, self.buckets = model, optimizer, loss, buckets
         self.accum, self.clip, self.precision = accum, clip, precision
         self.device = next(model.parameters()).device
         self.lr = torch.zeros((), device=self.device)  # a graph would freeze a number
@@ -58,11 +61,13 @@ class Step:
         self.copies = Copies() if whole and precision == "bf16" else contextlib.nullcontext()
         side = Side(self.device) if graph else None
         self.side, self.warmup, self.replays = side, WARMUP, False
-        # Two graphs of one function: the first finds no gradients and writes them, the other adds.
-        self.first, self.further, self.end = (
-            Graphed(part, side) if side else part
-            for part in (self._add_gradients, self._add_gradients, self._end)
-        )
+        # The first finds no gradients and writes them, others add; the last adds up all processes'.
+        self.micros: dict[tuple[bool, bool], Callable[..., Tensor]] = {
+            (first, last): self._part(functools.partial(self._add_gradients, last))
+            for first in (True, False)
+            for last in (True, False)
+        }
+        self.end = self._part(self._end)
         self.captured: list[Tensor] = []  # the gradients that the graphs write
         self._told: set[str] = set()
 
@@ -70,11 +75,11 @@ class Step:
         """Add the gradients of the loss of one batch, on the device, over accum."""
         if len(self.losses) == self.accum:
             raise RuntimeError(f"{self.accum} micro-steps are done: the update is next")
-        first, last = not self.losses, len(self.losses) == self.accum - 1
+        first = not self.losses
+        last = self.buckets is not None and len(self.losses) == self.accum - 1
         if first:
             self.replays = self.side is not None and not self.warmup
-        with distributed.no_sync(self.model, last):
-            self.losses.append(self._run(self.first if first else self.further, *inputs))
+        self.losses.append(self._run(self.micros[first, last], *inputs))
         if first and self.replays and not self.captured:
             self.captured = [p.grad for p in self.model.parameters()]
 
@@ -89,11 +94,22 @@ class Step:
         self.warmup = max(self.warmup - 1, 0)
         return torch.stack(losses).mean(), norm
 
-    def _add_gradients(self, *inputs: Tensor) -> Tensor:
+    def close(self) -> None:
+        """Let go of the graphs: NCCL does not end while one holds its kernels."""
+        for part in (*self.micros.values(), self.end):
+            if isinstance(part, Graphed):
+                part.close()
+
+    def _part(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return Graphed(function, self.side) if self.side else function
+
+    def _add_gradients(self, last: bool, *inputs: Tensor) -> Tensor:
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with half, self.copies:
             loss = self.loss(*inputs)
-        (loss / self.accum).backward()
+        addends = self.accum * (self.buckets.processes if self.buckets else 1)
+        with self.buckets.added_up() if last else contextlib.nullcontext():
+            (loss / addends).backward()
         return loss.detach()
 
     def _end(self) -> Tensor:

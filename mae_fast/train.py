@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast import checkpoint, distributed, graph, memory, metrics, resume
+from mae_fast.buckets import Buckets
 from mae_fast.config import Config
 from mae_fast.config_file import as_config, to_dict
 from mae_fast.data import (
@@ -119,17 +120,17 @@ class Run:
         self.bad = BadVideos(
             cfg.data.max_bad_share, len(self.rows), self.folder if world.writer else None
         )
-        self.wrapped = distributed.wrap(self.model, world)
         if isinstance(self.model, MaskedAutoencoder):
             self.model.spec = self.model.spec._replace(keep=self._keep())
         self.trainer = Step(
-            self.wrapped,
+            self.model,
             self.optimizer,
             self._loss,
             accum=cfg.train.accum_steps,
             clip=cfg.train.clip_grad,
             precision=cfg.train.precision,
             graph=self._graph(),
+            buckets=self._buckets(),
         )
 
     # What another task does otherwise; the rest is every run's.
@@ -181,6 +182,7 @@ class Run:
                 f"cannot write into {self.folder}: {e}; its checkpoints are as they were"
             ) from e
         finally:
+            self.trainer.close()
             self._unlock()
 
     def _steps(self, sink: metrics.Metrics | None) -> dict[str, Any]:
@@ -245,10 +247,14 @@ class Run:
         saved = saved if sure else "and the same command goes on from the last checkpoint"
         return Interrupted(f"{why} after step {self.step}, {saved}")
 
+    def _buckets(self) -> Buckets | None:
+        """What adds up the gradients of several processes."""
+        return Buckets(self.model) if self.world.size > 1 else None
+
     def _graph(self) -> bool:
         """Whether the step is to be CUDA graphs, and can be."""
         how, device = self.cfg.train.cuda_graph, self.world.device
-        reason = graph.why_not(device, self.world.size)
+        reason = graph.why_not(device)
         if reason and (how == "on" or (how == "auto" and device.type == "cuda")):
             log.warning("train.cuda_graph is not used: %s", reason)
         return how != "off" and not reason
@@ -313,7 +319,7 @@ class Run:
         return batch
 
     def _loss(self, video: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
-        return self.wrapped(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
+        return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
 
     def _cross(self, window: Window) -> tuple[dict[str, Any], MaeFastError | None]:
         """Bring the window's numbers to the host and judge them. Every rank takes part.

@@ -1,6 +1,5 @@
 """What a process becomes by torchrun's environment: alone, one of several, on a GPU of its own."""
 
-import contextlib
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,31 +68,6 @@ def test_alone_on_a_gpu(told, monkeypatch):
 def test_cuda_that_is_not_there_is_refused(told):
     with pytest.raises(ConfigError, match=r"train\.device is cuda"):
         distributed.start("cuda")
-
-
-def test_a_model_is_wrapped_where_there_are_others(monkeypatch):
-    model, given = torch.nn.Linear(2, 2), []
-    monkeypatch.setattr(
-        torch.nn.parallel, "DistributedDataParallel", lambda m, **how: given.append((m, how)) or m
-    )
-    assert distributed.wrap(model, World(0, 1, CPU)) is model and given == []
-    distributed.wrap(model, World(1, 2, CPU))
-    distributed.wrap(model, World(1, 2, torch.device("cuda", 1)))
-    assert [m for m, _ in given] == [model, model]
-    assert [how["device_ids"] for _, how in given] == [None, [1]]
-    assert all(how["gradient_as_bucket_view"] is True for _, how in given)
-
-
-def test_only_the_last_micro_step_is_synchronised(monkeypatch):
-    class Wrapped:
-        def no_sync(self):
-            return "no sync"
-
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Wrapped)
-    assert distributed.no_sync(Wrapped(), False) == "no sync"
-    nothing = contextlib.nullcontext
-    assert isinstance(distributed.no_sync(Wrapped(), True), nothing)
-    assert isinstance(distributed.no_sync(torch.nn.Linear(1, 1), False), nothing)
 
 
 def test_gathering_alone_is_the_value_alone():

@@ -11,8 +11,8 @@ from mae_fast.bench.calls import Call
 
 
 def calls(setting: Setting, model: str, batch: int) -> list[Call]:
-    """Each different call of one forward in bf16, at 90%; in the rehearsal the first of each op, and
-    of attention all."""
+    """Each different call of one forward in bf16, at 90%; the rehearsal takes the first of an op,
+    and of attention all."""
     found = package.calls(setting.cfg(model), setting.batch(batch), 0.9, torch.bfloat16)
     by_op: dict[str, list[Call]] = {}
     for call in found:

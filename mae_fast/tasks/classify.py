@@ -103,7 +103,7 @@ class FinetuneRun(train.Run):
         return video, target, keep.to(video.device, non_blocking=True)
 
     def _loss(self, video: Tensor, target: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        return soft_cross_entropy(self.wrapped(video, ids_keep), target)
+        return soft_cross_entropy(self.model(video, ids_keep), target)
 
     def _state(self) -> dict[str, Any]:
         digest = hashlib.sha256(repr(numbers_of(self.rows, self.classes)).encode()).hexdigest()

@@ -28,7 +28,7 @@ def a_run(device: torch.device, processes: int = 1, **train) -> Run:
         (GPU, 1, "auto", True, ""),
         (GPU, 1, "on", True, ""),
         (GPU, 1, "off", False, ""),
-        (GPU, 2, "auto", False, "2 processes"),
+        (GPU, 2, "auto", True, ""),
         (GPU, 2, "off", False, ""),
         (CPU, 1, "auto", False, ""),
         (CPU, 1, "on", False, "the run is on the cpu"),

@@ -17,11 +17,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from mae_fast import metrics
+from mae_fast.buckets import Buckets
 from mae_fast.data import VideoReader
 from mae_fast.errors import DataError
+from mae_fast.model import MaskedAutoencoder
 from mae_fast.train import pretrain
 
 
@@ -32,7 +33,7 @@ def happening(what: str):
 
     Gives the list of whether each micro-step's gradients were reduced."""
     reads, reduced = [], []
-    read, forward = VideoReader.read, DistributedDataParallel.forward
+    read, forward, added_up = VideoReader.read, MaskedAutoencoder.forward, Buckets.added_up
 
     def counted(self, *args, **kwargs):
         reads.append(1)
@@ -43,15 +44,21 @@ def happening(what: str):
         return read(self, *args, **kwargs)
 
     def watched(self, *args, **kwargs):
-        reduced.append(self.require_backward_grad_sync)
+        if torch.is_grad_enabled():
+            reduced.append(False)
         loss, *rest = forward(self, *args, **kwargs)
         if what == "nan" and os.environ["RANK"] == "1" and len(reduced) == 3:
             loss = loss * float("nan")
         return loss, *rest
 
+    def adding(self):
+        reduced[-1] = True
+        return added_up(self)
+
     with mock.patch.object(VideoReader, "read", counted):
-        with mock.patch.object(DistributedDataParallel, "forward", watched):
-            yield reduced
+        with mock.patch.object(MaskedAutoencoder, "forward", watched):
+            with mock.patch.object(Buckets, "added_up", adding):
+                yield reduced
 
 
 def start() -> int:
