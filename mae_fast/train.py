@@ -255,6 +255,8 @@ class Run:
         """Whether the step is to be CUDA graphs, and can be."""
         how, device = self.cfg.train.cuda_graph, self.world.device
         reason = graph.why_not(device)
+        if not reason and how == "auto" and self.world.size > 1:
+            reason = f'with {self.world.size} processes it is untried on GPUs; "on" tries it'
         if reason and (how == "on" or (how == "auto" and device.type == "cuda")):
             log.warning("train.cuda_graph is not used: %s", reason)
         return how != "off" and not reason
