@@ -1,6 +1,7 @@
 """A small model of each family whose weights convert carries."""
 
 import stand_ins
+import pytest
 import torch
 from torch import nn
 
@@ -20,6 +21,7 @@ def ours(**changes) -> MaskedAutoencoder:
 
 
 def transformers_model(pooled: bool = False, **changes):
+    pytest.importorskip("transformers")
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
     fields = dict(image_size=32, patch_size=8, num_frames=8, hidden_size=24, num_hidden_layers=2)
