@@ -1,7 +1,7 @@
 """A small model of each family whose weights convert carries."""
 
-import stand_ins
 import pytest
+import stand_ins
 import torch
 from torch import nn
 
