@@ -99,7 +99,8 @@ def _line(row: dict[str, Any]) -> str:
         if "val_mean_patch_loss" in row:
             words[-1] += f" (mean {row['val_mean_patch_loss']:.4f})"
         if "val_acc1" in row:
-            words[-1] += f" (top-1 {row['val_acc1']:.1%})"
+            averaged = f", averaged {row['val_ema_acc1']:.1%}" if "val_ema_acc1" in row else ""
+            words[-1] += f" (top-1 {row['val_acc1']:.1%}{averaged})"
     words += [f"{key.replace('_', ' ')} {x:.1%}" for key, x in row.items() if key[:6] == "probe_"]
     return "  ".join(words)
 

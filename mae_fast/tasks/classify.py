@@ -1,9 +1,11 @@
 """Fine-tuning: the training loop of `pretrain` with a classifier, labels, and rates by layer."""
 
+import contextlib
 import functools
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +126,30 @@ class FinetuneRun(train.Run):
             log.warning("train.cuda_graph is not used: masked steps differ in their tokens")
         return False
 
+    def _one_step(self, batches: Iterator[Batch], window: train.Window) -> None:
+        decay, params = self.cfg.train.ema, list(self.model.parameters())
+        first = decay and not self._has_average()
+        start = [p.detach().clone() for p in params] if first else None
+        super()._one_step(batches, window)
+        if decay:
+            average(self.optimizer, params, decay, start)
+
+    def _has_average(self) -> bool:
+        return "ema" in self.optimizer.state.get(self.model.head.weight, {})
+
     def _held_out(self) -> dict[str, Any]:
-        """Loss and accuracy of one middle view of every held-out video; by the writer alone."""
+        """Loss and accuracy of one middle view of every held-out video, and of the averaged weights
+        the accuracy; by the writer alone."""
         if not self.val_rows or not self.world.writer:
             return {}
+        row = self._scores()
+        if row and self._has_average():
+            with averaged(self.optimizer, list(self.model.parameters())):
+                also = self._scores()
+            row |= {"val_ema_acc1": also["val_acc1"]} if also else {}
+        return row
+
+    def _scores(self) -> dict[str, Any]:
         cfg = self.cfg
         short = cfg.test.short_side or cfg.model.img_size
         views = Views(self.val_rows, cfg.data, cfg.model.num_frames, short, 1, 1)
@@ -146,6 +168,36 @@ class FinetuneRun(train.Run):
         loss = torch.nn.functional.cross_entropy(logits[good], labels[good])
         right = (logits.argmax(1) == labels) & good
         return {"val_loss": float(loss), "val_acc1": float(right.double().mean())}
+
+
+@torch.no_grad()
+def average(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], decay: float, start: list[Tensor] | None
+) -> None:
+    """timm's ModelEma after a step: decay * average + (1 - decay) * weights. It is part of the
+    optimizer's state, so of every checkpoint; it begins at `start`, given after a first step."""
+    if start is not None:
+        for p, value in zip(params, start, strict=True):
+            optimizer.state[p]["ema"] = value
+    torch._foreach_lerp_([optimizer.state[p]["ema"] for p in params], params, 1 - decay)
+
+
+@contextlib.contextmanager
+def averaged(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Iterator[None]:
+    """The averaged weights in the model's place."""
+
+    @torch.no_grad()
+    def swap() -> None:
+        for p in params:
+            ema, kept = optimizer.state[p]["ema"], p.clone()
+            p.copy_(ema)
+            ema.copy_(kept)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
 def mask_ratio(first: float, step: int, total: int) -> float:

@@ -106,10 +106,13 @@ class TuneConfig(TrainConfig):
     """the rate that warm-up begins from"""
     mask_ratio: float = 0.0
     """masked fine-tuning: the share of patches left out at first, falling to 0 by a cosine"""
+    ema: float = 0.0
+    """also keep an average of the weights, of this decay by the step (0.9999); 0: none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.layer_decay <= 1, "train.layer_decay must be in (0, 1]", self.layer_decay)
+        require(0 <= self.ema < 1, "train.ema must be in [0, 1)", self.ema)
         require(0 <= self.mask_ratio < 1, "train.mask_ratio must be in [0, 1)", self.mask_ratio)
         require(self.warmup_lr >= 0, "train.warmup_lr must not be negative", self.warmup_lr)
 

@@ -34,6 +34,7 @@ def test(
     spatial: int = 0,
     short_side: int = 0,
     batch_size: int = 8,
+    ema: bool = False,
 ) -> None:
     """Test a fine-tuned classifier on all views of every video of an index.
 
@@ -48,8 +49,9 @@ def test(
         spatial: square crops, 1 or 3; by default the run's test.spatial.
         short_side: pixels of the short side; by default the run's test.short_side.
         batch_size: views that go through the model together.
+        ema: test the averaged weights (train.ema).
     """
-    path, cfg, model, classes = load_run(run)
+    path, cfg, model, classes = load_run(run, ema)
     rows = labelled(index or cfg.data.val_index)
     t = cfg.test
     temporal, spatial = temporal or t.temporal, spatial or t.spatial
@@ -75,6 +77,7 @@ def test(
     folder = Path(output or path.parent / "test")
     results = {
         "checkpoint": str(path),
+        **({"weights": "averaged"} if ema else {}),
         "videos": len(rows),
         "bad_videos": len(bad),
         "views": f"{temporal} x {spatial}",
@@ -93,9 +96,12 @@ def test(
 test.__test__ = False  # a verb, and no test of pytest's
 
 
-def load_run(run: str) -> tuple[Path, FinetuneConfig, VideoClassifier, tuple[str, ...]]:
+def load_run(
+    run: str, ema: bool = False
+) -> tuple[Path, FinetuneConfig, VideoClassifier, tuple[str, ...]]:
     """(checkpoint, configuration, classifier in eval mode, classes) of a run's TOML file, folder or
-    checkpoint. Raises CheckpointError where that is no fine-tuned classifier of a run."""
+    checkpoint; `ema`: with its averaged weights. Raises CheckpointError where that is no fine-tuned
+    classifier of a run, or it has no averaged weights."""
     path = Path(run)
     if path.suffix == ".toml":
         path = Path(load(path).output)
@@ -114,6 +120,10 @@ def load_run(run: str) -> tuple[Path, FinetuneConfig, VideoClassifier, tuple[str
         raise CheckpointError(f"{path}: the configuration in its state is none: {e}") from e
     classes = tuple(state["classes"])
     model = VideoClassifier(cfg.classifier_of(len(classes)))
+    if ema:
+        tensors = {f"model.{n[10:]}": t for n, t in tensors.items() if n.startswith("optim.ema.")}
+        if not tensors:
+            raise CheckpointError(f"{path} has no averaged weights: train.ema was 0")
     checkpoint.restore(tensors, model)
     return path, cfg, model.eval(), classes
 

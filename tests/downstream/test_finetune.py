@@ -321,6 +321,28 @@ def test_bf16_is_near_fp32(motions, tmp_path):
     assert {t.dtype for t in tensors.values()} == {torch.float32}  # weights and moments stay so
 
 
+def test_averaged_weights_are_timms_and_are_tested(motions, tmp_path, capsys):
+    """By hand from the checkpoints; the first rate is 0, so that the first holds the start."""
+    changes = dict(train__save_every=1, train__keep=9, train__ema=0.7, train__blr=1.0,
+                   data__val_index=str(motions.val))  # fmt: skip
+    row = finetune(config(motions, tmp_path / "run", **changes))
+    assert 0 <= row["val_ema_acc1"] <= 1
+    steps = [read(p)[1] for p in checkpoints(tmp_path / "run")]
+    names = [n[6:] for n in steps[0] if n.startswith("model.")]
+    assert len(steps) == 4 and f"optim.ema.{names[0]}" in steps[0]
+    for name in names:
+        wanted = steps[0]["model." + name]
+        for at in steps:
+            wanted = 0.7 * wanted + 0.3 * at["model." + name]
+            torch.testing.assert_close(at["optim.ema." + name], wanted, rtol=1e-5, atol=1e-6)
+    _, _, model, _ = score.load_run(str(tmp_path / "run"), ema=True)
+    assert torch.equal(model.head.weight, steps[-1]["optim.ema.head.weight"])
+    assert not torch.equal(model.head.weight, steps[-1]["model.head.weight"])
+    finetune(config(motions, tmp_path / "plain", train__steps=1))
+    assert cli.main(["test", str(tmp_path / "plain"), "--ema", "--index", str(motions.val)]) == 73
+    assert "no averaged weights" in capsys.readouterr().err
+
+
 def test_a_masked_run_says_that_it_has_no_graph(motions, tmp_path, caplog):
     finetune(config(motions, tmp_path / "run", train__mask_ratio=0.5, train__cuda_graph="on"))
     assert "masked steps differ in their tokens" in caplog.text
