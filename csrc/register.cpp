@@ -10,6 +10,7 @@
 #include "cpu/masked_mse.h"
 #include "cpu/patch_embed.h"
 #include "cpu/patchify_gather.h"
+#include "cpu/randaugment.h"
 #include "cpu/transposed.h"
 
 TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
@@ -37,4 +38,10 @@ TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
     // A schema has changed since this was built. Python finds that kernels are missing, and says so;
     // an error that leaves a library being loaded would end the process.
   }
+}
+
+// No operator of a model: what a data worker makes of a clip.
+TORCH_LIBRARY(mae_fast_clips, m) {
+  m.def("randaugment(Tensor frames, str operation, float[] numbers) -> Tensor",
+        mae_fast::randaugment);
 }

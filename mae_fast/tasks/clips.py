@@ -81,8 +81,7 @@ class LabelledClips(ClipDataset):
         batch = super()._clips(rng, video, path, g, bad)
         frames = batch.frames
         if self.policy:
-            drawn = (randaugment(rng, f.numpy(), self.policy) for f in frames)
-            frames = [torch.from_numpy(np.ascontiguousarray(f)) for f in drawn]
+            frames = [randaugment(rng, f, self.policy) for f in frames]
         labels = torch.full((len(frames),), int(self.labels[video]), device="cpu")
         return replace(batch, frames=frames, labels=labels)
 

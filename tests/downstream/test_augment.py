@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from mae_fast.errors import ConfigError
+from mae_fast.ops import dispatch
 from mae_fast.tasks import randaugment as ours
 from mae_fast.tasks.augment import erase, mix, smoothed, soft_cross_entropy
 
 
 @pytest.fixture(scope="module")
 def frames():
-    """A smooth picture, noise, one colour, two colours."""
+    """A smooth picture, noise, one colour, two colours, a dark one, a sparse one."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:37, :53]
     smooth = np.stack([y * 5, x * 4, (x + y) * 2], -1).astype(np.uint8)
@@ -22,11 +23,29 @@ def frames():
     flat = np.full((37, 53, 3), 90, np.uint8)
     two = np.where((x > 20)[..., None], 30, 200).astype(np.uint8).repeat(3, -1)
     dark = rng.integers(40, 120, (37, 53, 3), dtype=np.uint8)
-    return np.stack([smooth, noise, flat, two, dark])
+    sparse = np.where(rng.random((37, 53, 1)) < 0.99, np.uint8(0), noise)
+    return torch.from_numpy(np.stack([smooth, noise, flat, two, dark, sparse]))
+
+
+@pytest.fixture
+def cpp():
+    reason = dispatch.load_cpp()
+    if reason:
+        pytest.skip(reason)
+    assert ours._kernel() is not ours.reference, "build the C++ kernels again: they are older"
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def kernel(request, monkeypatch):
+    """Each of the two that do the operations."""
+    if request.param == "cpp":
+        request.getfixturevalue("cpp")
+    else:
+        monkeypatch.setattr(ours, "_kernel", lambda: ours.reference)
 
 
 @pytest.mark.parametrize("name", ours.OPS)
-def test_operation_is_timms_on_pil_images_to_the_bit(name, frames, record_property):
+def test_operation_is_timms_on_pil_images_to_the_bit(name, frames, kernel, record_property):
     theirs = pytest.importorskip("timm.data.auto_augment")
     from PIL import Image
 
@@ -41,11 +60,11 @@ def test_operation_is_timms_on_pil_images_to_the_bit(name, frames, record_proper
                 random.random = kept
             how = dict(fillcolor=ours.FILL, resample=Image.Resampling.BICUBIC)
             function = theirs.NAME_TO_OP[name]
-            wanted = [function(Image.fromarray(f), *arguments, **dict(how)) for f in frames]
+            images = map(Image.fromarray, frames.numpy())
+            wanted = np.stack([function(i, *arguments, **dict(how)) for i in images])
             found = ours.apply(name, frames, magnitude, sign)
-            assert found.dtype == np.uint8 and found.shape == frames.shape
-            difference = np.abs(found.astype(int) - np.stack([np.asarray(w) for w in wanted]))
-            worst = max(worst, int(difference.max()))
+            assert found.dtype == torch.uint8 and found.shape == frames.shape
+            worst = max(worst, int((found.int() - torch.from_numpy(wanted)).abs().max()))
     record_property("levels", worst)
     assert worst == 0
 
@@ -53,16 +72,47 @@ def test_operation_is_timms_on_pil_images_to_the_bit(name, frames, record_proper
 def test_policy_is_one_draw_a_clip_of_timms_operations(frames):
     theirs = pytest.importorskip("timm.data.auto_augment")
     assert list(ours.OPS) == theirs._RAND_INCREASING_TRANSFORMS
-    same = np.stack([frames[0]] * 4)
+    same = torch.stack([frames[0]] * 4)
     for seed in range(20):
         out = ours.randaugment(np.random.default_rng(seed), same, "rand-m7-n4-mstd0.5-inc1")
         assert (out == out[:1]).all()
     changed = [
-        (ours.randaugment(np.random.default_rng(s), same, "rand-m7-mstd0.5-inc1") != same).any()
+        not torch.equal(
+            ours.randaugment(np.random.default_rng(s), same, "rand-m7-mstd0.5-inc1"), same
+        )
         for s in range(300)
     ]
     # Two operations, each with probability a half, of which a few change nothing here.
     assert 0.6 < np.mean(changed) < 0.8
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (2, 5, 2), (1, 3, 3), (16, 7, 11)])
+def test_operation_of_small_and_strided_clips_is_pils(shape, cpp):
+    whole = torch.randint(0, 256, (*shape[:2], 2 * shape[2], 3), dtype=torch.uint8)
+    for name in ours.OPS:
+        for frames in (whole[:, :, ::2], whole[:, :, ::2].clone()):
+            for magnitude in (1.3, 8.7):
+                operation, numbers = ours.OPS[name](magnitude / 10, -1, *shape[1:])
+                wanted = ours.reference(frames, operation, numbers)
+                assert torch.equal(ours.apply(name, frames, magnitude, -1), wanted), name
+
+
+def test_operation_refuses_what_is_no_clip(cpp):
+    run, clip = ours._kernel(), torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    for frames, operation, numbers, said in (
+        (clip.float(), "equalize", [], "frames must be uint8"),
+        (clip[..., :2], "equalize", [], "frames must be uint8"),
+        (clip[:0], "equalize", [], "frames must be uint8"),
+        (clip, "equalise", [], "no operation equalise"),
+        (clip, "affine", [1.0], "affine takes 6 numbers, got 1"),
+        (clip, "table", [256.0] * 256, "a table holds bytes"),
+        (clip, "table", [float("nan")] * 256, "a table holds bytes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(frames, operation, numbers)
+    # Far outside, and no place at all: grey, without a read.
+    for far in (1e300, float("inf"), float("nan"), -1e300):
+        assert (run(clip, "affine", [1, 0, far, 0, 1, 0]) == 128).all()
 
 
 def test_policies_of_another_kind_are_refused():
