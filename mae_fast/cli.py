@@ -63,6 +63,7 @@ VERBS = {
     "bench ops": ("mae_fast.bench.ops", "ops", "time every op by backend, beside its limit"),
     "bench data": ("mae_fast.bench.data", "data", "clips a second that a core loads, by stage"),
     "bench step": ("mae_fast.bench.step", "step", "time whole training steps"),
+    "bench finetune": ("mae_fast.bench.finetune", "finetune", "time steps of fine-tuning"),
     "report": ("mae_fast.report", "report", "write what was measured as one HTML page"),
     "profile": ("mae_fast.profile.step", "profile", "show where a training step's time goes"),
 }

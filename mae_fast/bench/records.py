@@ -39,6 +39,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "product_rate": float,
         "copy_rate": float,
     },
+    # Steps of fine-tuning a classifier; of each engine its masked share, 0: every token.
+    "finetune": {**STEP, "engines": dict, "seconds": dict},
+    # What a data worker makes of a clip, by operation and by who does it.
+    "augment": {"op": str, "shape": str, "seconds": dict},
     # One op on one call, by backend; flop and bytes: what it does at the least.
     "op": {"op": str, "shape": str, "direction": str, "precision": str, "seconds": dict},
     # One call of an op on its smallest input, by way.

@@ -270,6 +270,10 @@ def _command(r: Record) -> str:
             loading = " --with-data FOLDER" if r.get("workers") is not None else ""
             others = "".join(f" --against {name}" for name in list(r["engines"])[1:])
             return f"mae-fast profile {model} {clips} --ratio {r['ratio']}{loading}{others}"
+        case "finetune":
+            return f"mae-fast bench finetune {model} {clips}"
+        case "augment":
+            return "python -m benchmarks.randaugment"
         case "losses":
             return f"python -m benchmarks.curves {model}"
     return "mae-fast bench ops"
