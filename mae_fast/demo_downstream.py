@@ -20,12 +20,12 @@ import torch
 from mae_fast import motion, probe
 from mae_fast.bench.step import time_run
 from mae_fast.checkpoint import checkpoints
-from mae_fast.config import Config, DataConfig, TrainConfig, preset
+from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig, preset
 from mae_fast.data import VideoRow, build_index, read_index, write_index
 from mae_fast.errors import DataError
 from mae_fast.files import write
 from mae_fast.tasks.classify import finetune
-from mae_fast.tasks.clips import Views, classes_of, numbers_of
+from mae_fast.tasks.clips import Views, numbers_of
 from mae_fast.tasks.config import (
     AugmentConfig,
     ClipsConfig,
@@ -41,6 +41,7 @@ MODEL = dict(
     img_size=motion.SIDE, patch_size=8, num_frames=8, embed_dim=96, depth=4, num_heads=3,
     decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2,
 )  # fmt: skip
+MASKED = 0.75  # of 64 patches: at 90% six would be left
 UNLABELLED, PER_CLASS, TEST = 1200, 16, 200
 RATES = (0.02, 0.08)  # blr, of 256 clips
 TUNE_STEPS, LEAST_STEPS = 200, 300
@@ -116,22 +117,32 @@ def pretrained(sets: dict[str, Path], folder: Path, minutes: float, steps: int, 
         crop_area=(0.7, 1.0), flip=0.0, workers=1,
     )  # fmt: skip
     train = TrainConfig(batch_size=12, blr=0.02, clip_grad=1.0, device="cpu", seed=seed)
-    cfg = Config(str(folder / "pretrain"), preset("vit_tiny", **MODEL), data=data, train=train)
+    mask = MaskConfig(ratio=MASKED)
+    model = preset("vit_tiny", **MODEL)
+    cfg = Config(str(folder / "pretrain"), model, mask=mask, data=data, train=train)
     if not steps:
         logging.getLogger("mae_fast").setLevel(logging.ERROR)
         seconds = float(np.median(time_run(cfg, steps=8, warmup=4)[0]))
         logging.getLogger("mae_fast").setLevel(logging.WARNING)
         steps = max(LEAST_STEPS, int(60 * minutes / seconds))
-    print(f"pre-training {steps} steps of 48 clips, 90% masked, on {UNLABELLED} clips")
+    print(f"pre-training {steps} steps of 48 clips, {MASKED:.0%} masked, on {UNLABELLED} clips")
     train = replace(train, steps=steps, warmup_steps=steps // 10, save_every=steps, log_every=50)
     pretrain(replace(cfg, train=train))
     return checkpoints(folder / "pretrain")[-1]
 
 
 def tune(
-    name: str, init: str, rate: float, index: Path, folder: Path, seed: int, val: str = ""
+    name: str,
+    init: str,
+    rate: float,
+    index: Path,
+    folder: Path,
+    seed: int,
+    val: str = "",
+    masked: float = 0.0,
 ) -> dict[str, Any]:
-    """A run of the one recipe that all share, into folder/runs/name; `rate` is its blr."""
+    """A run of the one recipe that all share, into folder/runs/name; `rate` is its blr, `masked`
+    the share of patches left out at first."""
     cfg = FinetuneConfig(
         output=str(folder / "runs" / name),
         init=init,
@@ -144,8 +155,8 @@ def tune(
         ),
         train=TuneConfig(
             batch_size=8, steps=TUNE_STEPS, warmup_steps=TUNE_STEPS // 10, blr=rate, device="cpu",
-            layer_decay=1.0 if init == "scratch" else 0.75, seed=seed, log_every=50,
-            save_every=TUNE_STEPS,
+            layer_decay=1.0 if init == "scratch" else 0.75, mask_ratio=masked, log_every=50,
+            seed=seed, save_every=TUNE_STEPS,
         ),
         test=ViewsConfig(temporal=1, spatial=1),
     )  # fmt: skip
@@ -175,25 +186,11 @@ def tested_on(run: Path, index: Path) -> float:
 def probed(last: Path, sets: dict[str, Path], seed: int) -> dict[str, float]:
     """kNN, linear and attentive accuracies of the frozen encoder."""
     print("probing the frozen encoder")
-    net, cfg, found = probe.encoder(str(last)), ClipsConfig(sampling_rate=4, workers=1), []
-    classes = classes_of(read_index(sets["train"]))
-    for name in ("train", "test"):
-        rows = read_index(sets[name])
-        views = Views(rows, cfg, MODEL["num_frames"], motion.SIDE, 1, 1)
-        tokens, _ = probe.features_of(net, views, tokens=True)
-        found.append((tokens.float(), torch.tensor(numbers_of(rows, classes), device="cpu")))
-    (x, a), (y, b) = found
-    pooled = x.mean(dim=2), y.mean(dim=2)
+    rows = read_index(sets["train"]), read_index(sets["test"])
+    clips = ClipsConfig(sampling_rate=4, short_side=0, workers=1)
     grid = [(rate, 0.1) for rate in (3e-3, 1e-3, 3e-4)]
-    linear = probe.linear(*pooled, a, b, len(classes), epochs=100, seed=seed)
-    attentive = probe.attentive(
-        x, y, a, b, len(classes), epochs=20, seed=seed, grid=grid, heads=4, depth=4
-    )
-    return {
-        "knn": probe.accuracy(probe.knn(pooled[0], a, pooled[1], len(classes), 10), b),
-        "linear": linear["linear"],
-        "attentive": attentive["attentive"],
-    }
+    kinds = ("knn", "linear", "attentive")
+    return probe.judge(probe.encoder(str(last)), *rows, clips, kinds, seed=seed, grid=grid)
 
 
 _SAID = {

@@ -16,7 +16,7 @@ from mae_fast.data import VideoReader, VideoRow, probe, write_index
 from mae_fast.errors import DataError
 
 CLASSES = {"down": (1, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0)}  # rows, columns
-SIDE, FRAMES, FPS = 64, 16, 15
+SIDE, FRAMES, FPS = 32, 16, 15
 
 
 def pictures(videos: list[str | Path], count: int) -> list[np.ndarray]:
@@ -34,8 +34,8 @@ def pictures(videos: list[str | Path], count: int) -> list[np.ndarray]:
 def clip(rng: np.random.Generator, label: str, places: list[np.ndarray], things: list[np.ndarray]):
     """One clip uint8 [FRAMES, SIDE, SIDE, 3] of a class."""
     place, thing = (_cut(rng, each[rng.integers(len(each))], SIDE) for each in (places, things))
-    radius = rng.uniform(9, 14)
-    at, speed = rng.uniform(0, SIDE, 2), rng.uniform(1.5, 3.0)
+    radius = rng.uniform(9, 12)
+    at, speed = rng.uniform(0, SIDE, 2), rng.uniform(0.75, 1.5)
     rows, columns = np.mgrid[:SIDE, :SIDE]
     frames = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
     for t in range(FRAMES):

@@ -12,7 +12,7 @@ from mae_fast.data import read_index
 def test_no_frame_tells_the_class_and_a_clip_turned_back_is_another():
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)]
-    dark = [np.zeros((64, 64, 3), np.uint8)]
+    dark = [np.zeros((32, 32, 3), np.uint8)]
     found = {}
     for label in motion.CLASSES:
         centres = []
@@ -27,7 +27,7 @@ def test_no_frame_tells_the_class_and_a_clip_turned_back_is_another():
     shift = {}
     for label, frames in found.items():
         step = [
-            np.angle(np.exp(2j * np.pi * (np.nonzero(f.any(-1))[axis] / 64)).mean())
+            np.angle(np.exp(2j * np.pi * (np.nonzero(f.any(-1))[axis] / motion.SIDE)).mean())
             for axis in (0, 1)
             for f in (frames[3], frames[4])
         ]
