@@ -416,8 +416,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the model trains; auto: a GPU where there is one"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """run each step as CUDA graphs, which the host launches at once; auto: on one GPU, where that can
-    be; on several GPUs it is untried; the log says why not"""
+    """run each step as CUDA graphs, which the host launches at once; auto: on one GPU, where that
+    can be, not on several, where it is untried; the log says why not"""
     seed: int = 0
     """of weights, clips and masks"""
     log_every: int = 20

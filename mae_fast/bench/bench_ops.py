@@ -6,16 +6,19 @@ import pytest
 
 from mae_fast.bench import machine
 from mae_fast.bench.engines import QUICK, config_of
-from mae_fast.bench.ops import DIRECTIONS, Plan, adamw, measure, time_smallest
+from mae_fast.bench.ops import DIRECTIONS, Plan, Planned, adamw, measure, time_smallest
 from mae_fast.ops import OPS
 
-PLAN: pytest.StashKey[Plan] = pytest.StashKey()
-RECORDS: pytest.StashKey[list] = pytest.StashKey()
+
+def planned(config: pytest.Config) -> Planned:
+    """What `mae-fast bench ops` asks for, or what is run without it."""
+    quick = Plan(model=QUICK, rounds=2) if config.getoption("benchmark_disable", False) else Plan()
+    plugins = config.pluginmanager.get_plugins()
+    return next((p for p in plugins if isinstance(p, Planned)), Planned(quick, []))
 
 
 def plan_of(config: pytest.Config) -> Plan:
-    quick = Plan(model=QUICK, rounds=2) if config.getoption("benchmark_disable", False) else Plan()
-    return config.stash.get(PLAN, quick)
+    return planned(config).plan
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,7 +48,7 @@ def finish(pytestconfig, benchmark):
 
     def keep(record: dict) -> None:
         benchmark.extra_info.update({k: record[k] for k in ("op", "seconds")})
-        pytestconfig.stash.setdefault(RECORDS, []).append(record)
+        planned(pytestconfig).records.append(record)
         assert not record.get("wrong"), record["wrong"]
 
     return keep

@@ -95,6 +95,14 @@ class Plan:
         return [*most.values(), tuple(by_channel(call, cfg) for call in loss)]
 
 
+@dataclass(eq=False)
+class Planned:
+    """What a run of the suite is given: its plan, and where its records go. A plugin of pytest."""
+
+    plan: Plan
+    records: list[dict[str, Any]]
+
+
 def _amount(call: Call) -> float:
     return call.count * sum(w.seconds(1e11, 1e10) for w in call.work())
 
@@ -161,14 +169,7 @@ def run_suite(plan: Plan, quiet: bool) -> tuple[list[dict[str, Any]], int]:
         raise ConfigError(
             f"bench ops needs pytest-benchmark (pip install pytest-benchmark): {e}"
         ) from e
-    from mae_fast.bench import bench_ops
-
-    found: list[dict[str, Any]] = []
-
-    class Planned:
-        def pytest_configure(self, config):
-            config.stash[bench_ops.PLAN], config.stash[bench_ops.RECORDS] = plan, found
-
+    planned = Planned(plan, [])
     stdout, sys.stdout = sys.stdout, sys.stderr if quiet else sys.stdout
     try:
         options = [
@@ -180,10 +181,11 @@ def run_suite(plan: Plan, quiet: bool) -> tuple[list[dict[str, Any]], int]:
             "--benchmark-disable-gc",
             "--benchmark-quiet",
         ]
-        code = pytest.main([str(Path(bench_ops.__file__)), *options], plugins=[Planned()])
+        suite = str(Path(__file__).with_name("bench_ops.py"))
+        code = pytest.main([suite, *options], plugins=[planned])
     finally:
         sys.stdout = stdout
-    return found, int(code)
+    return planned.records, int(code)
 
 
 def measure(
