@@ -39,7 +39,8 @@ TOP_LEVEL = {
     "tests",
 }
 MAPPED = {"mae_fast.kernels": "kernels", "mae_fast.bench.baselines": "benchmarks/baselines"}
-EXTRAS = {"torchcodec", "flash-attn", "flash-attn-4", "xformers", "tensorboard", "timm", "wandb"}
+EXTRAS = {"ava", "torchcodec", "flash-attn", "flash-attn-4", "xformers", "tensorboard", "timm"}
+EXTRAS |= {"wandb"}
 
 
 def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:

@@ -55,11 +55,11 @@ def resize(table: Table, half: str, old: Grid, new: Grid) -> None:
     name = half + "pos_embed"
     if name in table:
         cls, pos = table[name].split([_cls(table), math.prod(old)], dim=1)
-        pos = _over_space(pos[0].unflatten(0, (old[0], -1)), new)  # [t, h*w, D]
+        pos = over_space(pos[0].unflatten(0, (old[0], -1)), new)  # [t, h*w, D]
         pos = _over_time(pos.flatten(1)[None], new).reshape(1, math.prod(new), -1)
         table[name] = torch.cat([cls, pos], dim=1)
     else:
-        table[name + "_spatial"] = _over_space(table[name + "_spatial"], new)
+        table[name + "_spatial"] = over_space(table[name + "_spatial"], new)
         table[name + "_temporal"] = _over_time(table[name + "_temporal"], new)
 
 
@@ -102,12 +102,13 @@ def _cls(table: Table) -> int:
     return int("cls_token" in table)
 
 
-def _over_space(pos: Tensor, new: Grid) -> Tensor:
+def over_space(pos: Tensor, new: Grid) -> Tensor:
     """[n, h*w, D] -> [n, new h * new w, D]."""
     side = math.isqrt(pos.shape[1])
     if (side, side) == new[1:]:
         return pos
-    image = pos.float().transpose(1, 2).unflatten(2, (side, side))
+    wide = pos.to(torch.promote_types(pos.dtype, torch.float32))
+    image = wide.transpose(1, 2).unflatten(2, (side, side))
     image = F.interpolate(image, new[1:], mode="bicubic", align_corners=False)
     return image.flatten(2).transpose(1, 2).to(pos.dtype)
 
