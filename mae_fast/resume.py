@@ -36,6 +36,14 @@ _FREE = {
     "eval.probe",
     "eval.train_index",
     "eval.test_index",
+    "ava.train_csv",  # as of the index: what is in these files is compared
+    "ava.val_csv",
+    "ava.labels",
+    "ava.excluded",
+    "ava.train_excluded",
+    "ava.train_detections",
+    "ava.val_detections",
+    "ava.frames",
 }
 
 
@@ -87,6 +95,8 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
     changed = []
     for key in sorted({*old, *new}):
         name, a, b = prefix + key, old.get(key), new.get(key)
+        if name in ("ava", "task") and a is None:  # a state of before
+            continue
         if isinstance(a, dict) and isinstance(b, dict):
             changed += changed_settings(a, b, name + ".")
         elif name not in _FREE and json.dumps(a) != json.dumps(b):

@@ -173,14 +173,7 @@ class ClipDataset(Dataset):
         repeats, shape = self.cfg.repeat_aug, (self.cfg.repeat_aug, self.num_frames)
         indices = torch.stack(self._indices(rng, frames, float(self._fps[video]))) + start
         unique, where = indices.unique(return_inverse=True)
-        for pause in (*_PAUSES, None):
-            try:
-                pixels = self._read(video, path, start + frames, unique)
-                break
-            except BadVideo as e:
-                if e.lasting or pause is None:
-                    raise
-                time.sleep(pause)
+        pixels = self._tried(video, path, start + frames, unique)
         height, width = pixels.shape[1:3]
         numbers = [
             (
@@ -197,6 +190,17 @@ class ClipDataset(Dataset):
             paths=[path] * repeats,
             bad=bad,
         )
+
+    def _tried(self, *what) -> Tensor:
+        """_read, and again after what may be a moment's trouble."""
+        for pause in _PAUSES:
+            try:
+                return self._read(*what)
+            except BadVideo as e:
+                if e.lasting:
+                    raise
+                time.sleep(pause)
+        return self._read(*what)
 
     def _read(
         self, video: int, path: str, frames: int, wanted: Tensor, short_side: int | None = None

@@ -34,7 +34,12 @@ log = logging.getLogger("mae_fast")
 def finetune(cfg: FinetuneConfig | str | Path) -> dict[str, Any]:
     """Fine-tune as `cfg`, or the TOML file of that path, says, resuming the run found in its
     output. Returns the last row of metrics; raises as `pretrain` does."""
-    return train.run(FinetuneRun, as_config(cfg))
+    cfg = as_config(cfg)
+    if cfg.task == "ava":
+        from mae_fast.tasks.ava.run import AvaRun
+
+        return train.run(AvaRun, cfg)
+    return train.run(FinetuneRun, cfg)
 
 
 class FinetuneRun(train.Run):
@@ -108,8 +113,12 @@ class FinetuneRun(train.Run):
         return soft_cross_entropy(self.model(video, ids_keep), target)
 
     def _state(self) -> dict[str, Any]:
-        digest = hashlib.sha256(repr(numbers_of(self.rows, self.classes)).encode()).hexdigest()
+        digest = hashlib.sha256(self._labels()).hexdigest()
         return super()._state() | {"classes": list(self.classes), "labels": digest[:16]}
+
+    def _labels(self) -> bytes:
+        """What training learns, which a resumed run must not change."""
+        return repr(numbers_of(self.rows, self.classes)).encode()
 
     def _take_folder(self):
         found = super()._take_folder()

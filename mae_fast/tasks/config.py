@@ -11,6 +11,7 @@ from mae_fast import config_file
 from mae_fast.classifier import ClassifierConfig, FamilyName
 from mae_fast.config import DataConfig, ModelConfig, TrainConfig, preset
 from mae_fast.fields import check_fields, require
+from mae_fast.tasks.ava.config import VIDEOMAE_AVA, AvaConfig
 from mae_fast.tasks.randaugment import parse
 
 Sampling = Literal["seconds", "frames", "uniform"]
@@ -143,12 +144,15 @@ class FinetuneConfig:
     """the run's folder"""
     init: str = "scratch"
     """a checkpoint of any family, pre-trained or fine-tuned; scratch: the official start"""
+    task: Literal["classify", "ava"] = "classify"
+    """classify: a label for each video; ava: labels for each person in a movie, see [ava]"""
     model: ModelConfig = field(default_factory=lambda: preset("vit_large"))
     classifier: HeadConfig = field(default_factory=HeadConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     data: ClipsConfig = field(default_factory=ClipsConfig)
     train: TuneConfig = field(default_factory=TuneConfig)
     test: ViewsConfig = field(default_factory=ViewsConfig)
+    ava: AvaConfig = field(default_factory=AvaConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -165,10 +169,25 @@ class FinetuneConfig:
         if self.data.sampling == "uniform":
             temporal = self.test.temporal
             require(temporal <= 2, "test.temporal must be 1 or 2 with uniform sampling", temporal)
+        if self.task == "ava":
+            self._check_ava()
+
+    def _check_ava(self) -> None:
+        """What labels of whole clips have, and boxes do not."""
+        for section, name in (
+            ("augment", "randaugment"), ("augment", "erasing"), ("augment", "mixup"),
+            ("augment", "cutmix"), ("augment", "smoothing"), ("train", "mask_ratio"),
+        ):  # fmt: skip
+            value = getattr(getattr(self, section), name)
+            require(not value, f'{section}.{name} must be off with task = "ava"', value)
+        least, size = self.ava.short_sides[0], self.model.img_size
+        require(least >= size, f"ava.short_sides must be model.img_size {size} or more", least)
 
     def classifier_of(self, classes: int) -> ClassifierConfig:
         c = self.classifier
-        return ClassifierConfig(self.model, c.family, classes, c.pool, c.drop_path, c.dropout)
+        # On boxes the pre-trained norm is of all tokens.
+        pool = "first" if self.task == "ava" else c.pool
+        return ClassifierConfig(self.model, c.family, classes, pool, c.drop_path, c.dropout)
 
 
 _SECTIONS = {
@@ -178,6 +197,7 @@ _SECTIONS = {
     "data": ClipsConfig,
     "train": TuneConfig,
     "test": ViewsConfig,
+    "ava": AvaConfig,
 }
 
 
@@ -262,11 +282,18 @@ RECIPES = {
         "train": _VIDEOMAE["train"] | dict(epochs=30.0),
         "test": dict(temporal=2, spatial=3, short_side=224),
     },
+    "videomae_ava": VIDEOMAE_AVA,
 }  # fmt: skip
 
 
 def from_dict(tree: dict[str, Any]) -> FinetuneConfig:
-    """A run from nested tables; the recipe is mae_st_k400 unless `recipe` names another."""
+    """A run from nested tables; the recipe is mae_st_k400, or of task "ava" videomae_ava, unless
+    `recipe` names another."""
+    if isinstance(tree, dict):
+        if tree.get("task") == "ava":
+            tree = {"recipe": "videomae_ava"} | tree
+        elif tree.get("recipe") == "videomae_ava":
+            tree = {"task": "ava"} | tree
     return config_file.config_from_dict(tree, FinetuneConfig, _SECTIONS, RECIPES)
 
 
@@ -283,5 +310,6 @@ def as_config(cfg: "FinetuneConfig | str | Path") -> FinetuneConfig:
 
 def from_state(values: dict[str, Any]) -> FinetuneConfig:
     """The inverse of to_dict: of a checkpoint's state."""
-    made = {key: kind(**values[key]) for key, kind in _SECTIONS.items()}
-    return FinetuneConfig(output=values["output"], init=values["init"], **made)
+    made = {key: kind(**values[key]) for key, kind in _SECTIONS.items() if key in values}
+    rest = {key: values[key] for key in ("output", "init", "task") if key in values}
+    return FinetuneConfig(**rest, **made)

@@ -6,6 +6,7 @@ import json
 import logging
 from base64 import b64encode
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,8 @@ def test(
     batch_size: int = 8,
     ema: bool = False,
 ) -> None:
-    """Test a fine-tuned classifier on all views of every video of an index.
+    """Test a fine-tuned classifier on all views of every video of an index; of a run with
+    task = "ava" on every keyframe of [ava], which leaves detections.csv and mAP instead.
 
     Leaves logits.safetensors (every view's), results.json and index.html in the output. Videos that
     do not decode count as wrong and are listed. Under torchrun each video is one process's.
@@ -52,6 +54,15 @@ def test(
         ema: test the averaged weights (train.ema).
     """
     path, cfg, model, classes = load_run(run, ema)
+    if cfg.task == "ava":
+        from mae_fast.tasks.ava.score import test as test_ava
+
+        if index or temporal or spatial:
+            raise ConfigError("--index, --temporal and --spatial are not for AVA: see [ava]")
+        if short_side:
+            cfg = replace(cfg, test=replace(cfg.test, short_side=short_side))
+        test_ava(path, cfg, model, output)
+        return
     rows = labelled(index or cfg.data.val_index)
     t = cfg.test
     temporal, spatial = temporal or t.temporal, spatial or t.spatial
@@ -119,7 +130,10 @@ def load_run(
     except (KeyError, TypeError, ConfigError) as e:
         raise CheckpointError(f"{path}: the configuration in its state is none: {e}") from e
     classes = tuple(state["classes"])
-    model = VideoClassifier(cfg.classifier_of(len(classes)))
+    kind = VideoClassifier
+    if cfg.task == "ava":
+        from mae_fast.tasks.ava.model import BoxClassifier as kind
+    model = kind(cfg.classifier_of(len(classes)))
     if ema:
         tensors = {f"model.{n[10:]}": t for n, t in tensors.items() if n.startswith("optim.ema.")}
         if not tensors:

@@ -60,7 +60,7 @@ def config(motions, output, **changes):
     return from_dict(tree)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "videomae_ava"])
 def test_recipe_by_name_is_whole(recipe):
     cfg = from_dict({"recipe": recipe})
     t, d = cfg.train, cfg.data

@@ -1,0 +1,82 @@
+"""What AVA will take at its official size, predicted: training, a test, and the bytes of a clip."""
+
+from dataclasses import replace
+from typing import Any
+
+from mae_fast import cost, memory
+from mae_fast.config import ModelConfig
+from mae_fast.data.pack import _BYTES_A_PIXEL as BYTES_A_PIXEL
+from mae_fast.errors import ConfigError
+from mae_fast.tasks.ava.config import VIDEOMAE_AVA
+from mae_fast.tasks.ava.files import FIRST, LAST
+
+MOVIES, TEST_MOVIES = 235, 64  # v2.2; every second from FIRST to LAST of each may be a keyframe
+SHORT, LONG = 256, 455  # of a 16:9 frame at the recipe's short side
+SQUARE = 352  # a square of as many tokens as 256 x 464 has, or a few more: 484 for 464 at a time
+CUT_SECONDS, FPS = 901, 30
+
+
+def plan(
+    cfg: ModelConfig, device: cost.Device, gpus: int, per_node: int, batch: int, epochs: float
+) -> dict[str, Any]:
+    """Hours of `epochs` over the training keyframes and of one test, of the encoder and the head's
+    encoder alone: RoIAlign and the head are left out. Bytes are of a pack."""
+    p, seconds = device.product_bytes, LAST - FIRST + 1
+    held = memory.tuning(cfg, batch, 0.0, p)
+    if held.peak > memory.USABLE * device.memory:
+        raise ConfigError(f"{batch} clips do not fit on one {device.name}: give a smaller --batch")
+    step = sum(t.seconds for t in cost.encoder_terms(cfg, batch, 0.0, device, True))
+    sent = cost.communication_seconds(cfg, gpus, per_node, device, "ddp")
+    step += cost.exposed_seconds(sent, step)
+    wide = replace(cfg, img_size=SQUARE // 16 * cfg.patch_size)
+    test = sum(t.seconds for t in cost.encoder_terms(wide, 1, 0.0, device, False))
+    clips = epochs * MOVIES * seconds
+    rate = VIDEOMAE_AVA["data"]["sampling_rate"]
+    span = (cfg.num_frames - 1) * rate + 1
+    frame = BYTES_A_PIXEL * SHORT * LONG
+    return {
+        "device": device.name,
+        "gpus": gpus,
+        "batch_clips": batch,
+        "training": {
+            "keyframes": MOVIES * seconds,
+            "epochs": epochs,
+            "step_seconds": step,
+            "clips_per_second": gpus * batch / step,
+            "hours": clips / (gpus * batch / step) / 3600,
+            "memory_mb": held.peak / 2**20,
+        },
+        "test": {
+            "keyframes": TEST_MOVIES * seconds,
+            "clip_seconds": test,
+            "hours": TEST_MOVIES * seconds * test / gpus / 3600,
+        },
+        "bytes_a_clip": {
+            "pack": span * frame,
+            "frames_between_first_and_last": span,
+            "frames_decoded": cfg.num_frames,
+            "file_not_packed": CUT_SECONDS * FPS * frame,
+        },
+    }
+
+
+def tell(model: str, found: dict[str, Any]) -> str:
+    """The prediction in words."""
+    train, test, read = found["training"], found["test"], found["bytes_a_clip"]
+    a_second = train["clips_per_second"] * read["pack"]
+    said = [
+        f"ava of {model}, {found['gpus']} x {found['device']}, {found['batch_clips']} clips each: "
+        "predicted, not measured; RoIAlign and the head are left out",
+        f"  a step            {1e3 * train['step_seconds']:.1f} ms, "
+        f"{train['memory_mb'] / 1024:.1f} GiB, {train['clips_per_second']:.0f} clips/s",
+        f"  training          {train['epochs']:g} epochs of at most {train['keyframes']:,} "
+        f"keyframes: {train['hours']:.1f} h",
+        f"  a test            at most {test['keyframes']:,} keyframes of {SHORT} x {LONG} pixels, "
+        f"one at a time: {1e3 * test['clip_seconds']:.1f} ms each, {test['hours']:.2f} h",
+        f"  read a clip       {read['pack'] / 1e3:.0f} kB of a pack (all-intra, short side "
+        f"{SHORT}, {BYTES_A_PIXEL} bytes a pixel): {read['frames_between_first_and_last']} frames "
+        f"in one read, {read['frames_decoded']} decoded; {a_second / 1e6:.0f} MB/s in all",
+        "                    of a movie that is not packed: all its packets, about "
+        f"{read['file_not_packed'] / 1e6:.0f} MB at that rate",
+    ]
+    return "\n".join(said)
