@@ -1,19 +1,26 @@
 """A run on a made set in AVA's format: draws, learning, resuming, two processes, the test."""
 
+import csv
 import importlib.util
+import json
 import os
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import by_hand
 import numpy as np
 import pytest
 import torch
 
+from mae_fast import cli
 from mae_fast.checkpoint import checkpoints, read
 from mae_fast.config_file import to_dict
 from mae_fast.data import BadVideo, VideoReader, build_index
 from mae_fast.data.pack import write_pack
-from mae_fast.errors import ConfigError, Interrupted
+from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.tasks.ava import made, score
 from mae_fast.tasks.ava.clips import KeyframeClips, WholeFrames
 from mae_fast.tasks.ava.evaluate import iou
@@ -214,3 +221,59 @@ def test_a_run_resumed_is_the_same_to_the_bit(small, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="other labels"):
         finetune(config(small, tmp_path / "cut", **how | color,
                         ava__train_csv=str(tmp_path / "other.csv")))  # fmt: skip
+
+
+@needs_torchvision
+def test_two_processes_are_one(small, tmp_path):
+    """Two of 2 clips each, whose persons are not equally many, make the step of one of 4; in the
+    test each box is scored once."""
+    how = dict(steps=3, ava__val_every=1)
+    row = finetune(config(small, tmp_path / "one", train__batch_size=4, **how))
+    two = config(small, tmp_path / "two", train__batch_size=2, **how)
+    (tmp_path / "case.pickle").write_bytes(pickle.dumps((two, {})))
+    script = Path(by_hand.__file__).with_name("two_tuning_ranks.py")
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path.cwd())]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, str(script), str(tmp_path / "case.pickle")]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (_, one), (_, both) = (read(checkpoints(tmp_path / f)[-1]) for f in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(both[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
+    results = json.loads((tmp_path / "two" / "test" / "results.json").read_text())
+    assert results["mAP"] == pytest.approx(row["val_map"], abs=1e-6)
+    with open(tmp_path / "two" / "test" / "detections.csv") as f:
+        lines = [tuple(x[:7]) for x in csv.reader(f)]
+    assert len(set(lines)) == len(lines) == results["boxes"] * 4
+
+
+@needs_torchvision
+def test_the_whole_way_from_the_command_line(small, tmp_path, capsys):
+    """It learns a few frames by heart, and the test counts what is missing, and draws the worst."""
+    ava = small[1]
+    cfg = config(small, tmp_path / "run", steps=60, train__batch_size=4, train__log_every=20,
+                 ava__val_csv=ava.train_csv, ava__val_detections=ava.train_detections,
+                 ava__excluded="", ava__val_every=1, data__flip=0.0, train__blr=0.25,
+                 train__warmup_steps=5)  # fmt: skip
+    row = finetune(cfg)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["val_map"] > max(first["val_map"], 0.6), (first["val_map"], row["val_map"])
+    text = Path(ava.train_csv).read_text() + "gone,0902,0.1,0.1,0.4,0.4,1,0\nbad row\n"
+    (tmp_path / "val.csv").write_text(text)
+    path = checkpoints(tmp_path / "run")[-1]
+    from mae_fast.tasks.score import load_run
+
+    _, cfg, model, _ = load_run(str(path))
+    score.test(
+        path, replace(cfg, ava=replace(cfg.ava, val_csv=str(tmp_path / "val.csv"))), model, ""
+    )
+    said = capsys.readouterr().out
+    assert "left out: 1 bad rows: val.csv: line" in said
+    found = json.loads((tmp_path / "run" / "test" / "results.json").read_text())
+    assert found["mAP_of_movies_here"] > found["mAP"] > found["mAP_chance"]
+    page = (tmp_path / "run" / "test" / "index.html").read_text()
+    assert page.count("<figure") == 12 and "walk" in page and "left out" in page.lower()
+    assert cli.main(["test", str(path), "--temporal", "3"]) == 2
+    assert "not for AVA" in capsys.readouterr().err
+    with pytest.raises(DataError, match="cannot be read"):
+        score.TestSet.read(replace(cfg, ava=replace(cfg.ava, val_csv="gone.csv")), LeftOut())

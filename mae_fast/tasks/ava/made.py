@@ -54,7 +54,7 @@ def demo(folder: Path, steps: int = 0, seed: int = 0) -> dict[str, Any]:
     build_index([folder / "set" / "movies"], index, progress=False)
     how = {"short_side": 0, "crf": None, "gop": None, "copy": True, "shard": 1000}
     print(write_pack(index, folder / "set" / "pack", how, 2))
-    cfg = config(folder, a, steps or 600, seed)
+    cfg = config(folder, a, steps or 300, seed)
     finetune(cfg)
     path, _, model, _ = load_run(cfg.output)
     after = score.test(path, cfg, model, str(folder / "test"))
