@@ -5,11 +5,14 @@ in JSON and a CRC of it all. Writing goes to a temporary file that is synced and
 Only `checkpoint-<eight digits>.safetensors` is a run's; every other name is its owner's.
 """
 
+import functools
 import json
 import logging
 import os
 import re
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,30 @@ class BrokenCheckpoint(CheckpointError):
     """A checkpoint whose content cannot be what was written: cut, flipped, or not finite."""
 
 
+class Aside:
+    """Writes checkpoints while steps go on: what was copied to the host, in a thread. One at a
+    time: a save waits for the one before it, and raises what that one met."""
+
+    def __init__(self, pinned: bool) -> None:
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        # Pinned buffers are kept for the next copy; there is never a second one at work.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+
+    def begin(self, tensors: dict[str, Tensor], write: Callable[[dict[str, Tensor]], Path]) -> None:
+        """Copy the tensors, which may change afterwards, and begin write(the copies)."""
+        self.wait()
+        self.pending = self.pool.submit(write, self.stager.stage(tensors))
+
+    def wait(self) -> None:
+        """Until the last is written. Raises CheckpointError where it could not be."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
 def save(
     folder: str | Path,
     step: int,
@@ -37,25 +64,41 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
+    aside: Aside | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then drop all but the last `keep` that this run wrote.
+    """Write the checkpoint of `step`, now or aside, then drop all but the last `keep` that this run
+    wrote.
 
     A run's checkpoints have the same state["run"]. Raises CheckpointError when it cannot be
     written, NonFiniteError for a state that no run could go on from; earlier checkpoints are left
     as they were.
     """
-    tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
-    for name, p in model.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optim.{key}.{name}"] = value.detach()
-    path = file(folder, step)
+    tensors = taken(model, optimizer)
     odd = _not_finite(tensors)
     if odd:
         raise NonFiniteError(
             f"{odd} is not finite after step {step}, so that step is not saved; {_last(folder)}"
         )
+    write = functools.partial(_write, file(folder, step), {**state, "step": step}, keep)
+    if aside:
+        aside.begin(tensors, write)
+    else:
+        write(tensors)
+    return file(folder, step)
+
+
+def taken(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model and its optimizer, where they are."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"optim.{key}.{name}"] = value.detach()
+    return tensors
+
+
+def _write(path: Path, state: dict[str, Any], keep: int, tensors: dict[str, Tensor]) -> Path:
+    folder, text = path.parent, json.dumps(state)
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    text = json.dumps({**state, "step": step})
     try:
         if path.exists() and not _written_by(path, state.get("run")):
             set_aside(path, "other")
@@ -233,6 +276,12 @@ def _written_by(path: Path, run: str | None) -> bool:
     except (OSError, SafetensorError):
         return False
     return bool(state) and state.get("run") == run and path.name == _NAME.format(state["step"])
+
+
+def newest(folder: str | Path) -> str:
+    """The name of the last checkpoint in a folder, or words that there is none."""
+    left = [p.name for p in checkpoints(folder)]
+    return left[-1] if left else "the start: there is no checkpoint yet"
 
 
 def _last(folder: str | Path) -> str:

@@ -415,6 +415,9 @@ class TrainConfig:
     """fp32, or bf16: autocast with fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the model trains; auto: a GPU where there is one"""
+    give_up: float = 1800.0
+    """seconds that a process waits for another that is alive, before it saves and leaves; one that
+    is dead is noticed within a minute"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """run each step as CUDA graphs, which the host launches at once; auto: on one GPU, where that
     can be, not on several, where it is untried; the log says why not"""
@@ -424,6 +427,8 @@ class TrainConfig:
     """steps from one row of metrics to the next"""
     save_every: int = 1000
     """steps from one checkpoint to the next"""
+    async_save: bool = True
+    """write checkpoints while steps go on, from a copy in the host's memory"""
     keep: int = 3
     """how many checkpoints are kept"""
     max_nonfinite: int = 10
@@ -440,7 +445,7 @@ class TrainConfig:
         _check(
             self,
             "train",
-            positive="batch_size accum_steps log_every save_every keep blr eps",
+            positive="batch_size accum_steps log_every save_every keep blr eps give_up",
             not_negative=f"{counts} max_nonfinite seed",
         )
         require(all(0 <= b < 1 for b in self.betas), "train.betas must be in [0, 1)", self.betas)

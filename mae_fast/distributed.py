@@ -1,26 +1,35 @@
 """One process or several: torchrun's environment, and what ranks tell each other."""
 
+import datetime
 import gc
 import itertools
+import logging
 import os
+import re
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from mae_fast.errors import ConfigError
+from mae_fast.watch import TELL, Watch, describe
+
+log = logging.getLogger("mae_fast")
 
 # Seconds that a rank which was told to stop waits for the others to come and agree; torchrun
 # kills all of them after 30.
 PATIENCE = 10.0
 # And without being told: as long as torch's collectives wait.
 GIVE_UP = 1800.0
+# How often a rank that waits looks whether another is gone.
+_LOOK = 1.0
 
 
 class PeerLost(Exception):
-    """Another rank died, or did not come within PATIENCE to agree on stopping."""
+    """Another rank died, or did not come in time to agree on going on."""
 
 
 class World(NamedTuple):
@@ -36,25 +45,81 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start(device: str = "auto") -> World:
-    """Join the group that torchrun describes (gloo on CPU, NCCL on CUDA), or run alone."""
+_watch: Watch | None = None  # of this process's group
+
+
+def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
+    """Join the group that torchrun or srun describes (gloo on CPU, NCCL on CUDA), or run alone.
+
+    A rank waits `give_up` seconds for another that is alive.
+    """
+    global _watch
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device is cuda, but torch sees no CUDA device")
+    os.environ.update(srun(os.environ))
     size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         where = torch.device("cuda", torch.cuda.current_device())
     else:
         where = torch.device("cpu")
+    world = World(int(os.environ.get("RANK", 0)), size, where)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return World(int(os.environ.get("RANK", 0)), size, where)
+        # NCCL ends a process whose collective is late: later than the rank gives up by itself.
+        late = datetime.timedelta(seconds=give_up + 60 * (device == "cuda"))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=late)
+    if size > 1 and dist.is_initialized():
+        prefix = f"mae_fast/{gather(uuid.uuid4().hex, world)[0]}"
+        store = dist.distributed_c10d._get_default_store()
+        _watch = Watch(store, world.rank, size, prefix, give_up)
+    return world
+
+
+def srun(env: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables from those that srun gives each task of a step; {} where there are
+    torchrun's, or no other task."""
+    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
+    if "RANK" in env or size == 1:
+        return {}
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
+    # node[03-07,11] or a1,a2: the first of them
+    prefix, first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes).groups()
+    job = int(env["SLURM_JOB_ID"]) * 10 + int(env.get("SLURM_STEP_ID", 0))
+    local = env["SLURM_LOCALID"]
+    if torch.cuda.is_available() and torch.cuda.device_count() == 1:
+        local = "0"  # --gpus-per-task shows each task its own alone
+    found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(size), "LOCAL_RANK": local}
+    where = {"MASTER_ADDR": prefix + (first or ""), "MASTER_PORT": str(15000 + job % 16000)}
+    return found | {k: env.get(k, v) for k, v in where.items()}
+
+
+def at(what: str | Callable[[], str]) -> None:
+    """Tell the other ranks what this one does from now on."""
+    if _watch:
+        _watch.at(what)
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device ends its work in PATIENCE: one that waits for a lost rank does not."""
+    if device.type != "cuda":
+        return True
+    done, began = torch.cuda.Event(), time.monotonic()
+    done.record()
+    while not done.query():
+        if time.monotonic() - began > PATIENCE:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def finish() -> None:
     """Leave the group, if there is one."""
+    global _watch
+    if _watch:
+        _watch.close()
+        _watch = None
     if dist.is_initialized():
         gc.collect()  # a model in a cycle would keep the group's threads, which abort at exit
         dist.destroy_process_group()
@@ -98,24 +163,43 @@ _meetings = itertools.count()  # of this process: a store may outlive a run
 
 
 def _meet(store: dist.Store, stop: bool, world: World, told: Callable[[], bool]) -> bool:
-    number = next(_meetings)
-    name, result = f"mae_fast/meeting{number}", f"mae_fast/meeting{number} held"
+    number, watch = next(_meetings), _watch
+    prefix, give_up = (watch.prefix, watch.give_up) if watch else ("mae_fast", GIVE_UP)
+    name, result = f"{prefix}/meeting{number}", f"{prefix}/meeting{number} held"
+    if watch:
+        watch.came(number)
     # Who came is counted in the low digits, who said stop in the high ones.
     votes = store.add(name, 1 + (stop << 32))
     if votes & 0xFFFFFFFF == world.size:
         store.set(result, str(votes >> 32))
-        for old in (f"mae_fast/meeting{number - 1}", f"mae_fast/meeting{number - 1} held"):
+        for old in (f"{prefix}/meeting{number - 1}", f"{prefix}/meeting{number - 1} held"):
             store.delete_key(old)  # who is here has read it
-    began, since, pause = time.monotonic(), None, 1e-4
+    began, since, pause, look, tell = time.monotonic(), None, 1e-4, _LOOK, TELL
     while not store.check([result]):
         time.sleep(pause)
         pause = min(1.5 * pause, 0.02)
         since = since or (time.monotonic() if told() else None)
+        waited, missing = time.monotonic() - began, {}
+        if watch and waited > look:
+            look, missing = waited + _LOOK, watch.missing(number)
+            if words := watch.lost(missing):
+                raise PeerLost(words)
+        words = "; ".join(describe(*each) for each in missing.items())
+        if waited > tell and missing:
+            tell += TELL
+            if world.rank == min({*range(world.size)} - {*missing}):  # one of those that wait
+                log.warning("waiting %.0f s for %s", waited, words)
         if since and time.monotonic() - since > PATIENCE:
-            raise PeerLost(f"not every process came within {PATIENCE:g} s to agree on stopping")
-        if time.monotonic() - began > GIVE_UP:
-            raise PeerLost(f"not every process came to its next step within {GIVE_UP:g} s")
+            raise PeerLost(_late(f"within {PATIENCE:g} s to agree on stopping", watch, number))
+        if waited > give_up:
+            raise PeerLost(_late(f"to its next step within {give_up:g} s", watch, number))
     return store.get(result) != b"0"
+
+
+def _late(words: str, watch: Watch | None, number: int) -> str:
+    missing = watch.missing(number) if watch else {}
+    who = "; ".join(describe(*each) for each in missing.items())
+    return f"not every process came {words}{who and ', not '}{who}"
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -5,6 +5,7 @@
 2    wrong arguments or configuration (ConfigError and its kinds)
 65   no usable videos, a damaged index or list (DataError)
 70   not finite too often (NonFiniteError)
+71   too little memory (OutOfMemory)
 73   cannot write, or a checkpoint cannot be read (WriteError, CheckpointError)
 75   told to stop: saved, the same command goes on (Interrupted)
 130  Ctrl-C outside of a run
@@ -42,6 +43,12 @@ class NonFiniteError(MaeFastError):
     """The loss was NaN or infinite more often than the run allows."""
 
     exit_code = 70
+
+
+class OutOfMemory(MaeFastError):
+    """A device's memory does not hold a step: the run was saved."""
+
+    exit_code = 71
 
 
 class WriteError(MaeFastError):

@@ -1,4 +1,4 @@
-"""What must be the same for a run to go on: its settings, its videos, its number of processes."""
+"""What must be the same for a run to go on: its settings, its videos, the videos of a step."""
 
 import errno
 import fcntl
@@ -9,25 +9,31 @@ import logging
 import os
 import weakref
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from mae_fast.data import VideoRow
 from mae_fast.errors import CheckpointError, ConfigError
+from mae_fast.fields import either
 
 log = logging.getLogger("mae_fast")
 
-# Settings that may change between the start of a run and its resumption: none of them changes
-# what is computed. The index may lie elsewhere; what is in it is compared by itself.
-_FREE = {
+# Settings of the machine, which may change between the start of a run and its resumption: none of
+# them changes what is computed. The rest are the run's. The index may lie elsewhere; what is in it
+# is compared by itself. How a step's videos are parted is judged by `parted`.
+OF_THE_MACHINE = {
     "output",
     "data.workers",
     "data.max_bad_share",
     "data.index",
     "data.val_index",
     "train.device",
+    "train.batch_size",
+    "train.accum_steps",
+    "train.give_up",
     "train.cuda_graph",
     "train.log_every",
     "train.save_every",
+    "train.async_save",
     "train.keep",
     "train.max_nonfinite",
     "train.tensorboard",
@@ -63,8 +69,8 @@ def draws(rows: list[VideoRow]) -> dict[str, Any] | None:
 def check(folder: Path, old: dict[str, Any], new: dict[str, Any], indexes: dict[str, str]) -> None:
     """Raise ConfigError, with the way out, where the run of state `old` would not go on as it was.
 
-    Both hold `config`, `world` and the draws of each of `indexes` (key -> file); what a state of an
-    older version lacks is not compared.
+    Both hold `config` and the draws of each of `indexes` (key -> file); what a state of an older
+    version lacks is not compared.
     """
     changed = changed_settings(old["config"], new["config"])
     if changed:
@@ -81,13 +87,54 @@ def check(folder: Path, old: dict[str, Any], new: dict[str, Any], indexes: dict[
                 f"digest {was['digest']} (of names, order, frames, rates and segments). "
                 f"Resume with that index, or choose another output"
             )
-    was, now = old.get("world", new["world"]), new["world"]
-    if was != now:
-        raise ConfigError(
-            f"{folder} holds a run of {was} processes, and now there are {now}: at step "
-            f"{old['step']} its learning rate and epoch would change {now / was:g} times. Resume "
-            f"it with {was} (torchrun --nproc-per-node {was}), or choose another output"
+
+
+class Parts(NamedTuple):
+    """How a step's videos are parted: micro-steps of `batch` videos in each of `world` ranks."""
+
+    batch: int
+    accum: int
+    world: int
+
+    @property
+    def videos(self) -> int:
+        """All of a step."""
+        return self.batch * self.accum * self.world
+
+    def __str__(self) -> str:
+        """In the names of its settings."""
+        return (
+            f"{self.videos} videos a step: train.batch_size {self.batch} x train.accum_steps "
+            f"{self.accum} x {self.world} process{'es' * (self.world > 1)}"
         )
+
+
+def parted(folder: Path, old: dict[str, Any], asked: Parts, mixed: bool) -> tuple[Parts, Parts]:
+    """(how the run of state `old` parted a step when it began, how it goes on with the settings and
+    processes of now).
+
+    A step has the videos that it has had. Where the settings stand and the number of processes does
+    not, micro-steps make up for it, of as many videos as before, or of the most that fit. `mixed`:
+    a micro-step is one draw (mixup), so that its videos stay together. ConfigError with the numbers
+    where there is no way.
+    """
+    train = old["config"]["train"]
+    begun = Parts(train["batch_size"], train["accum_steps"], old.get("world", asked.world))
+    stand = [asked.batch, asked.accum] == old.get("asked", [begun.batch, begun.accum])
+    if asked.videos == begun.videos and (not mixed or asked.batch == begun.batch):
+        return begun, asked
+    mine, left = divmod(begun.videos, asked.world)
+    if stand and not left and (not mixed or mine % begun.batch == 0):
+        batch = next(n for n in range(min(asked.batch, mine), 0, -1) if mine % n == 0)
+        return begun, Parts(batch, mine // batch, asked.world)
+    unit = begun.batch if mixed else 1
+    fit = [n for n in range(1, begun.videos + 1) if begun.videos % (n * unit) == 0]
+    kept = f"train.batch_size {begun.batch}, and " if mixed else ""
+    raise ConfigError(
+        f"{folder} holds a run of {begun}; now it would be {asked}. Resume it with "
+        f"{either(fit[:8])} process{'es' * (fit != [1])} and {kept}settings of the same product, "
+        f"or choose another output"
+    )
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -99,7 +146,7 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             changed += changed_settings(a, b, name + ".")
-        elif name not in _FREE and json.dumps(a) != json.dumps(b):
+        elif name not in OF_THE_MACHINE and json.dumps(a) != json.dumps(b):
             changed.append(f"{name}: {a} -> {b}")
     return changed
 

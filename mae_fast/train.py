@@ -5,6 +5,8 @@ nothing waits for the device; losses and norms cross to the host once every log_
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import math
@@ -34,6 +36,7 @@ from mae_fast.data import (
 )
 from mae_fast.data.packed import check_size, packs_of
 from mae_fast.data.prefetch import DevicePrefetch
+from mae_fast.data.sampling import draw
 from mae_fast.distributed import PeerLost, World
 from mae_fast.environment import environment
 from mae_fast.errors import (
@@ -43,6 +46,7 @@ from mae_fast.errors import (
     Interrupted,
     MaeFastError,
     NonFiniteError,
+    OutOfMemory,
 )
 from mae_fast.evaluate import Probes, held_out_loss
 from mae_fast.masking import draw_masks
@@ -68,7 +72,7 @@ def pretrain(cfg: Config | str | Path) -> dict[str, Any]:
 
 def run(kind: type["Run"], cfg: Config) -> dict[str, Any]:
     """Do a run of a kind, alone or as one of torchrun's processes."""
-    world = distributed.start(cfg.train.device)
+    world = distributed.start(cfg.train.device, cfg.train.give_up)
     try:
         heard = Signals(alone=world.size == 1)
         with heard, backends(**cfg.train.backends), metrics.sturdy_stderr():
@@ -99,13 +103,14 @@ class Run:
     """The state of one run: model, optimizer, data, and the step it has reached."""
 
     def __init__(self, cfg: Config, world: World, signals: Signals) -> None:
-        self.cfg, self.world, self.signals = cfg, world, signals
+        self.cfg, self.asked, self.world, self.signals = cfg, cfg, world, signals
         self.folder = Path(cfg.output)
         self.rows, self.val_rows = self._read_rows()
         self.probes = self._make_probes()
         self.packs = packs_of([*self.rows, *self.val_rows])
         check_size([*self.rows, *self.val_rows], cfg.data.short_side)
         self.draws = {"index": resume.draws(self.rows), "val_index": resume.draws(self.val_rows)}
+        self.begun = resume.Parts(cfg.train.batch_size, cfg.train.accum_steps, world.size)
         self.total = total_steps(cfg, len(self.rows), world.size)
         if self.total > checkpoint.LAST_STEP:
             raise ConfigError(f"{self.total} steps: a checkpoint's name holds eight digits")
@@ -116,7 +121,10 @@ class Run:
         self.fault: DataError | None = None  # why this rank cannot go on
         self.whole = True  # false from an update's begin until its step is counted
         self._open_folder()
+        cfg = self.cfg
         self.saved = self.step
+        on_gpu = world.device.type == "cuda"
+        self.aside = checkpoint.Aside(on_gpu) if cfg.train.async_save else None
         self.bad = BadVideos(
             cfg.data.max_bad_share, len(self.rows), self.folder if world.writer else None
         )
@@ -134,6 +142,8 @@ class Run:
         )
 
     # What another task does otherwise; the rest is every run's.
+
+    mixed = False  # the clips of a micro-step depend on each other
 
     def _read_rows(self) -> tuple[list[VideoRow], list[VideoRow]]:
         """What training draws from, and what is held out."""
@@ -171,17 +181,24 @@ class Run:
             self._save()  # what was learned until then
             raise
         except (PeerLost, RuntimeError) as e:
-            if self.whole:
+            # A device that waits for a lost rank would have whoever reads it wait too.
+            saves = self.whole and distributed.answers(self.world.device)
+            if saves:
                 self._save()
+            if isinstance(e, torch.OutOfMemoryError):
+                raise self._out_of_memory(e) from e
             if self.whole and (isinstance(e, PeerLost) or distributed.lost_peer(e)):
                 lost = f"another process was lost ({str(e).splitlines()[0]})"
-                raise self._interrupted(self.signals.told, lost) from e
+                raise self._interrupted(self.signals.told, lost, saves) from e
             raise
         except OSError as e:
             raise CheckpointError(
                 f"cannot write into {self.folder}: {e}; its checkpoints are as they were"
             ) from e
         finally:
+            if self.aside:
+                with contextlib.suppress(MaeFastError):  # another error is on its way
+                    self.aside.wait()
             self.trainer.close()
             self._unlock()
 
@@ -198,7 +215,9 @@ class Run:
             self.step += 1
             self.whole = True
             before = time.perf_counter()
+            distributed.at(functools.partial(self._awaited, self.step, 0))
             batches.ahead()
+            distributed.at(f"step {self.step}")
             window.waited += time.perf_counter() - before
             save = self.step == self.total or self.step % cfg.save_every == 0
             probe = self.probes is not None and self.probes.due(self.step, self.total)
@@ -208,7 +227,7 @@ class Run:
             elif sink:
                 sink.tick(self.step, time.perf_counter() - window.began)
             if save:
-                self._save()
+                self._save(leaving=self.step == self.total)
         return row
 
     def _report(
@@ -235,17 +254,27 @@ class Run:
             raise self.fault or DataError(next(text for _, text in reasons if text))
         raise self._interrupted(told)
 
-    def _interrupted(self, told: int, lost: str = "") -> Interrupted:
+    def _interrupted(self, told: int, lost: str = "", saved: bool = True) -> Interrupted:
         """What ended the run: a signal, a lost process, or both, of which one may be the cause."""
         stopped = f"stopped by {signal.Signals(told).name}" if told else ""
         why = ", and ".join(filter(None, [stopped, lost]))
         if not self.step:
             return Interrupted(f"{why} before the first step")
         # Who was lost may be the one that saves.
-        sure = self.world.writer or not lost
-        saved = "which is saved; the same command goes on from there"
-        saved = saved if sure else "and the same command goes on from the last checkpoint"
-        return Interrupted(f"{why} after step {self.step}, {saved}")
+        if (self.world.writer or not lost) and saved:
+            words = "which is saved; the same command goes on from there"
+        else:
+            words = f"and the same command goes on from {checkpoint.newest(self.folder)}"
+        return Interrupted(f"{why} after step {self.step}, {words}")
+
+    def _out_of_memory(self, error: Exception) -> OutOfMemory:
+        t, text = self.cfg.train, str(error).splitlines()[0]
+        return OutOfMemory(
+            f"rank {self.world.rank} has too little memory in step {self.step + 1} ({text}). With "
+            f"a smaller train.batch_size than {t.batch_size}, and as much more of "
+            f"train.accum_steps than {t.accum_steps}, the same run goes on from "
+            f"{checkpoint.newest(self.folder)}"
+        )
 
     def _buckets(self) -> Buckets | None:
         """What adds up the gradients of several processes."""
@@ -304,6 +333,7 @@ class Run:
         Nothing of a step has changed the state until then, so that it can be left here.
         """
         before, batch = time.perf_counter(), None
+        distributed.at(functools.partial(self._awaited, self.step, len(self.trainer.losses)))
         if not self.signals.told:
             try:
                 batch = next(batches)
@@ -318,7 +348,17 @@ class Run:
         stop = bool(self.signals.told or self.fault)
         if distributed.agree(stop, self.world, lambda: bool(self.signals.told)):
             raise _Stop
+        distributed.at(f"step {self.step + 1}")
         return batch
+
+    def _awaited(self, step: int, micro: int) -> str:
+        """The videos of this rank's batch of a micro-step, in words."""
+        t, n = self.cfg.train, len(self.rows)
+        first = ((step * t.accum_steps + micro) * self.world.size + self.world.rank) * t.batch_size
+        videos = [draw(n, g, t.seed)[1] for g in range(first, first + min(t.batch_size, 4))]
+        names = ", ".join(self.rows[i].path for i in videos)
+        more = f" and {t.batch_size - len(videos)} more" if t.batch_size > len(videos) else ""
+        return f"loading {names}{more} for step {step + 1}"
 
     def _loss(self, video: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
         return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
@@ -360,6 +400,7 @@ class Run:
     def _held_out(self) -> dict[str, Any]:
         if not self.val_rows or not self.world.writer:
             return {}
+        distributed.at("the held-out loss")
         try:
             device = self.world.device
             return held_out_loss(self.model, self.val_rows, self.cfg, device, self.signals.look_up)
@@ -419,40 +460,55 @@ class Run:
             clips=clips,
         )
 
-    def _save(self) -> None:
+    def _save(self, leaving: bool = True) -> None:
+        """Save the present step, if it is not saved; written when this returns, if it is the last
+        that this process does."""
         if self.world.writer and self.step > self.saved:
-            keep = self.cfg.train.keep
-            checkpoint.save(self.folder, self.step, self.model, self.optimizer, self._state(), keep)
+            how = (self._state(), self.cfg.train.keep, self.aside)
+            distributed.at(f"saving step {self.step}")
+            checkpoint.save(self.folder, self.step, self.model, self.optimizer, *how)
             self.saved = self.step
+        if leaving and self.aside:
+            self.aside.wait()
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint says of its run, beside the step."""
         return {
-            "config": to_dict(self.cfg),
+            "config": to_dict(self._with_parts(self.asked, self.begun)),
+            "asked": [self.asked.train.batch_size, self.asked.train.accum_steps],
+            "world": self.begun.world,
             "nonfinite": self.nonfinite,
             "run": self.run,
-            "world": self.world.size,
             **self.draws,
         }
+
+    @staticmethod
+    def _with_parts(cfg: Config, parts: resume.Parts) -> Config:
+        how = dict(batch_size=parts.batch, accum_steps=parts.accum)
+        return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **how))
 
     def _open_folder(self) -> None:
         """Make the run's folder, or go on with the run that is in it."""
         self.lock, found, error = None, None, None
+        self.parts = self.begun, self.begun
         if self.world.writer:
             try:
                 found = self._take_folder()
             except MaeFastError as e:
                 error = e
-        error, step = distributed.gather((error, found and found[0]["step"]), self.world)[0]
+        told = error, found and found[0]["step"], self.parts
+        error, step, (self.begun, parts) = distributed.gather(told, self.world)[0]
         if error:
             raise error
         if step is None:
             return
+        self.cfg = self._with_parts(self.asked, parts)
+        self.total = total_steps(self.cfg, len(self.rows), self.world.size)
         state, tensors = found or checkpoint.read(checkpoint.file(self.folder, step))
         checkpoint.restore(tensors, self.model, self.optimizer)
         self.step, self.nonfinite, self.run = state["step"], state["nonfinite"], state.get("run")
         if self.world.writer:
-            log.info("resuming %s after step %d", self.folder, self.step)
+            log.info("resuming %s after step %d: %s", self.folder, self.step, parts)
 
     def _take_folder(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Lock the folder for this run; the last good checkpoint in it, if there is one."""
@@ -465,6 +521,7 @@ class Run:
             if found:
                 files = {"index": self.cfg.data.index, "val_index": self.cfg.data.val_index}
                 resume.check(self.folder, found[0], self._state(), files)
+                self.parts = resume.parted(self.folder, found[0], self.begun, self.mixed)
             for path in broken:
                 checkpoint.set_aside(path, "broken")
             config, step = self.folder / "config.json", found[0]["step"] if found else 0
@@ -472,7 +529,8 @@ class Run:
                 how = {"packs": self.packs} if self.packs else {}
                 checkpoint.write_text(config, json.dumps({**to_dict(self.cfg), **how}, indent=2))
             metrics.forget(self.folder / "nonfinite.jsonl", lambda row: row["step"] < step)
-            self.lock.write(json.dumps({"step": step, **environment()}) + "\n")
+            where = {"processes": self.world.size}
+            self.lock.write(json.dumps({"step": step, **where, **environment()}) + "\n")
             self.lock.flush()
             return found
         except OSError as e:

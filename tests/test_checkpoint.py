@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -281,3 +282,61 @@ def test_what_is_set_aside_takes_the_first_free_name_and_says_it(tmp_path):
     assert names == ["a.broken", "a.broken2", "a.broken3"]
     assert [(tmp_path / name).read_text() for name in names] == ["one", "two", "three"]
     assert not (tmp_path / "a").exists()
+
+
+def _slow_write(monkeypatch):
+    """Writing waits for this event; and (path, whether it was set when the write began)."""
+    go, begun, true = threading.Event(), [], checkpoint.write_tensors
+
+    def slow(path, *rest):
+        begun.append((path, go.is_set()))
+        assert go.wait(30)
+        true(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    return go, begun
+
+
+def test_what_is_written_aside_is_the_state_of_its_step(tmp_path, monkeypatch):
+    """Steps go on meanwhile, and the next save waits for this one."""
+    model, optimizer = _trained()
+    whole = {k: v.clone() for k, v in checkpoint.taken(model, optimizer).items()}
+    go, begun = _slow_write(monkeypatch)
+    aside = checkpoint.Aside(pinned=False)
+    checkpoint.save(tmp_path, 5, model, optimizer, {"run": "mine"}, 3, aside)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(7.0)
+        for state in optimizer.state.values():
+            state["exp_avg"].fill_(8.0)
+    assert checkpoint.checkpoints(tmp_path) == []
+    go.set()
+    checkpoint.save(tmp_path, 6, model, optimizer, {"run": "mine"}, 3, aside)
+    assert next(p.name[11:19] for p in checkpoint.checkpoints(tmp_path)) == "00000005"
+    aside.wait()
+    assert [at for _, at in begun] == [False, True]
+    state, tensors = checkpoint.read(checkpoint.file(tmp_path, 5))
+    assert state == {"run": "mine", "step": 5} and tensors.keys() == whole.keys()
+    assert all(torch.equal(whole[k], tensors[k]) for k in whole)
+    later = checkpoint.read(checkpoint.file(tmp_path, 6))[1]
+    assert all((v == 7).all() for k, v in later.items() if k.startswith("model."))
+
+
+def test_what_cannot_be_written_aside_is_said_by_the_next_save_and_by_the_end(
+    tmp_path, monkeypatch
+):
+    model, optimizer = _trained()
+    aside = checkpoint.Aside(pinned=False)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    checkpoint.save(tmp_path, 1, model, optimizer, {}, 3, aside)
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.save(tmp_path, 2, model, optimizer, {}, 3, aside)
+    checkpoint.save(tmp_path, 3, model, optimizer, {}, 3, aside)
+    with pytest.raises(CheckpointError, match="No space left"):
+        aside.wait()
+    aside.wait()  # said once
+    assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ def told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda i: calls.append(("device", i)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: calls[-1][1])
-    monkeypatch.setattr(dist, "init_process_group", lambda b: calls.append(("group", b)))
+    monkeypatch.setattr(dist, "init_process_group", lambda b, timeout: calls.append(("group", b)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(("left",)))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     return calls

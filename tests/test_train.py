@@ -755,15 +755,13 @@ def test_the_same_videos_elsewhere_are_the_same_index(index, tmp_path):
     assert pretrain(_with(cfg, index=_edited(index, tmp_path / "i.jsonl", moved)))["step"] == 5
 
 
-def test_another_number_of_processes_is_refused_on_resume(index, tmp_path):
+def test_other_videos_a_step_are_refused_on_resume(index, tmp_path):
+    """Of 2 processes a step has 4 videos, and one process with the same settings makes up for it;
+    of 2 1/2 none can."""
     cfg = _config(index, tmp_path / "run", steps=5)
     pretrain(cfg)
-    path = checkpoint.checkpoints(tmp_path / "run")[-1]
-    state, tensors = checkpoint.read(path)
-    assert state["world"] == 1
-    checkpoint.write_tensors(path, tensors, {"mae_fast": json.dumps({**state, "world": 2})})
-    with pytest.raises(ConfigError, match=r"of 2 processes.*are 1.*0\.5 times.*-node 2"):
-        pretrain(cfg)
+    with pytest.raises(ConfigError, match=r"of 2 videos a step.*be 3 videos.*with 1 or 2 proc"):
+        pretrain(_config(index, tmp_path / "run", steps=5, batch_size=3))
 
 
 def test_a_run_of_an_older_version_goes_on(index, tmp_path):

@@ -46,6 +46,7 @@ class FinetuneRun(train.Run):
     """A run that learns labels. What is not here is every run's."""
 
     cfg: FinetuneConfig
+    mixed = True
 
     def __init__(self, cfg: FinetuneConfig, world: World, signals: Signals) -> None:
         self.micro = 0  # of this step
