@@ -2,7 +2,8 @@
 
 A file holds `model.<name>` and `optim.<state>.<name>` tensors and, as metadata, the run's state
 in JSON and a CRC of it all. Writing goes to a temporary file that is synced and then renamed.
-Only `checkpoint-<eight digits>.safetensors` is a run's; every other name is its owner's.
+Only `checkpoint-<eight digits>.safetensors` is a run's, or `.dcp`, the folder of a model that lies
+apart on its ranks (sharded.py); every other name is its owner's.
 """
 
 import functools
@@ -10,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mae_fast import distributed, sharded
+from mae_fast.distributed import World
 from mae_fast.errors import CheckpointError, NonFiniteError
 
 log = logging.getLogger("mae_fast")
-_NAME = "checkpoint-{:08d}.safetensors"
-_NAMES = re.compile(r"checkpoint-([0-9]{8})\.safetensors")
+_NAME = "checkpoint-{:08d}.{}"
+_NAMES = re.compile(r"checkpoint-([0-9]{8})\.(safetensors|dcp)")
 LAST_STEP = 99_999_999  # the last that has a name
 
 
@@ -65,26 +69,30 @@ def save(
     state: dict[str, Any],
     keep: int,
     aside: Aside | None = None,
+    ranks: World | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, now or aside, then drop all but the last `keep` that this run
-    wrote.
+    wrote. Of a model that lies apart on `ranks` each of them calls this, and it is written now.
 
     A run's checkpoints have the same state["run"]. Raises CheckpointError when it cannot be
     written, NonFiniteError for a state that no run could go on from; earlier checkpoints are left
     as they were.
     """
     tensors = taken(model, optimizer)
-    odd = _not_finite(tensors)
+    odd = _not_finite({name: sharded.local(value) for name, value in tensors.items()})
+    if ranks:
+        odd = next(filter(None, distributed.gather(odd, ranks)), "")
     if odd:
         raise NonFiniteError(
             f"{odd} is not finite after step {step}, so that step is not saved; {_last(folder)}"
         )
-    write = functools.partial(_write, file(folder, step), {**state, "step": step}, keep)
-    if aside:
+    path = Path(folder) / _NAME.format(step, "dcp" if ranks else "safetensors")
+    write = functools.partial(_write, path, {**state, "step": step}, keep, ranks)
+    if aside and not ranks:
         aside.begin(tensors, write)
     else:
         write(tensors)
-    return file(folder, step)
+    return path
 
 
 def taken(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -96,34 +104,53 @@ def taken(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tenso
     return tensors
 
 
-def _write(path: Path, state: dict[str, Any], keep: int, tensors: dict[str, Tensor]) -> Path:
-    folder, text = path.parent, json.dumps(state)
-    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+def _write(
+    path: Path,
+    state: dict[str, Any],
+    keep: int,
+    ranks: World | None,
+    tensors: dict[str, Tensor],
+) -> Path:
+    folder, writer = path.parent, ranks is None or ranks.writer
     try:
-        if path.exists() and not _written_by(path, state.get("run")):
+        if writer and path.exists() and not _written_by(path, state.get("run")):
             set_aside(path, "other")
-        write_tensors(path, tensors, {"mae_fast": text, "crc32": _crc(text, tensors)})
+        if ranks:
+            sharded.write(path, tensors, state, ranks)
+        else:
+            text = json.dumps(state)
+            tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+            write_tensors(path, tensors, {"mae_fast": text, "crc32": _crc(text, tensors)})
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"cannot write {path}: {e}; nothing was lost, {_last(folder)}") from e
+    if not writer:
+        return path
     # Those of later steps are left over from before a resume: they count when they come again.
     own = [p for p in checkpoints(folder) if p <= path and _written_by(p, state.get("run"))]
     for old in own[:-keep]:
         try:
-            old.unlink(missing_ok=True)
+            _remove(old)
         except OSError as e:
             log.warning("cannot remove %s: %s", old, e.strerror)
     return path
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def file(folder: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return Path(folder) / _NAME.format(step)
+    """Where the checkpoint of a step is; or would be, in one file."""
+    found = [p for p in checkpoints(folder) if int(_NAMES.fullmatch(p.name)[1]) == step]
+    return found[-1] if found else Path(folder) / _NAME.format(step, "safetensors")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The files in a run's folder that have a checkpoint's name, oldest first."""
-    found = Path(folder).glob("checkpoint-*.safetensors")
-    return sorted(p for p in found if _NAMES.fullmatch(p.name))
+    return sorted(p for p in Path(folder).glob("checkpoint-*") if _NAMES.fullmatch(p.name))
 
 
 def set_aside(path: Path, word: str) -> Path:
@@ -167,9 +194,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 def sweep(folder: str | Path) -> None:
     """Remove what a kill left of checkpoints half written."""
-    for tmp in Path(folder).glob("checkpoint-*.safetensors.tmp"):
+    for tmp in Path(folder).glob("checkpoint-*.tmp"):
         if _NAMES.fullmatch(tmp.name.removesuffix(".tmp")):
-            tmp.unlink(missing_ok=True)
+            _remove(tmp)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -177,6 +204,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Files from before there was a checksum are read without one.
     """
+    path = Path(path)
+    if path.is_dir():
+        return _read_apart(path)
     try:
         with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
@@ -191,6 +221,17 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     text, crc = metadata["mae_fast"], metadata.get("crc32")
     if crc is not None and crc != _crc(text, tensors):
         raise BrokenCheckpoint(f"{path} is damaged: its checksum is not {crc}")
+    state = _state(text)
+    if state is None:
+        raise BrokenCheckpoint(f"{path} is damaged: its state cannot be read")
+    return state, tensors
+
+
+def _read_apart(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        text, tensors = sharded.read(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise BrokenCheckpoint(f"{path} is damaged: {e}") from e
     state = _state(text)
     if state is None:
         raise BrokenCheckpoint(f"{path} is damaged: its state cannot be read")
@@ -212,7 +253,7 @@ def latest(
             odd = _not_finite(tensors)
             if odd:
                 raise BrokenCheckpoint(f"{path}: {odd} is not finite")
-            if path.name != _NAME.format(state["step"]):
+            if not _is_of(path, state):
                 raise CheckpointError(f"{path} is named for another step than its {state['step']}")
             return state, tensors
         except CheckpointError as e:
@@ -231,7 +272,11 @@ def restore(
     tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Put a checkpoint's tensors into the model and, where given, the optimizer."""
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    have = model.state_dict()
+    given = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    model.load_state_dict(
+        {k: sharded.like(v, have[k]) if k in have else v for k, v in given.items()}
+    )
     if optimizer is None:
         return
     params = dict(model.named_parameters())
@@ -239,7 +284,7 @@ def restore(
         if key.startswith("optim."):
             _, kind, name = key.split(".", 2)
             p = params[name]
-            optimizer.state[p][kind] = value.to(p.device, copy=True)
+            optimizer.state[p][kind] = sharded.like(value.clone(), p)
 
 
 def _crc(text: str, tensors: dict[str, Tensor]) -> str:
@@ -268,14 +313,22 @@ def _state(text: str) -> dict[str, Any] | None:
     return state if isinstance(state, dict) and isinstance(state.get("step"), int) else None
 
 
+def _is_of(path: Path, state: dict[str, Any]) -> bool:
+    """Whether a file is named for its state's step."""
+    return int(_NAMES.fullmatch(path.name)[1]) == state["step"]
+
+
 def _written_by(path: Path, run: str | None) -> bool:
     """Whether the run called `run` wrote this file (None: a run of before runs had names)."""
     try:
-        with safe_open(path, "pt") as f:
-            state = _state((f.metadata() or {}).get("mae_fast", ""))
+        if path.is_dir():
+            state = _state(sharded.state_of(path))
+        else:
+            with safe_open(path, "pt") as f:
+                state = _state((f.metadata() or {}).get("mae_fast", ""))
     except (OSError, SafetensorError):
         return False
-    return bool(state) and state.get("run") == run and path.name == _NAME.format(state["step"])
+    return bool(state) and state.get("run") == run and _is_of(path, state)
 
 
 def newest(folder: str | Path) -> str:

@@ -218,21 +218,24 @@ def _preset(
     )
 
 
-# base, large and huge are the paper's; tiny and small are ours, for small machines.
+# base, large and huge are the paper's; tiny and small are ours, for small machines, and giant, with
+# 2 billion parameters, for many (train.shard).
 PRESETS = {
     "vit_tiny": _preset(192, 12, 3, 192),
     "vit_small": _preset(384, 12, 6, 256),
     "vit_base": _preset(768, 12, 12, 512),
     "vit_large": _preset(1024, 24, 16, 512),
     "vit_huge": _preset(1280, 32, 16, 512, patch_size=14),
+    "vit_giant": _preset(1792, 52, 28, 512, patch_size=14),
 }
 # mae_st has decoder heads of 32, slowfast of 64 (dim // 64); see facts in the docstring's sources.
 _DECODER_HEAD_DIM = {"mae_st": 32, "slowfast": 64}
 
 
 def preset(name: str, variant: Variant = "mae_st", **changes: Any) -> ModelConfig:
-    """The model called `name` (vit_tiny, vit_small, vit_base, vit_large, vit_huge) in one of the
-    two official variants, with any field changed. ConfigError on an unknown name or field."""
+    """The model called `name` (vit_tiny, vit_small, vit_base, vit_large, vit_huge, vit_giant) in
+    one of the two official variants, with any field changed. ConfigError on an unknown name or
+    field."""
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(unknown("model", name, PRESETS))
     typed("model.variant", variant, Variant)
@@ -415,6 +418,9 @@ class TrainConfig:
     """fp32, or bf16: autocast with fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the model trains; auto: a GPU where there is one"""
+    shard: Literal["none", "optimizer", "full"] = "none"
+    """what of a model that is too large for one GPU lies apart on the processes: gradients and the
+    optimizer's state, or the weights of all blocks but the one that computes too"""
     give_up: float = 1800.0
     """seconds that a process waits for another that is alive, before it saves and leaves; one that
     is dead is noticed within a minute"""

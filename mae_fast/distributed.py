@@ -53,7 +53,6 @@ def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
 
     A rank waits `give_up` seconds for another that is alive.
     """
-    global _watch
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -70,11 +69,18 @@ def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
         # NCCL ends a process whose collective is late: later than the rank gives up by itself.
         late = datetime.timedelta(seconds=give_up + 60 * (device == "cuda"))
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=late)
-    if size > 1 and dist.is_initialized():
-        prefix = f"mae_fast/{gather(uuid.uuid4().hex, world)[0]}"
-        store = dist.distributed_c10d._get_default_store()
-        _watch = Watch(store, world.rank, size, prefix, give_up)
+    if size > 1:
+        _tell_others(world, give_up)
     return world
+
+
+def _tell_others(world: World, give_up: float) -> None:
+    """Begin to tell the other ranks what this one does, under a name of this group's own: a store
+    may have served another, before one of its nodes was lost."""
+    global _watch
+    prefix = f"mae_fast/{gather(uuid.uuid4().hex, world)[0]}"
+    store = dist.distributed_c10d._get_default_store()
+    _watch = Watch(store, world.rank, world.size, prefix, give_up)
 
 
 def srun(env: Mapping[str, str]) -> dict[str, str]:

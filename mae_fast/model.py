@@ -5,12 +5,14 @@ into `forward`. Names and shapes are those of MAE-ST's models_mae.py, so its che
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mae_fast.config import ModelConfig, as_model
-from mae_fast.forward import Affine, Block, Norm, Params, Spec, forward
+from mae_fast.forward import Affine, Block, Norm, OwnBlock, Params, Spec, forward
 from mae_fast.masking import ids_from_keep, ids_from_noise, mask_from_keep, num_keep
 from mae_fast.ops.dispatch import check_device, check_ids
 from mae_fast.ops.masked_mse import unpatchify
@@ -54,6 +56,17 @@ class TransformerBlock(nn.Module):
         a, m = self.attn, self.mlp
         q, k, v, proj, fc1, fc2 = map(Affine.of, (a.q, a.k, a.v, a.proj, m.fc1, m.fc2))
         return Block(Norm.of(self.norm1), q, k, v, proj, Norm.of(self.norm2), fc1, fc2)
+
+    def forward(self, x: Tensor, y: Tensor | None, fused: Callable):
+        """What the fused forward makes of (x, y) with this block's parameters: called where hooks
+        are to bring these first (fully_shard)."""
+        return fused(x, y, self.params())
+
+    def run(self) -> Block | OwnBlock:
+        """The parameters, or how the block runs where they are not here yet."""
+        if not isinstance(self, FSDPModule):
+            return self.params()
+        return lambda x, y, first, fused: self(x, y, fused)
 
 
 class PatchEmbed(nn.Module):
@@ -146,13 +159,13 @@ class MaskedAutoencoder(nn.Module):
             patch_embed=Affine(proj.weight.flatten(1), proj.bias),
             pos=pos,
             cls=cls,
-            blocks=[b.params() for b in self.blocks],
+            blocks=[b.run() for b in self.blocks],
             norm=Norm.of(self.norm),
             decoder_embed=Affine.of(self.decoder_embed),
             mask_token=self.mask_token[0, 0],
             decoder_pos=decoder_pos,
             decoder_cls=decoder_cls,
-            decoder_blocks=[b.params() for b in self.decoder_blocks],
+            decoder_blocks=[b.run() for b in self.decoder_blocks],
             decoder_norm=Norm.of(self.decoder_norm),
             head=Affine.of(self.decoder_pred),
         )

@@ -29,6 +29,7 @@ OF_THE_MACHINE = {
     "train.device",
     "train.batch_size",
     "train.accum_steps",
+    "train.shard",
     "train.give_up",
     "train.cuda_graph",
     "train.log_every",

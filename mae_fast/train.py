@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from mae_fast import checkpoint, distributed, graph, memory, metrics, resume
+from mae_fast import checkpoint, distributed, graph, memory, metrics, resume, sharded
 from mae_fast.buckets import Buckets
 from mae_fast.config import Config
 from mae_fast.config_file import as_config, to_dict
@@ -116,6 +116,7 @@ class Run:
             raise ConfigError(f"{self.total} steps: a checkpoint's name holds eight digits")
         torch.manual_seed(cfg.train.seed)
         self.model = self._make_model().to(world.device)
+        self.apart = self._shard()
         self.optimizer = self._make_optimizer()
         self.step, self.nonfinite, self.run = 0, 0, uuid.uuid4().hex
         self.fault: DataError | None = None  # why this rank cannot go on
@@ -182,7 +183,7 @@ class Run:
             raise
         except (PeerLost, RuntimeError) as e:
             # A device that waits for a lost rank would have whoever reads it wait too.
-            saves = self.whole and distributed.answers(self.world.device)
+            saves = self.whole and not self.apart and distributed.answers(self.world.device)
             if saves:
                 self._save()
             if isinstance(e, torch.OutOfMemoryError):
@@ -204,8 +205,10 @@ class Run:
 
     def _steps(self, sink: metrics.Metrics | None) -> dict[str, Any]:
         cfg, row = self.cfg.train, {}
-        if self.step == 0 and sink and self.val_rows:
-            sink.write({"step": 0, **self._held_out()})
+        if self.step == 0 and self.val_rows:
+            row = self._held_out()
+            if sink:
+                sink.write({"step": 0, **row})
         batches, window = DevicePrefetch(self._loader(), self.world.device), Window()
         while self.step < self.total:
             try:
@@ -276,14 +279,28 @@ class Run:
             f"{checkpoint.newest(self.folder)}"
         )
 
+    def _shard(self) -> bool:
+        """Part the model among the ranks, where it is to be and there are several."""
+        how = self.cfg.train.shard
+        if how != "none" and not isinstance(self.model, MaskedAutoencoder):
+            raise ConfigError(f"train.shard {how} is for pre-training: a classifier fits one GPU")
+        if how != "none" and self.probes and self.probes.every:
+            raise ConfigError(f"eval.probe needs the whole model on one rank: train.shard is {how}")
+        if how == "none" or self.world.size == 1:
+            return False
+        sharded.shard(self.model, self.world, how)
+        return True
+
     def _buckets(self) -> Buckets | None:
         """What adds up the gradients of several processes."""
-        return Buckets(self.model) if self.world.size > 1 else None
+        return Buckets(self.model) if self.world.size > 1 and not self.apart else None
 
     def _graph(self) -> bool:
         """Whether the step is to be CUDA graphs, and can be."""
         how, device = self.cfg.train.cuda_graph, self.world.device
         reason = graph.why_not(device)
+        if not reason and self.apart:
+            reason = "what parted weights need of other processes is not captured"
         if not reason and how == "auto" and self.world.size > 1:
             reason = f'with {self.world.size} processes it is untried on GPUs; "on" tries it'
         if reason and (how == "on" or (how == "auto" and device.type == "cuda")):
@@ -398,18 +415,20 @@ class Run:
         return row, wrong
 
     def _held_out(self) -> dict[str, Any]:
-        if not self.val_rows or not self.world.writer:
+        # A model that lies apart is called by all: none may leave it for a signal.
+        if not self.val_rows or not (self.world.writer or self.apart):
             return {}
         distributed.at("the held-out loss")
+        heard = (lambda: None) if self.apart else self.signals.look_up
         try:
-            device = self.world.device
-            return held_out_loss(self.model, self.val_rows, self.cfg, device, self.signals.look_up)
+            return held_out_loss(self.model, self.val_rows, self.cfg, self.world.device, heard)
         except Told:
             return {}
 
     def _probed(self) -> dict[str, Any]:
         if not self.world.writer:
             return {}
+        distributed.at("its probes")
         try:
             return self.probes(self.model, self.signals.look_up)
         except Told:
@@ -463,8 +482,13 @@ class Run:
     def _save(self, leaving: bool = True) -> None:
         """Save the present step, if it is not saved; written when this returns, if it is the last
         that this process does."""
-        if self.world.writer and self.step > self.saved:
-            how = (self._state(), self.cfg.train.keep, self.aside)
+        if (self.world.writer or self.apart) and self.step > self.saved:
+            how = (
+                self._state(),
+                self.cfg.train.keep,
+                self.aside,
+                self.world if self.apart else None,
+            )
             distributed.at(f"saving step {self.step}")
             checkpoint.save(self.folder, self.step, self.model, self.optimizer, *how)
             self.saved = self.step

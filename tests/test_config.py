@@ -117,6 +117,7 @@ def test_a_configuration_is_frozen_and_compares_by_value(cls):
         ("vit_base", "mae_st", (768, 12, 12, 16, 512, 16)),
         ("vit_large", "mae_st", (1024, 24, 16, 16, 512, 16)),
         ("vit_huge", "mae_st", (1280, 32, 16, 14, 512, 16)),
+        ("vit_giant", "mae_st", (1792, 52, 28, 14, 512, 16)),
         ("vit_tiny", "slowfast", (192, 12, 3, 16, 192, 3)),
         ("vit_base", "slowfast", (768, 12, 12, 16, 512, 8)),
         ("vit_huge", "slowfast", (1280, 32, 16, 16, 512, 8)),
@@ -127,7 +128,7 @@ def test_presets(name, variant, wanted):
     decoder = (m.decoder_embed_dim, m.decoder_num_heads)
     assert (m.embed_dim, m.depth, m.num_heads, m.patch_size, *decoder) == wanted
     assert m.variant == variant and m.pred_t_dim == 8 and m.decoder_depth == 4
-    assert set(config.PRESETS) == {"vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"}
+    assert [name[4:] for name in config.PRESETS] == "tiny small base large huge giant".split()
 
 
 def test_a_preset_s_other_fields_follow_a_change():

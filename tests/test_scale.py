@@ -2,17 +2,13 @@
 
 import dataclasses
 import json
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import ranks
+from ranks import MODEL, config, drawn, losses, run
 
 from mae_fast import checkpoint, metrics
-from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
+from mae_fast.config import ModelConfig
 from mae_fast.data import build_index, read_index, write_index
 from mae_fast.errors import ConfigError
 from mae_fast.resume import Parts, parted
@@ -20,18 +16,6 @@ from mae_fast.tasks.config import AugmentConfig, ClipsConfig, FinetuneConfig, He
 from mae_fast.train import pretrain
 
 STEPS = 9
-MODEL = dict(
-    img_size=16,
-    patch_size=8,
-    num_frames=4,
-    pred_t_dim=2,
-    embed_dim=16,
-    depth=1,
-    num_heads=2,
-    decoder_embed_dim=16,
-    decoder_depth=1,
-    decoder_num_heads=2,
-)
 
 
 @pytest.fixture(scope="module")
@@ -43,54 +27,12 @@ def index(folder, tmp_path_factory):
     return str(out)
 
 
-def config(index, output, **train) -> Config:
-    how = dict(batch_size=3, steps=STEPS, warmup_steps=2, log_every=1, save_every=99, blr=0.1)
-    return Config(
-        output=str(output),
-        model=ModelConfig(**MODEL),
-        mask=MaskConfig(ratio=0.5),
-        data=DataConfig(index=index, repeat_aug=2, workers=0, sampling_rate=2, short_side=32),
-        train=TrainConfig(**{**how, "clip_grad": 1.0, "device": "cpu", **train}),
-    )
-
-
-def run(folder: Path, cases) -> dict[str, list[dict]]:
-    """What came of each case, by rank; a name's last word is not its folder's."""
-    (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
-    command = [sys.executable, ranks.__file__, str(folder / "cases.pickle"), str(folder)]
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path.cwd())]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {
-        name: [json.loads((folder / f"{name}.{i}.json").read_text()) for i in range(n)]
-        for name, _, _, n, _ in cases
-    }
-
-
-def drawn(*results) -> dict:
-    """{(step, sample): digests of its clip and mask} of all ranks of some cases; none twice."""
-    found = {}
-    for result in results:
-        for each in result:
-            for step, sample, *digests in each["drawn"]:
-                assert (step, sample) not in found
-                found[step, sample] = digests
-    return found
-
-
-def losses(folder) -> list[float]:
-    rows = metrics.read(Path(folder) / "metrics.jsonl")
-    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
-    return [r["loss"] for r in rows]
-
-
 @pytest.fixture(scope="module")
 def changing(index, tmp_path_factory):
     """A run of two ranks, and one that goes on with three from step 3 and with one from 6; the
     same of a fine-tuning run, of two ranks and then of one."""
     folder = tmp_path_factory.mktemp("changing")
-    whole, parts = (config(index, folder / name) for name in ("whole", "parts"))
+    whole, parts = (config(index, folder / name, steps=STEPS) for name in ("whole", "parts"))
     tuned = [
         FinetuneConfig(
             output=str(folder / name),

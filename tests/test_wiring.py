@@ -223,6 +223,8 @@ FIELDS = {
     "train.clip_grad": ({"train.clip_grad": 0.01}, {"m", "v", "end"}),
     "train.precision": ({"train.precision": "bf16"}, STEP),
     "train.device": ({"train.device": "auto"}, NOTHING),
+    # Of one process; tests/test_sharded.py has two and four.
+    "train.shard": ({"train.shard": "full"}, NOTHING),
     "train.give_up": ({"train.give_up": 99.0}, NOTHING),
     "train.cuda_graph": ({"train.cuda_graph": "off"}, NOTHING),
     "train.seed": ({"train.seed": 4}, MODEL),
@@ -256,6 +258,7 @@ FREE = {
     "data.index",
     "data.val_index",
     "train.device",
+    "train.shard",
     "train.give_up",
     "train.cuda_graph",
     "train.log_every",

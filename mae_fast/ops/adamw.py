@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mae_fast.ops import dispatch
 from mae_fast.spans import spanned
@@ -70,6 +71,8 @@ def _why_not_triton(optimizer: torch.optim.AdamW) -> str | None:
     params = _with_gradients(optimizer)
     if not params:
         return "no parameter has a gradient"
+    if any(isinstance(p, DTensor) for p in params):
+        return "parameters lie apart on several ranks"
     tensors = [t for p in params for t in (p, p.grad, *optimizer.state[p].values())]
     reason = dispatch.why_not_triton(*tensors)
     if reason:
@@ -183,6 +186,8 @@ def clipped_adamw(
             adamw_step(table, optimizer.param_groups, scale, skip)
         return norm
     norm = torch.nn.utils.get_total_norm([p.grad for p in _with_gradients(optimizer)]).float()
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # of all ranks
     scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
     adamw(optimizer, scale, (~norm.isfinite()).float(), copies)
     return norm

@@ -160,6 +160,8 @@ def _read(path: Path) -> tuple[ModelConfig | None, dict[str, Tensor]]:
     """(configuration of a run's checkpoint or None, the table of weights as the file has it)."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    if path.suffix == ".dcp":
+        return _of_run(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_INERT]):
             tree: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -194,8 +196,10 @@ def _read_safetensors(path: Path) -> tuple[ModelConfig | None, dict[str, Tensor]
             weights = {} if ours else {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"cannot read {path}: {e}") from e
-    if not ours:
-        return None, weights
+    return _of_run(path) if ours else (None, weights)
+
+
+def _of_run(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     state, tensors = checkpoint.read(path)
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     config = state.get("config")
