@@ -32,6 +32,7 @@ VERBS = {
     ),
     "pretrain": ("mae_fast.cli", "pretrain", "pre-train as a TOML file says; resumes a run"),
     "finetune": ("mae_fast.cli", "finetune", "fine-tune a classifier as a TOML file says"),
+    "submit": ("mae_fast.submit", "submit", "queue a run on SLURM, and again when it is preempted"),
     "test": ("mae_fast.tasks.score", "test", "test a classifier on many views of every video"),
     "features": ("mae_fast.probe", "features", "write what a frozen encoder makes of videos"),
     "probe": ("mae_fast.probe", "probe", "kNN, linear and attentive probes of frozen features"),

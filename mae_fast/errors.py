@@ -64,6 +64,7 @@ class CheckpointError(MaeFastError):
 
 
 class Interrupted(MaeFastError):
-    """A signal, or a lost process: the run was saved and is resumed by the same command."""
+    """A signal (`told`) or a lost process: the run was saved, and the same command resumes it."""
 
     exit_code = 75
+    told = 0

@@ -255,7 +255,9 @@ class Run:
         told = next((signum for signum, _ in reasons if signum), 0)
         if not told:
             raise self.fault or DataError(next(text for _, text in reasons if text))
-        raise self._interrupted(told)
+        error = self._interrupted(told)
+        error.told = told
+        raise error
 
     def _interrupted(self, told: int, lost: str = "", saved: bool = True) -> Interrupted:
         """What ended the run: a signal, a lost process, or both, of which one may be the cause."""

@@ -84,12 +84,16 @@ def losses(folder) -> list[float]:
     return [r["loss"] for r in rows]
 
 
-def environment(ranks: int) -> dict[str, str]:
-    """What all ranks of a new group have in common."""
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return s.getsockname()[1]
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """What all ranks of a new group have in common."""
+    port = str(free_port())
+    return {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def digest(t: torch.Tensor) -> str:
