@@ -191,18 +191,38 @@ def compute_seconds(cfg: ModelConfig, clips: int, ratio: float, device: Device) 
 
 
 def communication_seconds(
-    cfg: ModelConfig, gpus: int, gpus_per_node: int, device: Device, strategy: str
+    cfg: ModelConfig, gpus: int, gpus_per_node: int, device: Device, shard: str = "none"
 ) -> float:
-    """What a step's collectives take in rings at full bandwidth. ddp: all-reduce of fp32
-    gradients. fsdp: weights gathered forward and backward in the products' dtype, gradients
-    scattered in fp32."""
+    """What a step's collectives take in rings at full bandwidth, all of fp32. none: gradients are
+    added up everywhere. With train.shard gradients are added up where they belong, and weights
+    gathered: once (optimizer), or forward and backward (full)."""
     if gpus == 1:
         return 0.0
     bandwidth = device.link if gpus <= gpus_per_node else device.network
-    each = {"ddp": 2 * 4, "fsdp": 2 * device.product_bytes + 4}[strategy]
+    each = {"none": 2 * 4, "optimizer": 4 + 4, "full": 4 + 2 * 4}[shard]
     return (gpus - 1) / gpus * each * parameters(cfg) / bandwidth
 
 
 def exposed_seconds(communication: float, compute: float) -> float:
     """The part of communication that backward, two thirds of a step, does not hide."""
     return max(0.0, communication - compute * 2 / 3)
+
+
+def efficiencies(
+    cfg: ModelConfig,
+    clips: int,
+    ratio: float,
+    gpus_per_node: int,
+    device: Device,
+    shard: str = "none",
+) -> dict[int, float]:
+    """What of each GPU's time is of use where 1, 2, 4 ... share a step of `clips`: one alone takes
+    so much longer than all. Each has a clip at least."""
+    found, alone = {}, compute_seconds(cfg, clips, ratio, device)
+    for n in (1 << i for i in range(clips.bit_length())):
+        compute = compute_seconds(cfg, clips // n, ratio, device)
+        sent = communication_seconds(cfg, n, gpus_per_node, device, shard)
+        found[n] = (
+            alone * (clips // n * n / clips) / (n * (compute + exposed_seconds(sent, compute)))
+        )
+    return found

@@ -82,12 +82,16 @@ def memory(
     p: int,
     shards: int = 1,
     keep: bool = False,
+    shard: str = "none",
 ) -> Memory:
     """Of the model, its optimizer and what backward needs; without the runtime's own. p: bytes of a
-    value that products take, 2 or 4; `shards`: devices among which FSDP parts weights, moments and
-    gradients; keep: norms and activations are not made again."""
+    value that products take, 2 or 4; `shards`: devices among which train.shard parts weights,
+    moments and gradients (backward keeps the copies for products of all); keep: norms and
+    activations are not made again."""
     r, count = rows(cfg, ratio), parameters(cfg)
     state = 12 * count / shards + (p * count if p < 4 else 0)
+    if shards > 1:  # what is gathered: all, or the block that computes and the next
+        state += 4 * count if shard == "optimizer" else 8 * _block_parameters(cfg, cfg.embed_dim)
     encoder, decoder = _saved(cfg, r, p, keep)
     # The last block's backward begins with g made again and dg, when the head's are gone.
     begins = p * int(cfg.mlp_ratio * cfg.decoder_embed_dim) * r.masked
@@ -135,11 +139,13 @@ def _saved(cfg: ModelConfig, r: Rows, p: int, keep: bool) -> tuple[int, int]:
     return encoder, decoder
 
 
-def greatest_batch(cfg: ModelConfig, ratio: float, p: int, has: float, shards: int = 1) -> int:
+def greatest_batch(
+    cfg: ModelConfig, ratio: float, p: int, has: float, shards: int = 1, shard: str = "none"
+) -> int:
     """Clips of the largest step that a device with so many bytes holds; 0 if none."""
     low, high = 0, 1 << 16
     while low < high:
         clips = (low + high + 1) // 2
-        fits = memory(cfg, clips, ratio, p, shards).peak <= USABLE * has
+        fits = memory(cfg, clips, ratio, p, shards, shard=shard).peak <= USABLE * has
         low, high = (clips, high) if fits else (low, clips - 1)
     return low

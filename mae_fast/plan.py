@@ -27,6 +27,7 @@ VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
 DECODE_SECONDS = 0.07
 DRAWN = ("vit_base", "vit_large", "vit_huge")
 TESTS = {"k400": 19_881, "ssv2": 24_777}  # of the validation sets
+OF_USE = 0.8  # of a GPU's time, below which more of them hardly help
 Task = Literal["pretrain", "finetune", "test", "features", "ava"]
 
 
@@ -38,7 +39,7 @@ def plan(
     gpus: int = 1,
     gpus_per_node: int = 8,
     batch: int = 0,
-    strategy: Literal["ddp", "fsdp"] = "ddp",
+    shard: Literal["none", "optimizer", "full"] = "none",
     epochs: float | None = None,
     dataset: str = "k400",
     data_rate: str = "0",
@@ -61,7 +62,7 @@ def plan(
         gpus: devices in all.
         gpus_per_node: devices that share a node and its loader.
         batch: clips a device and step; by default 64 (`this`: 2), or what fits.
-        strategy: how devices share the model. FSDP is not in the engine yet.
+        shard: what of the model lies apart on the devices, as train.shard.
         epochs: effective epochs: each takes one clip of every video; by default 800, and 100 of
             finetune (50 passes with two clips of each).
         dataset: k400, ssv2, or a number of videos.
@@ -93,8 +94,8 @@ def plan(
         raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
     where = this_device() if device == "this" else cost.DEVICES[device]
     if task != "pretrain":
-        if output or strategy == "fsdp":
-            raise ConfigError(f"--task {task} takes no --output and no --strategy fsdp")
+        if output or shard != "none":
+            raise ConfigError(f"--task {task} takes no --output and no --shard")
         if task == "ava":
             from mae_fast.tasks.ava import plan as ava
 
@@ -107,8 +108,9 @@ def plan(
         found = {"model": model, **downstream(cfg, task, *how, clips)}
         print(jsonlib.dumps(found, indent=2) if json else tell_downstream(found, price))
         return
-    shards = gpus if strategy == "fsdp" else 1
-    greatest = memory.greatest_batch(cfg, ratio, where.product_bytes, where.memory, shards)
+    shards = gpus if shard != "none" else 1
+    room = (where.product_bytes, where.memory)
+    greatest = memory.greatest_batch(cfg, ratio, *room, shards, shard)
     if not greatest or batch > greatest:
         raise ConfigError(
             f"{batch or 1} clips of {model} do not fit on one {device}: at most {greatest} do"
@@ -121,12 +123,16 @@ def plan(
         "device": device,
         "gpus": gpus,
         "gpus_per_node": gpus_per_node,
-        "strategy": strategy,
+        "shard": shard,
         "batch_clips": batch,
         "precision": "bf16" if where.product_bytes == 2 else "fp32",
-        **predict(cfg, ratio, where, gpus, gpus_per_node, batch, strategy, rate_of(data_rate)),
+        **predict(cfg, ratio, where, gpus, gpus_per_node, batch, shard, rate_of(data_rate)),
     }
     found["memory"]["greatest_batch"] = greatest
+    if device != "this":
+        of_use = cost.efficiencies(cfg, gpus * batch, ratio, gpus_per_node, where, shard)
+        found["efficiency_by_gpus"] = {str(n): x for n, x in of_use.items()}
+        found["gpus_of_use"] = max(n for n, x in of_use.items() if x >= OF_USE)
     clips = epochs * _videos(dataset)
     hours = clips / found["clips_per_second"] / 3600
     found["run"] = {
@@ -152,7 +158,7 @@ def predict(
     gpus: int,
     gpus_per_node: int,
     batch: int,
-    strategy: str,
+    shard: str,
     data_rate: float,
 ) -> dict[str, Any]:
     """Counts and times of a step of `batch` clips on each device. FLOP and bytes are of one clip,
@@ -160,14 +166,14 @@ def predict(
     official = official_parts(cfg, 1, ratio)
     done = step_parts(cfg, batch, ratio or BASE_RATIO, encode_all=ratio == 0)
     compute = cost.compute_seconds(cfg, batch, ratio, device)
-    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, strategy)
+    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, shard)
     exposed = cost.exposed_seconds(sent, compute)
     node = min(gpus, gpus_per_node)
     loading = batch * node / data_rate if data_rate else 0.0
     seconds = max(compute + exposed, loading)
     bound = "loader" if loading > compute + exposed else "communication" if exposed else "compute"
-    shards = gpus if strategy == "fsdp" else 1
-    held = memory.memory(cfg, batch, ratio, device.product_bytes, shards)
+    shards = gpus if shard != "none" else 1
+    held = memory.memory(cfg, batch, ratio, device.product_bytes, shards, shard=shard)
     need = node * batch / (compute + exposed)
     return {
         "parameters": memory.parameters(cfg),
@@ -232,7 +238,7 @@ def downstream(
         for t in each[0]
     }
     compute = sum(parts.values())
-    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, "ddp") if train else 0.0
+    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device) if train else 0.0
     exposed = cost.exposed_seconds(sent, compute)
     node = min(gpus, gpus_per_node)
     loading = batch * node / data_rate if data_rate else 0.0
@@ -361,6 +367,13 @@ def tell(found: dict[str, Any]) -> str:
         f"{loader['decode_cores_a_node']:.0f} cores that decode at "
         f"{loader['decode_seconds_a_clip'] * 1e3:.0f} ms a clip",
     ]
+    if "gpus_of_use" in found:
+        shares = list(found["efficiency_by_gpus"].items())[:12]
+        lines.append(
+            f"  GPUs              {found['gpus'] * found['batch_clips']} clips a step keep "
+            f"{found['gpus_of_use']} busy to {OF_USE:.0%}; by number: "
+            + ", ".join(f"{n} {x:.0%}" for n, x in shares)
+        )
     a_clip = step["seconds"] / found["batch_clips"]
     for row in found["measured"][-3:]:
         seen = row["seconds"] / row["batch_clips"]

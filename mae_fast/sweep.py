@@ -355,7 +355,7 @@ def _prediction(found: Sweep, device: str, gpus: int, dataset: str, price: float
             clips = t.steps * t.batch_size * t.accum_steps * cfg.data.repeat_aug * gpus
         clips *= cfg.mask.per_clip
         batch = min(64, t.batch_size * cfg.data.repeat_aug)
-        step = plan.predict(cfg.model, cfg.mask.ratio, where, gpus, 8, batch, "ddp", 0.0)
+        step = plan.predict(cfg.model, cfg.mask.ratio, where, gpus, 8, batch, "none", 0.0)
         each = clips / step["clips_per_second"] / 3600
         hours += each * len(found.seeds)
         lines.append(f"  {name:24} {each:10.3g} h a run")

@@ -147,11 +147,40 @@ def test_a_gpu_keeps_what_its_memory_holds():
 
 def test_communication():
     cfg, h100 = preset("vit_large"), cost.DEVICES["h100"]
-    assert cost.communication_seconds(cfg, 1, 8, h100, "ddp") == 0
-    ddp = cost.communication_seconds(cfg, 8, 8, h100, "ddp")
-    assert ddp == pytest.approx(7 / 8 * 8 * memory.parameters(cfg) / 450e9)
-    assert cost.communication_seconds(cfg, 16, 8, h100, "ddp") > 8 * ddp
+    assert cost.communication_seconds(cfg, 1, 8, h100) == 0
+    seconds = cost.communication_seconds(cfg, 8, 8, h100)
+    assert seconds == pytest.approx(7 / 8 * 8 * memory.parameters(cfg) / 450e9)
+    assert cost.communication_seconds(cfg, 16, 8, h100) > 8 * seconds
+    # Gathering and scattering is what adding up is; `full` gathers the weights once more.
+    assert cost.communication_seconds(cfg, 8, 8, h100, "optimizer") == pytest.approx(seconds)
+    assert cost.communication_seconds(cfg, 8, 8, h100, "full") == pytest.approx(1.5 * seconds)
     assert cost.exposed_seconds(3.0, 3.0) == 1.0 and cost.exposed_seconds(1.0, 3.0) == 0.0
+
+
+def test_what_is_parted_takes_less_of_each_gpu():
+    """A giant's state is more than 80 GB hold with a clip in fp32's masters, moments and copies."""
+    cfg = preset("vit_giant")
+    assert memory.parameters(cfg) > 2e9
+    none, optimizer, full = (
+        memory.memory(cfg, 1, 0.9, 2, shards, shard=shard).state
+        for shards, shard in ((1, "none"), (8, "optimizer"), (8, "full"))
+    )
+    count = memory.parameters(cfg)
+    assert none == 14 * count and optimizer == pytest.approx((12 / 8 + 4 + 2) * count)
+    assert (12 / 8 + 2) * count < full < 0.6 * optimizer < optimizer < none
+
+
+def test_gpus_of_use_at_a_batch(capsys):
+    """More GPUs have fewer clips each, and the same gradients to add up."""
+    found = told(capsys, "--gpus", "8", "--batch", "64", "--model", "vit_huge")
+    shares = found["efficiency_by_gpus"]
+    assert shares["1"] == 1 and list(map(int, shares)) == [1 << i for i in range(10)]
+    assert shares["512"] < shares["64"] < shares["8"] <= 1
+    assert found["gpus_of_use"] == max(int(n) for n, x in shares.items() if x >= 0.8)
+    more = told(capsys, "--gpus", "64", "--batch", "64", "--model", "vit_huge")
+    assert more["gpus_of_use"] > found["gpus_of_use"]
+    assert cli.main(["plan", "--gpus", "8"]) == 0
+    assert "512 clips a step keep" in capsys.readouterr().out
 
 
 def test_greatest_batch_fits_and_the_next_does_not():
