@@ -19,7 +19,7 @@ from typing import Annotated
 
 import tyro
 
-from mae_fast.errors import ConfigError, MaeFastError, WriteError
+from mae_fast.errors import ConfigError, Interrupted, MaeFastError, WriteError
 
 # verb -> (module, function, help). A verb may be two words.
 VERBS = {
@@ -87,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except MaeFastError as e:
-        return _ended(f"error: {e}", e.exit_code)
+        code = _ended(f"error: {e}", e.exit_code)
+        if isinstance(e, Interrupted) and e.lost:
+            os._exit(code)  # gloo does not end by itself when the other end of it is gone
+        return code
     except KeyboardInterrupt:
         return _ended("interrupted", 130)
     except BrokenPipeError:

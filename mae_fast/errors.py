@@ -64,7 +64,7 @@ class CheckpointError(MaeFastError):
 
 
 class Interrupted(MaeFastError):
-    """A signal (`told`) or a lost process: the run was saved, and the same command resumes it."""
+    """A signal (`told`) or a `lost` process: the run was saved, and the same command resumes it."""
 
     exit_code = 75
-    told = 0
+    told, lost = 0, False

@@ -190,7 +190,9 @@ class Run:
                 raise self._out_of_memory(e) from e
             if self.whole and (isinstance(e, PeerLost) or distributed.lost_peer(e)):
                 lost = f"another process was lost ({str(e).splitlines()[0]})"
-                raise self._interrupted(self.signals.told, lost, saves) from e
+                error = self._interrupted(self.signals.told, lost, saves)
+                error.lost = True
+                raise error from e
             raise
         except OSError as e:
             raise CheckpointError(
