@@ -26,7 +26,7 @@ def plan(
     if held.peak > memory.USABLE * device.memory:
         raise ConfigError(f"{batch} clips do not fit on one {device.name}: give a smaller --batch")
     step = sum(t.seconds for t in cost.encoder_terms(cfg, batch, 0.0, device, True))
-    sent = cost.communication_seconds(cfg, gpus, per_node, device, "ddp")
+    sent = cost.communication_seconds(cfg, gpus, per_node, device)
     step += cost.exposed_seconds(sent, step)
     wide = replace(cfg, img_size=SQUARE // 16 * cfg.patch_size)
     test = sum(t.seconds for t in cost.encoder_terms(wide, 1, 0.0, device, False))
