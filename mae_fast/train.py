@@ -5,6 +5,7 @@ nothing waits for the device; losses and norms cross to the host once every log_
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -51,6 +52,7 @@ from mae_fast.ops.dispatch import backends
 from mae_fast.optim import lr_at, make_optimizer, peak_lr
 from mae_fast.signals import Signals, Told
 from mae_fast.step import Step
+from mae_fast.targets import Tokenizer, follow
 
 log = logging.getLogger("mae_fast")
 
@@ -131,6 +133,7 @@ class Run:
             precision=cfg.train.precision,
             graph=self._graph(),
             buckets=self._buckets(),
+            **self._after(),
         )
 
     # What another task does otherwise; the rest is every run's.
@@ -146,7 +149,12 @@ class Run:
         return Probes(self.cfg)
 
     def _make_model(self) -> nn.Module:
-        return MaskedAutoencoder(self.cfg.model)
+        model = MaskedAutoencoder(self.cfg.model)
+        if self.cfg.model.target == "tokens":
+            model.tokenizer = Tokenizer.find(self.cfg.model.tokenizer)
+            model.tokenizer.module.to(self.world.device)
+            self.draws["tokenizer"] = model.tokenizer.digest()
+        return model
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         return make_optimizer(self.model, self.cfg.train)
@@ -154,6 +162,12 @@ class Run:
     def _rate(self, step: int) -> float:
         """The learning rate of the step numbered `step` from 0."""
         return learning_rate(self.cfg, step, self.total, len(self.rows), self.world.size)
+
+    def _after(self) -> dict[str, Any]:
+        """What follows an update of the model, as `Step` takes it."""
+        if not hasattr(self.model, "target_encoder"):
+            return {}
+        return {"after": functools.partial(follow, self.model, self.cfg.train.ema_momentum)}
 
     def train(self) -> dict[str, Any]:
         """Run every step that is left; leaves a checkpoint of the last and curves.png."""
@@ -257,6 +271,8 @@ class Run:
         reason = graph.why_not(device)
         if not reason and how == "auto" and self.world.size > 1:
             reason = f'with {self.world.size} processes it is untried on GPUs; "on" tries it'
+        if self.cfg.model.target == "tokens":
+            reason = reason or "the tokenizer may do what a capture does not permit"
         if reason and (how == "on" or (how == "auto" and device.type == "cuda")):
             log.warning("train.cuda_graph is not used: %s", reason)
         return how != "off" and not reason
@@ -321,7 +337,11 @@ class Run:
         return batch
 
     def _loss(self, video: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
-        return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
+        n = self.cfg.mask.per_clip  # a clip stands so often in the batch, and its target is one
+        target = self.model.target(video[::n])
+        if target is not None:
+            target = target.repeat_interleave(n, dim=0)
+        return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask, target=target)[0]
 
     def _cross(self, window: Window) -> tuple[dict[str, Any], MaeFastError | None]:
         """Bring the window's numbers to the host and judge them. Every rank takes part.
