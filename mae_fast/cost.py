@@ -209,6 +209,15 @@ def compute_seconds(cfg: ModelConfig, clips: int, ratio: float, device: Device) 
     return sum(term.seconds for term in terms(cfg, clips, ratio, device))
 
 
+def clips_per_second(
+    cfg: ModelConfig, clips: int, ratio: float, device: Device, gpus: int, gpus_per_node: int = 8
+) -> float:
+    """Of `gpus` devices with `clips` each under DDP, where loading is fast enough."""
+    compute = compute_seconds(cfg, clips, ratio, device)
+    sent = communication_seconds(cfg, gpus, gpus_per_node, device, "ddp")
+    return gpus * clips / (compute + exposed_seconds(sent, compute))
+
+
 def communication_seconds(
     cfg: ModelConfig, gpus: int, gpus_per_node: int, device: Device, strategy: str
 ) -> float:
