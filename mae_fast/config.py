@@ -3,6 +3,7 @@ models' presets. config_file.py reads them from TOML."""
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,9 +86,15 @@ class ModelConfig:
     """hidden channels of a block's MLP, as a multiple of its channels"""
     norm_pix_loss: bool = True
     """predict each patch's pixels normalised by its own mean and variance"""
-    target: Literal["pixels", "pixels_by_channel", "hog"] = "pixels"
+    target: Literal["pixels", "pixels_by_channel", "hog", "tokens", "features"] = "pixels"
     """what is predicted: pixels, normalised over a patch (MAE-ST) or each channel of it alone
-    (VideoMAE); or PySlowFast's HOG of each time step's first frame"""
+    (VideoMAE); PySlowFast's HOG of each time step's first frame; tokens of a frozen tokenizer; or
+    V-JEPA's features, those of the encoder's own running average"""
+    tokenizer: str = ""
+    """of target tokens: package.module:callable, which gives a module of clips [B, C, T, H, W] in
+    [0, 1] that returns a class for each patch, [B, t, h, w]"""
+    vocabulary: int = 8192
+    """of target tokens: how many classes the tokenizer has"""
     sep_pos_embed: bool = True
     """one table of positions in time and one in space, added, in place of a joint one"""
     cls_embed: bool = True
@@ -99,7 +106,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = "img_size patch_size in_chans num_frames t_patch_size pred_t_dim embed_dim depth"
-        decoder = "num_heads decoder_embed_dim decoder_depth decoder_num_heads mlp_ratio"
+        decoder = "num_heads decoder_embed_dim decoder_depth decoder_num_heads mlp_ratio vocabulary"
         _check(self, "model", positive=f"{sizes} {decoder}")
         _require(
             self.img_size % self.patch_size == 0,
@@ -138,6 +145,10 @@ class ModelConfig:
             self.norm_pix_loss or self.target != "pixels_by_channel",
             "model.target pixels_by_channel is normalised: model.norm_pix_loss must be true",
         )
+        if self.target == "tokens":
+            good = re.fullmatch(r"[\w.]+:[\w.]+", self.tokenizer)
+            words = "model.target tokens needs model.tokenizer, package.module:callable"
+            require(bool(good), words, self.tokenizer)
         if self.target == "hog":
             _require(
                 self.patch_size % 8 == 0,
@@ -191,13 +202,20 @@ class ModelConfig:
     @property
     def pred_dim(self) -> int:
         """P, the target values of one token."""
+        if self.target in ("tokens", "features"):
+            return self.vocabulary if self.target == "tokens" else self.embed_dim
         if self.target == "hog":
             return self.in_chans * 9 * (self.patch_size // 8) ** 2
         return self.pred_t_patch_size * self.patch_size**2 * self.in_chans
 
     @property
     def loss_unit(self) -> str:
-        """What the loss is a mean of: losses of other units are not to be compared."""
+        """What the loss is a mean of: losses of other units are not to be compared, and those of
+        features with those of no other run, whose averaged encoder is another."""
+        if self.target == "tokens":
+            return f"nats for a token, of {self.vocabulary} classes of {self.tokenizer}"
+        if self.target == "features":
+            return "absolute error of features of the run's own averaged encoder, in deviations"
         if self.target == "hog":
             return "squared error of HOG, whose cells have norm 1"
         if not self.norm_pix_loss:
@@ -414,6 +432,8 @@ class TrainConfig:
     """AdamW's epsilon"""
     clip_grad: float = 0.02
     """greatest norm of all gradients; 0: no clipping"""
+    ema_momentum: float = 0.99925
+    """of model.target features: what the averaged encoder keeps of itself in a step; V-JEPA 2's"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16: autocast with fp32 weights"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -455,6 +475,8 @@ class TrainConfig:
             not_negative=f"{counts} max_nonfinite seed",
         )
         require(all(0 <= b < 1 for b in self.betas), "train.betas must be in [0, 1)", self.betas)
+        momentum = self.ema_momentum
+        require(0 <= momentum <= 1, "train.ema_momentum must be in [0, 1]", momentum)
         require(self.seed < 2**63, "train.seed must be below 2^63", self.seed)
         if self.steps:
             _require(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from mae_fast.bench.calls import TARGET
 from mae_fast.bench.flops import BASE_RATIO, by_part, step_work
 from mae_fast.config import ModelConfig
 from mae_fast.memory import encoder_parameters, parameters, rows
@@ -98,6 +99,12 @@ def step_bytes(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[str, 
     half = p < 4  # as on a GPU, which keeps norms and activations, and makes one product of q, k, v
     found = {"casts and sums": 0.0, "adamw": ADAMW_BYTES * parameters(cfg)}
     found |= _moved(_work(cfg, clips, ratio, p), again=not half)
+    if cfg.target == "features":
+        found["ema"] = 12.0 * encoder_parameters(cfg)  # read, read, written
+    if cfg.target in ("tokens", "features"):
+        # Of each value predicted, in torch's own operators: its copy in fp32, the error or the
+        # logarithm, and the gradient, each written and read, and the gradient in p bytes.
+        found["loss"] = clips * rows(cfg, ratio).masked * cfg.pred_dim * (24.0 + 3 * p)
     # In half: the residual's gradient is written in 16 bits too, for two products, and the
     # gradients of five products are read again for their biases'. Else: the gradients of q's, k's
     # and v's input are summed.
@@ -112,8 +119,9 @@ def _moved(work: dict[tuple[str, str], Both], again: bool) -> dict[str, float]:
     fc1's."""
     found: dict[str, float] = {}
     more = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0} if again else {}
-    for (_, op), (forward, backward) in work.items():
-        moved = forward.bytes * (1 + more.get(op, 0.0)) + backward.bytes
+    for (phase, op), (forward, backward) in work.items():
+        again_ = 0.0 if phase == TARGET else more.get(op, 0.0)
+        moved = forward.bytes * (1 + again_) + backward.bytes
         found[op] = found.get(op, 0.0) + moved
     return found
 
@@ -160,34 +168,54 @@ def _terms(
         "decoder": cfg.decoder_embed_dim // cfg.decoder_num_heads,
     }
     attention = {phase: flop[f"{phase} attention"].forward for phase in heads}
+    target = {name: 0 for name in (f"{TARGET} products", f"{TARGET} attention")}
+    target |= {name: flop[name].forward for name in target if name in flop}
     amounts = {
         "encoder products": sum(flop["patch embedding"] + flop["encoder products"]),
         "decoder products": sum(flop["decoder products"] + flop["head"]),
         "attention products": products * sum(attention.values()),
         # One a score: of its FLOP, 4 a value of a head.
         "attention exponentials": exponentials
-        * sum(attention[x] / (4 * d) for x, d in heads.items()),
+        * sum(attention[x] / (4 * d) for x, d in heads.items())
+        + target[f"{TARGET} attention"] / (4 * heads["encoder"]),
         "norms and gelu": sum(
             moved.get(op, 0.0) for op in ("layer_norm", "add_layer_norm", "bias_gelu")
         ),
         "casts and sums": moved["casts and sums"],
         "loss and decoder input": sum(
-            moved.get(op, 0.0) for op in ("masked_mse", "masked_hog_mse", "decoder_tokens")
+            moved.get(op, 0.0) for op in ("masked_mse", "masked_hog_mse", "loss", "decoder_tokens")
         ),
-        "optimizer": moved["adamw"],
+        "optimizer": moved["adamw"] + moved.get("ema", 0.0),
     }
+    shares = dict(device.shares)
+    for kind in ("products", "attention"):
+        name = f"{TARGET} {kind}"
+        if target[name]:
+            amounts[name] = target[name]
+            shares[name] = shares[
+                "encoder products" if kind == "products" else "attention products"
+            ]
 
     def ceiling(name: str) -> float:
         if name == "attention exponentials":
             return device.exponentials
-        return device.products if name.endswith("products") else device.copy
+        return device.products if name.endswith(("products", "attention")) else device.copy
 
-    return [Term(n, amounts[n], ceiling(n), share) for n, share in device.shares.items()]
+    return [Term(n, amounts[n], ceiling(n), share) for n, share in shares.items()]
 
 
 def compute_seconds(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> float:
     """A step on one device, where launches are hidden (large batches, or a CUDA graph)."""
     return sum(term.seconds for term in terms(cfg, clips, ratio, device))
+
+
+def clips_per_second(
+    cfg: ModelConfig, clips: int, ratio: float, device: Device, gpus: int, gpus_per_node: int = 8
+) -> float:
+    """Of `gpus` devices with `clips` each under DDP, where loading is fast enough."""
+    compute = compute_seconds(cfg, clips, ratio, device)
+    sent = communication_seconds(cfg, gpus, gpus_per_node, device)
+    return gpus * clips / (compute + exposed_seconds(sent, compute))
 
 
 def communication_seconds(

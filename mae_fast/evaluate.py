@@ -32,7 +32,8 @@ def held_out_loss(
     """{"val_loss", "val_mean_patch_loss", "val_clips"} over CLIPS clips of the held-out `rows`.
 
     The loss is that of all hidden patches under one mask a clip, whatever mask.decoder and per_clip
-    are. val_mean_patch_loss is that of predicting, for every masked patch, the patch's own mean.
+    are. val_mean_patch_loss is that of predicting, for every masked patch, the patch's own mean;
+    without it where targets are no values of patches (tokens, features).
     Broken videos are replaced as in training. `waiting` is called now and then; it may raise.
     """
     videos = max(1, 8 // cfg.data.repeat_aug)  # a batch of about 8 clips
@@ -47,6 +48,7 @@ def held_out_loss(
         waiting=waiting,
     )
     spec, losses, means, clips = model.spec, 0.0, 0.0, 0
+    given = cfg.model.target in ("tokens", "features")
     for batch in loader:
         waiting()
         batch = batch.to(device)
@@ -61,16 +63,14 @@ def held_out_loss(
             device=device,
         )
         loss, _, _ = model(video, ids_keep=keep, ids_mask=masked)
-        target = targets(spec, video, masked, torch.float32)
-        target, _, _ = norm_target(target, spec.norm_pix, cfg.model.in_chans)
-        means += float(target.var(dim=-1, correction=0).mean()) * len(batch.paths)
+        if not given:
+            target = targets(spec, video, masked, torch.float32)
+            target, _, _ = norm_target(target, spec.norm_pix, cfg.model.in_chans)
+            means += float(target.var(dim=-1, correction=0).mean()) * len(batch.paths)
         losses += float(loss) * len(batch.paths)
         clips += len(batch.paths)
-    return {
-        "val_loss": losses / clips,
-        "val_mean_patch_loss": means / clips,
-        "val_clips": clips,
-    }
+    mean = {} if given else {"val_mean_patch_loss": means / clips}
+    return {"val_loss": losses / clips, **mean, "val_clips": clips}
 
 
 class Probes:

@@ -148,12 +148,14 @@ def forward(
     full_pred: bool = False,
     without: Collection[str] = (),
     pixels: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, pred) of a clip [B, C, T, H, W], uint8 or normalised float, under one mask.
 
     ids_keep [B, K] and ids_mask [B, M] split the L tokens, or some of them: no other token takes
     part. pred is [B, M, P], in the order of ids_mask, or with full_pred [B, K + M, P] in patch
-    order. `without` names SAVINGS to switch off. The targets are those of the clip `pixels`.
+    order. `without` names SAVINGS to switch off. The targets are those of the clip `pixels`, or of
+    all L tokens in `target`, as of `masked_loss`.
     """
     unknown = set(without) - set(SAVINGS)
     if unknown:
@@ -161,7 +163,7 @@ def forward(
     latent = encode(params, spec, video, ids_keep, without)
     pred = decode(params, spec, latent, ids_keep, ids_mask, full_pred, without)
     masked = pred[:, ids_keep.shape[1] :] if full_pred else pred
-    loss = masked_loss(spec, masked, video if pixels is None else pixels, ids_mask)
+    loss = masked_loss(spec, masked, video if pixels is None else pixels, ids_mask, target)
     if full_pred:
         pred = _rows(pred, torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1))
     return loss, pred
@@ -172,6 +174,22 @@ def encode(
     params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
 ) -> Tensor:
     """The encoder on visible tokens: [B, (1 +) K, D] after its last norm (if any), cls first."""
+    return _encode(params, spec, video, ids_keep, without)
+
+
+@spanned("target encoder")
+@torch.no_grad()
+def features(params: Params, spec: Spec, video: Tensor) -> Tensor:
+    """V-JEPA's targets, [B, L, D]: the encoder on all tokens, cls left out, and over each of them a
+    layer norm without weights (eps 1e-5). Both last norms in the residual's precision."""
+    ids = torch.arange(len(params.pos), device=video.device).expand(video.shape[0], -1)
+    x = _encode(params._replace(norm=None), spec, video, ids)[:, -ids.shape[1] :]
+    return F.layer_norm(layer_norm(x, *params.norm, None), x.shape[-1:])
+
+
+def _encode(
+    params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
+) -> Tensor:
     everywhere = "visible_embed" in without
     ids = ids_keep
     if everywhere:
@@ -265,8 +283,19 @@ def _shared_qkv(
 
 
 @spanned("loss")
-def masked_loss(spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor) -> Tensor:
-    """The loss of predictions [B, M, P] of the tokens ids_mask [B, M]."""
+def masked_loss(
+    spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor, target: Tensor | None = None
+) -> Tensor:
+    """The loss of predictions [B, M, P] of the tokens ids_mask [B, M].
+
+    `target`, of all tokens, in place of the pixels': classes [B, L], the cross-entropy of P of them
+    in nats; or features [B, L, P], the absolute error.
+    """
+    if target is not None:
+        pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
+        if target.is_floating_point():
+            return (pred - _rows(target, ids_mask)).abs().mean()
+        return F.cross_entropy(pred.flatten(0, 1), target.gather(1, ids_mask.long()).flatten())
     if spec.hog:
         return masked_hog_mse(pred, video, ids_mask, spec.target_frames, spec.patch, spec.std)
     target = (spec.target_frames, spec.pred_t_patch, spec.patch, spec.mean, spec.std)

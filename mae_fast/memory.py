@@ -93,12 +93,21 @@ def memory(
     if shards > 1:  # what is gathered: all, or the block that computes and the next
         state += 4 * count if shard == "optimizer" else 8 * _block_parameters(cfg, cfg.embed_dim)
     encoder, decoder = _saved(cfg, r, p, keep)
+    making = 0
+    if cfg.target == "features":
+        state += (4 + (p if p < 4 else 0)) * encoder_parameters(cfg)
+        # The sum, what a block adds to it, and fc1's output and its activation.
+        hidden = int(cfg.mlp_ratio * cfg.embed_dim)
+        making = ((4 + p) * cfg.embed_dim + 2 * p * hidden) * r.every
+        encoder += 4 * cfg.embed_dim * cfg.num_patches  # the targets
+    if cfg.target in ("tokens", "features"):
+        decoder += 12 * r.masked * cfg.pred_dim  # in fp32: a copy, the error, its gradient
     # The last block's backward begins with g made again and dg, when the head's are gone.
     begins = p * int(cfg.mlp_ratio * cfg.decoder_embed_dim) * r.masked
     a_clip = encoder + decoder + begins
     gradients = 4 * count / shards
     after_decoder = clips * encoder + 4 * decoder_parameters(cfg) / shards
-    peak = state + max(clips * a_clip, after_decoder, gradients)
+    peak = state + max(clips * a_clip, after_decoder, gradients, clips * making)
     return Memory(state, gradients, a_clip, peak)
 
 

@@ -6,20 +6,22 @@ into `forward`. Names and shapes are those of MAE-ST's models_mae.py, so its che
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from mae_fast.config import ModelConfig, as_model
-from mae_fast.forward import Affine, Block, Norm, OwnBlock, Params, Spec, forward
+from mae_fast.forward import Affine, Block, Norm, OwnBlock, Params, Spec, features, forward
 from mae_fast.masking import ids_from_keep, ids_from_noise, mask_from_keep, num_keep
 from mae_fast.ops.dispatch import check_device, check_ids
 from mae_fast.ops.masked_mse import unpatchify
+from mae_fast.targets import Tokenizer, copy_of_encoder
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225
 NORM_EPS = 1e-6
-_NORM_PIX = {"pixels": "patch", "pixels_by_channel": "channel", "hog": "none"}
+_NORM_PIX = {"pixels": "patch", "pixels_by_channel": "channel"}
 
 
 class Attention(nn.Module):
@@ -120,13 +122,16 @@ class MaskedAutoencoder(nn.Module):
             decoder_num_heads=cfg.decoder_num_heads,
             target_frames=cfg.target_frames,
             pred_t_patch=cfg.pred_t_patch_size,
-            norm_pix=_NORM_PIX[cfg.target] if cfg.norm_pix_loss else "none",
+            norm_pix=_NORM_PIX.get(cfg.target, "none") if cfg.norm_pix_loss else "none",
             hog=cfg.target == "hog",
             keep_encoder_cls=cfg.cls_embed and not own_cls,
             mean=PIXEL_MEAN,
             std=PIXEL_STD,
         )
         init_weights(self)
+        self.tokenizer: Tokenizer | None = None  # of target tokens, no part of the state
+        if cfg.target == "features":
+            self.target_encoder = copy_of_encoder(self)
 
     def _make_pos(self, name: str, dim: int, separable: bool) -> None:
         t, h, w = self.cfg.grid
@@ -137,30 +142,34 @@ class MaskedAutoencoder(nn.Module):
         for part, length in shapes.items():
             self.register_parameter(name + part, _zeros(1, length, dim))
 
-    def _pos(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _pos(self, owner: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
         """Positions [L, D] and the cls token's [D] (None without one)."""
-        joint = getattr(self, name, None)
+        joint = getattr(owner, name, None)
         if joint is not None:
             return (joint[0, 1:], joint[0, 0]) if self.cfg.cls_embed else (joint[0], None)
-        spatial, temporal = getattr(self, name + "_spatial"), getattr(self, name + "_temporal")
+        spatial, temporal = getattr(owner, name + "_spatial"), getattr(owner, name + "_temporal")
         pos = (temporal[0, :, None] + spatial[0]).flatten(0, 1)
-        return pos, getattr(self, name + "_class")[0, 0] if self.cfg.cls_embed else None
+        return pos, getattr(owner, name + "_class")[0, 0] if self.cfg.cls_embed else None
+
+    def _encoder(self, owner: nn.Module) -> dict[str, Any]:
+        """The encoder's part of Params: this model's own, or that of its target_encoder."""
+        pos, cls = self._pos(owner, "pos_embed")
+        proj = owner.patch_embed.proj
+        return dict(
+            patch_embed=Affine(proj.weight.flatten(1), proj.bias),
+            pos=pos,
+            cls=None if cls is None else cls + owner.cls_token[0, 0],
+            blocks=[b.run() for b in owner.blocks],
+            norm=Norm.of(owner.norm),
+        )
 
     def params(self) -> Params:
         """The parameters as `forward` takes them; no parameter is copied."""
-        pos, cls = self._pos("pos_embed")
-        decoder_pos, decoder_cls = self._pos("decoder_pos_embed")
-        if cls is not None:
-            cls = cls + self.cls_token[0, 0]
+        decoder_pos, decoder_cls = self._pos(self, "decoder_pos_embed")
         if decoder_cls is not None and not self.spec.keep_encoder_cls:
             decoder_cls = decoder_cls + self.decoder_cls_token[0, 0]
-        proj = self.patch_embed.proj
         return Params(
-            patch_embed=Affine(proj.weight.flatten(1), proj.bias),
-            pos=pos,
-            cls=cls,
-            blocks=[b.run() for b in self.blocks],
-            norm=Norm.of(self.norm),
+            **self._encoder(self),
             decoder_embed=Affine.of(self.decoder_embed),
             mask_token=self.mask_token[0, 0],
             decoder_pos=decoder_pos,
@@ -169,6 +178,21 @@ class MaskedAutoencoder(nn.Module):
             decoder_norm=Norm.of(self.decoder_norm),
             head=Affine.of(self.decoder_pred),
         )
+
+    @torch.no_grad()
+    def target(self, video: Tensor) -> Tensor | None:
+        """What is asked of all tokens of clips, as of forward.masked_loss: classes [B, L], features
+        [B, L, D]; None where the clip's pixels tell. ValueError without a tokenizer."""
+        if self.cfg.target == "features":
+            params = self.params()._replace(**self._encoder(self.target_encoder))
+            return features(params, self.spec, video)
+        if self.cfg.target != "tokens":
+            return None
+        if self.tokenizer is None:
+            raise ValueError("model.target is tokens: set the model's tokenizer, a Tokenizer")
+        bytes_ = video.dtype == torch.uint8
+        clips = video.float() / 255 if bytes_ else video.float() * PIXEL_STD + PIXEL_MEAN
+        return self.tokenizer(clips, self.cfg.grid, self.cfg.vocabulary)
 
     def forward(
         self,
@@ -179,6 +203,7 @@ class MaskedAutoencoder(nn.Module):
         full_pred: bool = False,
         ids_keep: Tensor | None = None,
         ids_mask: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, pred, mask) of clips [B, C, T, H, W], uint8 or float already normalised.
 
@@ -186,7 +211,8 @@ class MaskedAutoencoder(nn.Module):
         gives them), else from `noise` [B, L], else from fp32 noise drawn with `generator`. mask
         [B, L] is 0 for kept and 1 for removed patches. pred is [B, L, P] in patch order with
         full_pred, otherwise only what the loss needs: [B, M, P], masked patches in mask order
-        (that of `noise` or ids_mask). Raises ValueError on a shape that does not fit.
+        (that of `noise` or ids_mask). `target`: what self.target gives of these clips, where the
+        caller has it. Raises ValueError on a shape that does not fit.
         """
         cfg = self.cfg
         expected = (cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
@@ -218,7 +244,9 @@ class MaskedAutoencoder(nn.Module):
         if not (ids_keep.shape[0] == ids_mask.shape[0] == batch):
             rows = f"{ids_keep.shape[0]} and {ids_mask.shape[0]}"
             raise ValueError(f"ids_keep and ids_mask have {rows} rows for {batch} clips")
-        loss, pred = forward(self.params(), self.spec, video, ids_keep, ids_mask, full_pred)
+        target = self.target(video) if target is None else target
+        how = dict(full_pred=full_pred, target=target)
+        loss, pred = forward(self.params(), self.spec, video, ids_keep, ids_mask, **how)
         return loss, pred, mask_from_keep(ids_keep, length)
 
     def unpatchify(self, patches: Tensor) -> Tensor:

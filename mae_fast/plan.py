@@ -3,6 +3,7 @@
 Everything printed is a prediction; what records hold of the same model and device stands beside it.
 """
 
+import dataclasses
 import json as jsonlib
 import math
 import re
@@ -29,6 +30,10 @@ DRAWN = ("vit_base", "vit_large", "vit_huge")
 TESTS = {"k400": 19_881, "ssv2": 24_777}  # of the validation sets
 OF_USE = 0.8  # of a GPU's time, below which more of them hardly help
 Task = Literal["pretrain", "finetune", "test", "features", "ava"]
+_COSTS = {
+    "features": "a forward of the averaged encoder over all tokens in each step",
+    "tokens": "the tokenizer's own forward is NOT counted (the paper's dVAE: 1.6x as long)",
+}
 
 
 def plan(
@@ -177,6 +182,7 @@ def predict(
     need = node * batch / (compute + exposed)
     return {
         "parameters": memory.parameters(cfg),
+        "target": _target(cfg, ratio, device, batch, held.peak, compute),
         "forward_gflops": forward_flop(cfg, ratio) / 1e9,
         "flop_speedup": forward_flop(cfg, 0) / forward_flop(cfg, ratio),
         "gflop_a_clip": {
@@ -277,6 +283,17 @@ def tell_downstream(found: dict[str, Any], price: float) -> str:
     return "\n".join(lines)
 
 
+def _target(
+    cfg: ModelConfig, ratio: float, device: cost.Device, clips: int, peak: float, compute: float
+) -> dict[str, Any]:
+    """What is predicted, the loss's unit, and what that takes more than pixels do."""
+    pixels = dataclasses.replace(cfg, target="pixels")
+    seconds = compute - cost.compute_seconds(pixels, clips, ratio, device)
+    more = peak - memory.memory(pixels, clips, ratio, device.product_bytes).peak
+    found = {"name": cfg.target, "unit": cfg.loss_unit}
+    return found | {"seconds_more": seconds, "memory_more_mb": more / 2**20}
+
+
 def this_device() -> cost.Device:
     """This machine's CPU: the rate of the engine's own products and of copies, measured now."""
     import torch
@@ -340,24 +357,32 @@ def tell(found: dict[str, Any]) -> str:
         f"{found['ceilings']['memory'] / 2**30:.0f}; {memory['a_clip_mb']:.0f} MiB a clip, at "
         f"most {memory['greatest_batch']} clips",
         "",
-        "  GFLOP a clip         official fwd      bwd  |  done fwd      bwd",
+        "  GFLOP a clip             official fwd      bwd  |  done fwd      bwd",
     ]
     for part, flop in found["gflop_a_clip"].items():
         a, b, c, d = (
             flop[k] for k in ("official_forward", "official_backward", "forward", "backward")
         )
-        lines.append(f"    {part:20} {a:10.1f} {b:8.1f}  | {c:9.1f} {d:8.1f}")
-    lines += ["", "  step, by part           ms   share"]
+        lines.append(f"    {part:24} {a:10.1f} {b:8.1f}  | {c:9.1f} {d:8.1f}")
+    lines += ["", "  step, by part               ms   share"]
     for part, seconds in step["parts"].items():
-        lines.append(f"    {part:20} {1e3 * seconds:8.1f} {seconds / step['compute']:6.0%}")
+        lines.append(f"    {part:24} {1e3 * seconds:8.1f} {seconds / step['compute']:6.0%}")
+    target = found["target"]
+    if target["name"] in _COSTS:
+        more = target["seconds_more"] / (step["compute"] - target["seconds_more"])
+        lines[5:5] = [
+            f"  target            {target['name']}: {_COSTS[target['name']]}",
+            f"                    {more:+.0%} of a step and {target['memory_more_mb'] / 1024:+.1f} "
+            f"GiB against pixels; the loss is in {target['unit']}",
+        ]
     per_device = found["clips_per_second"] / found["gpus"]
     lines += [
-        f"    {'compute':20} {1e3 * step['compute']:8.1f}",
-        f"    {'communication':20} {1e3 * step['communication']:8.1f}, not hidden "
+        f"    {'compute':24} {1e3 * step['compute']:8.1f}",
+        f"    {'communication':24} {1e3 * step['communication']:8.1f}, not hidden "
         f"{1e3 * step['communication_not_hidden']:.1f}",
-        f"    {'the step':20} {1e3 * step['seconds']:8.1f}, bound by the {step['bound_by']}"
+        f"    {'the step':24} {1e3 * step['seconds']:8.1f}, bound by the {step['bound_by']}"
         if step["bound_by"] == "loader"
-        else f"    {'the step':20} {1e3 * step['seconds']:8.1f}, bound by {step['bound_by']}",
+        else f"    {'the step':24} {1e3 * step['seconds']:8.1f}, bound by {step['bound_by']}",
         "",
         f"  speed             {found['clips_per_second']:.1f} clips/s, {per_device:.1f} a device",
         f"  run               {run['clips'] / 1e6:.1f} M clips ({run['epochs']:g} epochs of "

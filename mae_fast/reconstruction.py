@@ -61,7 +61,8 @@ def reconstruct(
     require(0 < sampling_rate < 2**31, "sampling_rate must be positive", sampling_rate)
     require(0 <= seed < 2**63, "seed must be in [0, 2^63)", seed)
     net = load_model(checkpoint, preset(model, variant) if model else None)
-    require(net.cfg.target != "hog", "there are no pixels to draw: model.target is", net.cfg.target)
+    target = net.cfg.target
+    require(target.startswith("pixels"), "there are no pixels to draw: model.target is", target)
     clip = load_clip(video, net, at, sampling_rate)
     panels = [draw_panel(net, clip, r, strategy, seed) for r in ratio]
     if suffix == ".png":

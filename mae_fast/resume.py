@@ -88,6 +88,12 @@ def check(folder: Path, old: dict[str, Any], new: dict[str, Any], indexes: dict[
                 f"digest {was['digest']} (of names, order, frames, rates and segments). "
                 f"Resume with that index, or choose another output"
             )
+    was, now = old.get("tokenizer"), new.get("tokenizer")
+    if was != now:
+        raise ConfigError(
+            f"model.tokenizer {new['config']['model']['tokenizer']} has other weights than in the "
+            f"run in {folder}: digest {now}, then {was}"
+        )
 
 
 class Parts(NamedTuple):

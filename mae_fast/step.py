@@ -32,7 +32,8 @@ class Step:
     loss(*inputs) is a batch's loss, a scalar, computed under autocast if precision is "bf16". With
     `buckets`, of several processes with batches of their own, gradients are the mean over all: they
     are added up in the last micro-step. clip is the greatest global norm of the gradients, 0 for
-    none; a step whose norm is not finite changes nothing.
+    none; a step whose norm is not finite changes nothing. after(norm) follows each update, as a
+    part of it.
 
     With graph=True the first WARMUP steps run as they are, and from then on each part (the first
     micro-step, a further one, the last, the update) is a CUDA graph; on a CPU, its rehearsal.
@@ -51,9 +52,10 @@ class Step:
         precision: str = "fp32",
         graph: bool = False,
         buckets: Buckets | None = None,
+        after: Callable[[Tensor], None] = lambda norm: None,
     ) -> None:
         self.model, self.optimizer, self.loss, self.buckets = model, optimizer, loss, buckets
-        self.accum, self.clip, self.precision = accum, clip, precision
+        self.accum, self.clip, self.precision, self.after = accum, clip, precision, after
         self.device = next(model.parameters()).device
         self.lr = torch.zeros((), device=self.device)  # a graph would freeze a number
         self.losses: list[Tensor] = []  # of this step's micro-steps
@@ -113,7 +115,9 @@ class Step:
         return loss.detach()
 
     def _end(self) -> Tensor:
-        return clipped_step(self.optimizer, self.lr, self.clip)
+        norm = clipped_step(self.optimizer, self.lr, self.clip)
+        self.after(norm)
+        return norm
 
     def _run(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """A part of the step: as it is, or as the graph that it is."""

@@ -2,8 +2,8 @@
 
 Every arm is the same configuration with some keys changed, run once for each seed. Of one seed, all
 arms start from the same random state and draw the same clips, crops and (of one strategy) masks.
-One judge: the held-out loss under the mask and the crops of the configuration itself, whatever an
-arm trains with; arms whose loss has another unit have none. See docs/sweeps.md.
+One judge (sweep_judge.py): the held-out loss under the mask and the crops of the configuration
+itself, whatever an arm trains with, or probes of the encoder. See docs/sweeps.md.
 """
 
 import dataclasses
@@ -14,35 +14,34 @@ import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
 import tyro
 
-from mae_fast import cost, metrics, plan
+from mae_fast import cost, metrics, plan, sweep_judge, sweep_page
 from mae_fast.checkpoint import checkpoints
 from mae_fast.config import Config
 from mae_fast.config_file import config_from_dict, to_dict, tomllib
 from mae_fast.data import read_index
 from mae_fast.errors import ConfigError
-from mae_fast.evaluate import held_out_loss
 from mae_fast.fields import require, typed
 from mae_fast.files import write
-from mae_fast.report.page import Page
-from mae_fast.sweep_ready import READY, Arm
+from mae_fast.sweep_judge import Judge
+from mae_fast.sweep_ready import PAPER, READY, Arm
 from mae_fast.train import pretrain
-from mae_fast.weights import load_model
 
 # Of Student's t, two-sided 95%, by degrees of freedom from 1 on; the normal's after them.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_KEYS = ("config", "output", "seeds", "ready", "arms", "grid")
+_KEYS = ("config", "output", "seeds", "ready", "arms", "grid", "judge")
 
 
 class Sweep(NamedTuple):
-    """The configuration that arms change, as TOML has it; the arms by name; seeds; the folder."""
+    """The configuration that arms change, as TOML has it; the arms by name; seeds; the folder; the
+    judge, as TOML has it."""
 
     tree: dict[str, Any]
     arms: dict[str, Arm]
     seeds: tuple[int, ...]
     output: Path
+    judge: dict[str, Any]
 
     def config(self, arm: str | None, seed: int) -> Config:
         """A run's configuration; that of the judge for None."""
@@ -53,6 +52,17 @@ class Sweep(NamedTuple):
             return config_from_dict(tree)
         except ConfigError as e:
             raise ConfigError(f"arm {arm or 'of the configuration itself'}: {e}") from e
+
+    def configs(self) -> dict[tuple[str, int], Config]:
+        """{(arm, seed): its run's configuration}. Arms that are the same are one run, in the folder
+        of the first."""
+        first: dict[str, Config] = {}
+        found = {}
+        for run in itertools.product(self.arms, self.seeds):
+            cfg = self.config(*run)
+            key = jsonlib.dumps(to_dict(dataclasses.replace(cfg, output="-")))
+            found[run] = first.setdefault(key, cfg)
+        return found
 
 
 def sweep(
@@ -68,9 +78,10 @@ def sweep(
     index.html into its output. The same command goes on where it was stopped.
 
     Args:
-        file: the sweep: `config` (a run's TOML file), `output`, `seeds`, and arms: `ready` (ratio,
-            masks, decoder_width, decoder_depth, target, crop, repeats), [arms.NAME] tables of keys
-            that it changes, or [grid] of lists of values. docs/sweeps.md has examples.
+        file: the sweep: `config` (a run's TOML file), `output`, `seeds`, `judge`, and arms: `ready`
+            (ratio, masks, decoder_width, decoder_depth, target, crop, repeats), [arms.NAME] tables
+            of keys that it changes, or [grid] of lists of values. docs/sweeps.md has examples.
+            With --plan-only also `paper`: its 22 arms, ViT-L for 800 epochs.
         plan_only: say what it would take, run nothing.
         part: I/N: only every N-th run, the I-th from 0, as in --part
             $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT; the last to end writes the table.
@@ -81,28 +92,54 @@ def sweep(
         price: of one device for an hour, in any currency.
     """
     require(gpus > 0, "--gpus must be positive", gpus)
-    found = read(file)
-    runs = list(itertools.product(found.arms, found.seeds))
-    configs = {run: found.config(*run) for run in runs}
-    print(_prediction(found, device, gpus, dataset, price))
+    found = paper() if plan_only and file == "paper" else read(file)
+    configs = found.configs()
+    print(_prediction(found, configs, device, gpus, dataset, price))
     if plan_only:
         return
-    judge = found.config(None, found.seeds[0])
-    if not judge.data.val_index:
-        raise ConfigError("a sweep is judged by the held-out loss: data.val_index is empty")
+    judge = sweep_judge.read(found.judge, found.config(None, found.seeds[0]))
+    sweep_judge.check(judge)
+    first: dict[str, tuple[str, int]] = {}
+    for run, cfg in configs.items():
+        first.setdefault(cfg.output, run)
+    runs = list(first.values())
     for number, run in enumerate(_part(runs, part)):
         print(f"{run[0]}, seed {run[1]} ({number + 1} of {len(_part(runs, part))})", flush=True)
         _run(configs[run], judge)
     results = {run: _result(cfg, judge) for run, cfg in configs.items()}
-    missing = [run for run, result in results.items() if result is None]
+    missing = [run for run in runs if results[run] is None]
     if missing:
         print(f"{len(missing)} of {len(runs)} runs are still to be done: no table yet")
         return
     rows = table(found, results, judge)
     write(found.output / "sweep.json", jsonlib.dumps(rows, indent=2) + "\n")
-    write(found.output / "index.html", _page(rows, judge, len(found.seeds)).html())
-    print("\n".join("  ".join(cells) for cells in _padded([_HEAD, *map(_cells, rows)])))
+    page = sweep_page.page(rows, judge, len(found.seeds), lambda arm: _hours(found.arms[arm]))
+    write(found.output / "index.html", page.html())
+    shown = [sweep_page.head(judge), *(sweep_page.cells(row, judge) for row in rows)]
+    print("\n".join("  ".join(cells) for cells in sweep_page.padded(shown)))
+    if "loss" in judge.by and not all(sweep_judge.comparable(c, judge) for c in configs.values()):
+        print("a dash: a loss of another unit, or of its own encoder's targets; probes judge those")
     print(f"as a page: {found.output / 'index.html'}")
+
+
+def paper() -> Sweep:
+    """The paper's 22 arms as it trained them, ViT-L on K400 for 800 epochs, on 8 devices of 64
+    clips each: to be planned."""
+    arms = {}
+    for name in PAPER:
+        for arm, (overrides, result) in READY[name].items():
+            clips = overrides.get("data", {}).get("repeat_aug")
+            batch = {"train": {"batch_size": 64 // clips}} if clips else {}
+            arms[f"{name} {arm}"] = Arm(_merged(overrides, batch), result)
+    tree = {"model": {"preset": "vit_large"}, "train": {"batch_size": 16, "epochs": 200.0}}
+    return Sweep(tree, arms, (0,), Path("runs/paper"), {})
+
+
+def _hours(arm: Arm) -> float:
+    """Of an arm in the paper's setting on 8 H100: predicted."""
+    cfg = paper()._replace(arms={"it": arm}).config("it", 0)
+    rate = cost.clips_per_second(cfg.model, 64, cfg.mask.ratio, cost.DEVICES["h100"], gpus=8)
+    return 800 * plan.VIDEOS["k400"] * cfg.mask.per_clip / rate / 3600
 
 
 def read(file: str | Path) -> Sweep:
@@ -112,7 +149,8 @@ def read(file: str | Path) -> Sweep:
     for key in tree:
         if key not in _KEYS:
             raise ConfigError(f"{path}: unknown key {key!r} (known: {', '.join(_KEYS)})")
-    for key, kind in (("config", str), ("output", str), ("arms", dict), ("grid", dict)):
+    kinds = dict(config=str, output=str, arms=dict, grid=dict, judge=dict)
+    for key, kind in kinds.items():
         require(isinstance(tree.get(key, kind()), kind), f"{path}: {key} is", tree.get(key))
     if not tree.get("config"):
         raise ConfigError(f"{path}: config is missing: the TOML file of a run")
@@ -143,7 +181,8 @@ def read(file: str | Path) -> Sweep:
     folders = {_folder(name) for name in arms}
     require(len(folders) == len(arms), f"{path}: arms of one folder", sorted(arms))
     output = tree.get("output") or f"runs/{path.stem}"
-    return Sweep(_toml(path.parent / tree["config"]), arms, tuple(seeds), Path(output))
+    judge = tree.get("judge", {})
+    return Sweep(_toml(path.parent / tree["config"]), arms, tuple(seeds), Path(output), judge)
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -189,7 +228,7 @@ def _part(runs: list, part: str) -> list:
     return runs[i::n]
 
 
-def _run(cfg: Config, judge: Config) -> None:
+def _run(cfg: Config, judge: Judge) -> None:
     """Train one run, unless that is done, and judge it."""
     if _result(cfg, judge) is not None:
         return
@@ -198,29 +237,19 @@ def _run(cfg: Config, judge: Config) -> None:
     rows = [row for row in metrics.read(folder / "metrics.jsonl") if "loss" in row]
     result = {
         "config": to_dict(cfg),
-        "judge": _judging(judge),
+        "judge": judge.settings(),
         "loss": rows[-1]["loss"],
         "step_seconds": statistics.median(row["step_seconds"] for row in rows),
         "train_seconds": sum(
             row["step_seconds"] * (row["step"] - before)
             for before, row in zip([0, *(r["step"] for r in rows)], rows, strict=False)
         ),
-        "judged": None,
+        "judged": sweep_judge.judged(checkpoints(folder)[-1], cfg, judge, cfg.train.seed),
     }
-    if cfg.model.loss_unit == judge.model.loss_unit:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(str(checkpoints(folder)[-1])).to(device).eval()
-        asked = dataclasses.replace(judge, model=cfg.model)
-        val = read_index(judge.data.val_index)
-        result["judged"] = held_out_loss(model, val, asked, device)["val_loss"]
     write(folder / "result.json", jsonlib.dumps(result, indent=2) + "\n")
 
 
-def _judging(judge: Config) -> dict[str, Any]:
-    return jsonlib.loads(jsonlib.dumps({"mask": to_dict(judge.mask), "data": to_dict(judge.data)}))
-
-
-def _result(cfg: Config, judge: Config) -> dict[str, Any] | None:
+def _result(cfg: Config, judge: Judge) -> dict[str, Any] | None:
     """What a run came to, if it is done. Raises ConfigError where it was another run."""
     path = Path(cfg.output) / "result.json"
     if not path.exists():
@@ -228,7 +257,7 @@ def _result(cfg: Config, judge: Config) -> dict[str, Any] | None:
     result = jsonlib.loads(path.read_text())
     if result["config"] != jsonlib.loads(jsonlib.dumps(to_dict(cfg))):
         raise ConfigError(f"{path} is of other settings: give the sweep another output")
-    if result["judge"] != _judging(judge):
+    if result["judge"] != jsonlib.loads(jsonlib.dumps(judge.settings())):
         raise ConfigError(f"{path} was judged otherwise: give the sweep another output")
     return result
 
@@ -242,10 +271,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
-def table(found: Sweep, results: dict, judge: Config) -> list[dict[str, Any]]:
-    """One row an arm: means over seeds with their intervals, and the difference to the first arm
-    with a judged loss, seed by seed."""
-    rows, first = [], None
+def table(found: Sweep, results: dict, judge: Judge) -> list[dict[str, Any]]:
+    """One row an arm: means over seeds with their intervals, and by each judge the difference to
+    the first arm that it judged, seed by seed."""
+    rows: list[dict[str, Any]] = []
+    first: dict[str, list[float]] = {}
     for name, arm in found.arms.items():
         each = [results[name, seed] for seed in found.seeds]
         cfg = found.config(name, found.seeds[0])
@@ -257,109 +287,47 @@ def table(found: Sweep, results: dict, judge: Config) -> list[dict[str, Any]]:
             "seconds": interval([r["train_seconds"] for r in each]),
             "step_seconds": statistics.median(r["step_seconds"] for r in each),
             "paper": arm.paper,
-            "judged": None,
-            "against_first": None,
+            "judged": {},
+            "against_first": {},
         }
-        if each[0]["judged"] is not None:
-            judged = [r["judged"] for r in each]
-            row["judged"] = interval(judged)
-            if first is None:
-                first = judged
-            else:
-                row["against_first"] = interval([a - b for a, b in zip(judged, first, strict=True)])
+        for by in judge.by:
+            judged = [r["judged"][by] for r in each]
+            if None in judged:
+                continue
+            row["judged"][by] = interval(judged)
+            if by in first:
+                differences = [a - b for a, b in zip(judged, first[by], strict=True)]
+                row["against_first"][by] = interval(differences)
+            first.setdefault(by, judged)
         rows.append(row)
     return rows
 
 
-_HEAD = ["arm", "held-out loss", "against the first", "own loss", "train s", "s/step", "paper's"]
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    def shown(found, digits: int = 4) -> str:
-        if found is None:
-            return "-"
-        mean, half = found
-        return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
-    return [
-        row["arm"],
-        shown(row["judged"]),
-        shown(row["against_first"]),
-        " ".join(filter(None, [shown(row["loss"]), row["part"]])),
-        shown(row["seconds"], 1),
-        f"{row['step_seconds']:.3f}",
-        row["paper"] or "-",
-    ]
-
-
-def _padded(rows: list[list[str]]) -> list[list[str]]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
-
-
-def _page(rows: list[dict[str, Any]], judge: Config, seeds: int) -> Page:
-    mask = judge.mask
-    page = Page(
-        "Sweep",
-        [
-            f"Held-out loss: {judge.model.loss_unit}, of all hidden patches, {mask.ratio:.0%} "
-            f"{mask.strategy}, the same clips, crops and masks for every arm. An arm that trains "
-            "with the judge's own mask and crops is at home there.",
-            f"Means over {seeds} seeds; ± is half of Student's 95% interval, of seeds alone. "
-            "Differences are seed by seed. The paper's column is its own: ViT-L, K400, 800 "
-            "effective epochs, top-1 after fine-tuning; M: not confirmed in its text.",
-        ],
-    )
-    page.section("Arms", "An arm's own loss is of its own mask and target.")
-    page.table(_HEAD, map(_cells, rows))
-    page.section("Units of the arms' own losses")
-    page.table(["arm", "unit"], [[row["arm"], row["unit"]] for row in rows])
-    figure = _trade_off(rows)
-    if figure is not None:
-        page.section("What a better loss costs")
-        page.figure("trade-off", figure, "held-out loss against seconds of training, by arm")
-    return page
-
-
-def _trade_off(rows: list[dict[str, Any]]):
-    judged = [row for row in rows if row["judged"]]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    if not judged:
-        return None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for row in judged:
-        (x, dx), (y, dy) = row["seconds"], row["judged"]
-        axes.errorbar(
-            x, y, xerr=None if math.isnan(dx) else dx, yerr=None if math.isnan(dy) else dy, fmt="o"
-        )
-        axes.annotate(row["arm"], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="seconds of training", ylabel="held-out loss")
-    axes.grid(alpha=0.3)
-    return figure
-
-
-def _prediction(found: Sweep, device: str, gpus: int, dataset: str, price: float) -> str:
+def _prediction(
+    found: Sweep, configs: dict, device: str, gpus: int, dataset: str, price: float
+) -> str:
     """What the sweep takes, predicted as `mae-fast plan` does, arm by arm."""
     where = plan.this_device() if device == "this" else cost.DEVICES[device]
-    lines, hours = [], 0.0
+    lines, hours, names, seeds = [], {}, {}, len(found.seeds)
     for name in found.arms:
-        cfg = found.config(name, found.seeds[0])
+        cfg = configs[name, found.seeds[0]]
+        if cfg.output in hours:
+            lines.append(f"  {name:32} the run of {names[cfg.output]}")
+            continue
         videos = len(read_index(cfg.data.index)) if cfg.data.index else plan._videos(dataset)
         t = cfg.train
         clips = t.epochs * videos * cfg.data.repeat_aug
         if t.steps:
             clips = t.steps * t.batch_size * t.accum_steps * cfg.data.repeat_aug * gpus
         clips *= cfg.mask.per_clip
-        batch = min(64, t.batch_size * cfg.data.repeat_aug)
-        step = plan.predict(cfg.model, cfg.mask.ratio, where, gpus, 8, batch, "none", 0.0)
-        each = clips / step["clips_per_second"] / 3600
-        hours += each * len(found.seeds)
-        lines.append(f"  {name:24} {each:10.3g} h a run")
-    runs = len(found.arms) * len(found.seeds)
-    total = f"{runs} runs, predicted {hours:.3g} h on {gpus} x {device}: {hours * gpus:.3g} hours"
-    total += f" of a device, {hours * gpus * price:.0f} at {price:g} an hour" if price else ""
-    return "\n".join([total + "; loading and judging not included", *lines])
+        batch = min(64, t.batch_size * cfg.data.repeat_aug * cfg.mask.per_clip)
+        each = clips / cost.clips_per_second(cfg.model, batch, cfg.mask.ratio, where, gpus) / 3600
+        names[cfg.output], hours[cfg.output] = name, each
+        lines.append(f"  {name:32} {each:8.3g} h a run of steps of {batch} clips a device")
+    runs, total = len(hours) * seeds, sum(hours.values()) * seeds
+    same = len(found.arms) - len(hours)
+    also = f" ({len(found.arms)} arms, {same} of which are the run of another)" if same else ""
+    words = f"{runs} runs{also}, predicted {total:.3g} h on {gpus} x {device}: {total * gpus:.3g} "
+    words += "hours of a device"
+    words += f", {total * gpus * price:.0f} at {price:g} an hour" if price else ""
+    return "\n".join([words + "; loading and judging not included", *lines])

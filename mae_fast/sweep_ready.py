@@ -18,6 +18,8 @@ def _mask(strategy: str, ratio: float, paper: str) -> Arm:
     return Arm({"mask": {"strategy": strategy, "ratio": ratio}}, paper)
 
 
+# Whose arms are the paper's 22.
+PAPER = ("masks", "target", "crop", "repeats", "decoder_width", "decoder_depth")
 READY: dict[str, dict[str, Arm]] = {
     "ratio": {
         "50%": _mask("random", 0.5, "worse"),

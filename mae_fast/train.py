@@ -55,6 +55,7 @@ from mae_fast.ops.dispatch import backends
 from mae_fast.optim import lr_at, make_optimizer, peak_lr
 from mae_fast.signals import Signals, Told
 from mae_fast.step import Step
+from mae_fast.targets import Tokenizer, follow
 
 log = logging.getLogger("mae_fast")
 
@@ -140,6 +141,7 @@ class Run:
             precision=cfg.train.precision,
             graph=self._graph(),
             buckets=self._buckets(),
+            **self._after(),
         )
 
     # What another task does otherwise; the rest is every run's.
@@ -157,7 +159,12 @@ class Run:
         return Probes(self.cfg)
 
     def _make_model(self) -> nn.Module:
-        return MaskedAutoencoder(self.cfg.model)
+        model = MaskedAutoencoder(self.cfg.model)
+        if self.cfg.model.target == "tokens":
+            model.tokenizer = Tokenizer.find(self.cfg.model.tokenizer)
+            model.tokenizer.module.to(self.world.device)
+            self.draws["tokenizer"] = model.tokenizer.digest()
+        return model
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         return make_optimizer(self.model, self.cfg.train)
@@ -165,6 +172,12 @@ class Run:
     def _rate(self, step: int) -> float:
         """The learning rate of the step numbered `step` from 0."""
         return learning_rate(self.cfg, step, self.total, len(self.rows), self.world.size)
+
+    def _after(self) -> dict[str, Any]:
+        """What follows an update of the model, as `Step` takes it."""
+        if not hasattr(self.model, "target_encoder"):
+            return {}
+        return {"after": functools.partial(follow, self.model, self.cfg.train.ema_momentum)}
 
     def train(self) -> dict[str, Any]:
         """Run every step that is left; leaves a checkpoint of the last and curves.png."""
@@ -290,6 +303,11 @@ class Run:
             raise ConfigError(f"train.shard {how} is for pre-training: a classifier fits one GPU")
         if how != "none" and self.probes and self.probes.every:
             raise ConfigError(f"eval.probe needs the whole model on one rank: train.shard is {how}")
+        if how != "none" and self.cfg.model.target in ("features", "tokens"):
+            raise ConfigError(
+                f"train.shard {how} is for targets of pixels: a target's own network "
+                f"is asked outside of the forward"
+            )
         if how == "none" or self.world.size == 1:
             return False
         sharded.shard(self.model, self.world, how)
@@ -307,6 +325,8 @@ class Run:
             reason = "what parted weights need of other processes is not captured"
         if not reason and how == "auto" and self.world.size > 1:
             reason = f'with {self.world.size} processes it is untried on GPUs; "on" tries it'
+        if self.cfg.model.target == "tokens":
+            reason = reason or "the tokenizer may do what a capture does not permit"
         if reason and (how == "on" or (how == "auto" and device.type == "cuda")):
             log.warning("train.cuda_graph is not used: %s", reason)
         return how != "off" and not reason
@@ -382,7 +402,11 @@ class Run:
         return f"loading {names}{more} for step {step + 1}"
 
     def _loss(self, video: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
-        return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask)[0]
+        n = self.cfg.mask.per_clip  # a clip stands so often in the batch, and its target is one
+        target = self.model.target(video[::n])
+        if target is not None:
+            target = target.repeat_interleave(n, dim=0)
+        return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask, target=target)[0]
 
     def _cross(self, window: Window) -> tuple[dict[str, Any], MaeFastError | None]:
         """Bring the window's numbers to the host and judge them. Every rank takes part.

@@ -36,7 +36,7 @@ FIELDS += [("", f) for f in dataclasses.fields(Config) if f.name not in SECTIONS
 # Fields of numbers that may be zero; every other is refused at 0.
 ZERO = set(
     "ratio decoder_ratio span_seconds short_side flip workers max_bad_share steps warmup_steps "
-    "warmup_epochs min_lr weight_decay clip_grad seed max_nonfinite probe".split()
+    "warmup_epochs min_lr weight_decay clip_grad seed max_nonfinite probe ema_momentum".split()
 )
 # As TOML has them; what each kind of field refuses is all but what is named after it.
 VALUES = {
@@ -68,7 +68,7 @@ VALUES = {
 }
 
 
-SHARES = ("ratio", "decoder_ratio", "flip", "max_bad_share")  # at most 1
+SHARES = ("ratio", "decoder_ratio", "flip", "max_bad_share", "ema_momentum")  # at most 1
 
 
 def fits(field, value: str) -> bool:

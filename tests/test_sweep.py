@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mae_fast import cli, metrics, sweep
+from mae_fast import cli, evaluate, metrics, sweep, sweep_page
 from mae_fast.config import ConfigError
 from mae_fast.data import build_index
 from mae_fast.errors import Interrupted
@@ -54,6 +54,8 @@ def made(index, tmp_path, monkeypatch):
     """make(text of a sweep) -> its file; the runs are tiny, and the machine is not timed."""
     (tmp_path / "run.toml").write_text(RUN.format(index=index))
     monkeypatch.setattr(sweep.plan, "this_device", lambda: sweep.cost.DEVICES["h100"])
+    monkeypatch.setattr(metrics, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(evaluate, "CLIPS", 8)
 
     def make(text):
         path = tmp_path / "sweep.toml"
@@ -84,13 +86,14 @@ def test_arms_are_run_judged_by_one_loss_and_laid_in_one_table(made, tmp_path, c
         [metrics.last(tmp_path / f"out/{arm}/seed-{s}/metrics.jsonl")["val_loss"] for s in (0, 1)]
         for arm in ("half", "three-quarters")
     )
-    assert abs(more["judged"][0] - sum(other) / 2) > 1e-5  # another mask's held-out loss
-    assert half["judged"][0] == pytest.approx(sum(own) / 2, rel=1e-5)
-    assert half["judged"][1] == pytest.approx(12.706 * abs(own[0] - own[1]) / 2, rel=1e-3)
-    difference = more["judged"][0] - half["judged"][0]
-    assert half["against_first"] is None
-    assert more["against_first"][0] == pytest.approx(difference, rel=1e-6)
-    assert hog["judged"] is None and hog["unit"] != half["unit"]  # another unit has no judge
+    at, found = half["judged"]["loss"], more["judged"]["loss"]
+    assert abs(found[0] - sum(other) / 2) > 1e-5  # another mask's held-out loss
+    assert at[0] == pytest.approx(sum(own) / 2, rel=1e-5)
+    assert at[1] == pytest.approx(12.706 * abs(own[0] - own[1]) / 2, rel=1e-3)
+    assert half["against_first"] == {}
+    assert more["against_first"]["loss"][0] == pytest.approx(found[0] - at[0], rel=1e-6)
+    assert hog["judged"] == {} and hog["unit"] != half["unit"]  # another unit has no judge
+    assert "a dash: a loss of another unit" in said
     page = (tmp_path / "out/index.html").read_text()
     assert "three quarters" in page and hog["unit"] in page
 
@@ -155,15 +158,106 @@ def test_grids_are_products(made):
     assert (cfg.mask.ratio, cfg.model.decoder_depth) == (0.75, 2)
 
 
-def test_the_paper_s_22_arms_are_planned(made, tmp_path, capsys):
-    (tmp_path / "run.toml").write_text("[model]\npreset = 'vit_large'\n[train]\nepochs = 200.0\n")
-    ready = "masks target crop repeats decoder_width decoder_depth".split()
-    file = made(f"ready = {json.dumps(ready)}")
+def test_the_paper_s_22_arms_are_planned(capsys):
+    """Its default is an arm of each of six tables, and one run."""
     options = ["--plan-only", "--device", "h100", "--gpus", "8", "--price", "2.5"]
-    assert cli.main(["sweep", str(file), *options]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("22 runs, predicted ") and "at 2.5 an hour" in said
-    assert said.count(" h a run") == 22
+    assert cli.main(["sweep", "paper", *options]) == 0
+    first, *arms = capsys.readouterr().out.splitlines()
+    assert first.startswith("17 runs (22 arms, 5 of which are the run of another), predicted ")
+    assert "on 8 x h100" in first and "at 2.5 an hour" in first
+    hours = [float(line.split(" h a run")[0].split()[-1]) for line in arms if " h a run" in line]
+    assert (len(arms), len(hours)) == (22, 17)
+    assert float(first.split("predicted ")[1].split()[0]) == pytest.approx(sum(hours), rel=0.01)
+    cfg = sweep.paper().config("repeats 2", 0)
+    assert cfg.train.epochs * cfg.data.repeat_aug == 800
+    assert cfg.train.batch_size * cfg.data.repeat_aug == 64
+
+
+def test_arms_that_are_the_same_are_one_run(made, tmp_path, capsys, monkeypatch):
+    ran, pretrain = [], sweep.pretrain
+    monkeypatch.setattr(sweep, "pretrain", lambda cfg: ran.append(cfg.output) or pretrain(cfg))
+    arms = "[arms.a]\n'mask.ratio' = 0.5\n[arms.b]\n'mask.ratio' = 0.75\n[arms.c]\n"
+    assert cli.main(["sweep", str(made(arms))]) == 0
+    assert [path[-8:] for path in ran] == ["a/seed-0", "b/seed-0"]
+    a, b, c = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert a["loss"] == c["loss"] != b["loss"] and "the run of a" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def labelled(folder, tmp_path_factory):
+    """Five videos of two classes, which the index names by their folders."""
+    root = tmp_path_factory.mktemp("labelled")
+    for i, path in enumerate(sorted(folder.glob("*.mp4"))):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        (root / "ab"[i % 2] / path.name).symlink_to(path)
+    build_index([root], root / "i.jsonl", progress=False)
+    return root / "i.jsonl"
+
+
+def test_arms_of_different_targets_are_judged_by_probes(made, labelled, tmp_path, monkeypatch):
+    """The same videos taught and told: a nearest neighbour is a video itself."""
+    probe, arms = sweep.sweep_judge.probe, "[arms.pixels]\n[arms.own]\nmodel.target = 'features'\n"
+    nearest = probe.knn
+    monkeypatch.setattr(probe, "knn", lambda *args: nearest(*args[:-1], 1))
+    of = f'train_index = "{labelled}", test_index = "{labelled}"'
+    judge = f'judge = {{ by = ["knn", "attentive", "loss"], {of}, epochs = 1 }}\n'
+    assert cli.main(["sweep", str(made(judge + arms))]) == 0
+    pixels, own = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert pixels["judged"]["knn"][0] == own["judged"]["knn"][0] == 1.0
+    assert own["against_first"]["knn"][0] == 0.0
+    assert 0 <= own["judged"]["attentive"][0] <= 1
+    assert "loss" in pixels["judged"] and "loss" not in own["judged"]
+    page = (tmp_path / "out/index.html").read_text()
+    assert "kNN accuracy" in page and "averaged encoder" in page
+    other = made(judge.replace("epochs = 1", "epochs = 2") + arms)
+    assert cli.main(["sweep", str(other)]) == 2  # was judged otherwise
+
+
+def test_two_runs_of_features_have_no_loss_in_common(made):
+    """Their unit is one, and their targets are each one's own."""
+    found = sweep.read(made("[arms.a]\nmodel.target = 'features'\n"))
+    cfg = found.config("a", 0)
+    judge = sweep.sweep_judge.read({}, cfg)
+    assert cfg.model.loss_unit == judge.cfg.model.loss_unit
+    assert not sweep.sweep_judge.comparable(cfg, judge)
+
+
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        ("{ by = 'accuracy' }", "judge.by must be of loss, knn, attentive, got 'accuracy'"),
+        ("{ by = [] }", "judge.by must name one at least"),
+        ("{ epochs = 0 }", "judge.epochs must be positive"),
+        ("{ videos = 'x' }", "unknown key judge.videos"),
+        ("{ by = 'knn' }", "has no label, which a probe needs"),
+    ],
+    ids=["unknown", "none", "no_epoch", "unknown_key", "no_labels"],
+)
+def test_a_judge_that_cannot_be_is_refused_before_anything_runs(
+    judge, words, made, tmp_path, capsys
+):
+    assert cli.main(["sweep", str(made(f"judge = {judge}\n[arms.a]\n"))]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_paper_s_accuracies_stand_apart_in_the_picture(made):
+    """A panel of what was measured, a panel of theirs against predicted hours; none of one arm."""
+    found = sweep.read(made('ready = "decoder_depth"'))
+    judge = sweep.sweep_judge.read({}, found.config(None, 0))
+    rows = [
+        dict(arm=arm, seconds=(1.0, 0.1), judged={"loss": (0.5, 0.1)}, paper=found.arms[arm].paper)
+        for arm in found.arms
+    ]
+    figure = sweep_page.trade_off(rows, judge, lambda arm: 10.0 * int(arm))
+    ours, theirs = figure.axes
+    assert ours.get_xlabel() == "seconds of training" and "measured here" in ours.get_title()
+    assert "the paper's accuracy, not ours" in theirs.get_title()
+    assert "predicted" in theirs.get_xlabel() and theirs.get_ylabel() == "the paper's top-1"
+    assert [line.get_xydata()[0].tolist() for line in theirs.lines if len(line.get_xdata())] == [
+        [10.0, 83.2], [20.0, 83.6], [40.0, 84.4], [80.0, 84.3],
+    ]  # fmt: skip
+    assert len(sweep_page.trade_off(rows[:1], judge, lambda arm: 1.0).axes) == 1
 
 
 def test_intervals_are_student_s():

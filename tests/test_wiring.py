@@ -164,6 +164,7 @@ STEP = {"loss", "norm", "m", "v", "end"}
 MODEL = STEP | {"start"}
 BATCH = STEP | {"lr", "epoch", "clips"}
 NOTHING: set[str] = set()
+TOKENS = {"model.target": "tokens", "model.tokenizer": "toy_tokenizer:make"}
 
 # field: (what is set, what of `observed` is then another). The run is held against by_hand too.
 FIELDS = {
@@ -186,6 +187,8 @@ FIELDS = {
     "model.no_qkv_bias": ({"model.no_qkv_bias": True}, MODEL),
     "model.trunc_init": ({"model.trunc_init": True}, MODEL),
     "model.target": ({"model.target": "pixels_by_channel"}, STEP),
+    "model.tokenizer": (TOKENS, MODEL),
+    "model.vocabulary": (TOKENS | {"model.vocabulary": 40}, MODEL),
     "mask.strategy": ({"mask.strategy": "tube"}, STEP),
     "mask.ratio": ({"mask.ratio": 0.75}, STEP),
     "mask.decoder": ({"mask.decoder": "random"}, STEP),
@@ -221,6 +224,7 @@ FIELDS = {
     "train.betas": ({"train.betas": (0.8, 0.9)}, {"m", "v", "end"}),
     "train.eps": ({"train.eps": 1e-2}, {"end"}),
     "train.clip_grad": ({"train.clip_grad": 0.01}, {"m", "v", "end"}),
+    "train.ema_momentum": ({"model.target": "features", "train.ema_momentum": 0.7}, MODEL),
     "train.precision": ({"train.precision": "bf16"}, STEP),
     "train.device": ({"train.device": "auto"}, NOTHING),
     # Of one process; tests/test_sharded.py has two and four.
@@ -685,6 +689,7 @@ def two(rows, index, tmp_path_factory):
         "signal again": rare,
         "fault": rare,
         "rare": {"train.log_every": 3, "train.save_every": 99},
+        "features": {"model.target": "features", "train.ema_momentum": 0.7},
     }
     cases = []
     for name, change in changes.items():
@@ -716,6 +721,13 @@ def test_two_ranks_reduce_at_the_last_micro_step_only(two):
         assert rank["reduced"] == [False, True] * 4
     for rank in two["epochs"][1:]:
         assert rank["reduced"] == [True] * 3
+
+
+def test_two_ranks_average_one_encoder(two, rows):
+    """The running average is of what both ranks trained, and no rank's own."""
+    cfg, zero, one = two["features"]
+    by_hand.check(cfg, rows, world=2)
+    assert zero["row"]["loss"] == one["row"]["loss"]
 
 
 def test_two_ranks_share_epochs_and_rates(two, rows):

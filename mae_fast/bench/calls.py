@@ -20,7 +20,7 @@ from mae_fast.forward import forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD, MaskedAutoencoder
 from mae_fast.ops import dispatch
-from mae_fast.ops.work import Both, outputs, work
+from mae_fast.ops.work import Both, Work, outputs, work
 from mae_fast.spans import recording
 
 Run = Callable[[], Sequence[Tensor]]
@@ -28,6 +28,7 @@ Run = Callable[[], Sequence[Tensor]]
 FLOOR = {torch.float32: 4e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
 # Blocks of the encoder and the decoder that a recording runs: the others are as the last but one.
 FEW = 3, 4
+TARGET = "target encoder"  # a phase: it has no backward
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Call:
 
     def work(self) -> Both:
         """(forward, backward) of one such call, at the least."""
-        return work(self.op, self.args, self.product)
+        forward, backward = work(self.op, self.args, self.product)
+        return forward, Work() if self.phase == TARGET else backward
 
     @property
     def differentiable(self) -> bool:
@@ -172,6 +174,7 @@ def step_calls(
     how = (clips, ratio, dtype, without, encode_all, full_pred)
     last = _record(few[1], *how)
     more = {"encoder": cfg.depth - FEW[0], "decoder": cfg.decoder_depth - FEW[1]}
+    more[TARGET] = more["encoder"]
     if max(more.values()) <= 0:
         return list(last.values())
     before = _record(few[0], *how)
@@ -217,11 +220,16 @@ def _record(
         net = MaskedAutoencoder(cfg)
         video = _clip(cfg, clips)
         ids = ids_from_noise(torch.rand(clips, length, device="meta"), kept)
+        if cfg.target == "tokens":  # the tokenizer is another's
+            target = torch.empty(clips, length, dtype=torch.int64, device="meta")
+        else:
+            with recording(lambda _, op, args: record(TARGET, op, args)):
+                target = net.target(video)
         with recording(record):
             if encode_all:
-                encode_all_loss(net, video, *ids, full_pred, without)
+                encode_all_loss(net, video, *ids, full_pred, without, target)
             else:
-                forward(net.params(), net.spec, video, *ids, full_pred, without)
+                forward(net.params(), net.spec, video, *ids, full_pred, without, target=target)
     head = next(key for key in reversed(order) if key[1] == "linear")
     counts[head] -= 1
     found = {k: replace(c, count=counts[k]) for k, c in seen.items() if counts[k]}

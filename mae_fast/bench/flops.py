@@ -57,12 +57,14 @@ def official_work(
 
 
 def by_part(work: dict[tuple[str, str], Both]) -> dict[str, Flop]:
-    """FLOP under PARTS."""
+    """FLOP under PARTS, and of a target encoder where there is one."""
     found = dict.fromkeys(PARTS, Flop(0, 0))
     for (phase, op), (forward, backward) in work.items():
         if forward.flop:
             kind = "" if phase in PARTS else " attention" if op == "attention" else " products"
-            found[phase + kind] = Flop(int(forward.flop), int(backward.flop))
+            before = found.get(phase + kind, Flop(0, 0))
+            both = before.forward + int(forward.flop), before.backward + int(backward.flop)
+            found[phase + kind] = Flop(*both)
     return found
 
 

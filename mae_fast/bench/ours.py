@@ -37,10 +37,11 @@ class Ours:
         optimizer = make_optimizer(model, TrainConfig())
 
         def loss(clips: Tensor, *ids: Tensor) -> Tensor:
-            return forward(model.params(), model.spec, clips, *ids, without=self.without)[0]
+            how = dict(without=self.without, target=model.target(clips))
+            return forward(model.params(), model.spec, clips, *ids, **how)[0]
 
         def loss_seeing_all(clips: Tensor, *ids: Tensor) -> Tensor:
-            return encode_all_loss(model, clips, *ids)
+            return encode_all_loss(model, clips, *ids, target=model.target(clips))
 
         steps = [
             Step(model, optimizer, each, clip=CLIP_GRAD, precision=precision, graph=self.graph)
@@ -67,10 +68,11 @@ def encode_all_loss(
     ids_mask: Tensor,
     full_pred: bool = False,
     without: Collection[str] = (),
+    target: Tensor | None = None,
 ) -> Tensor:
     """The loss on masked tokens where the encoder has seen every token, and hands over the kept."""
     params, s = model.params(), model.spec
     latent = encode(params, s, clips, torch.cat([ids_keep, ids_mask], dim=1))
     latent = latent[:, : latent.shape[1] - ids_mask.shape[1]]  # (cls and) the kept stand first
     pred = decode(params, s, latent, ids_keep, ids_mask, full_pred, without)
-    return masked_loss(s, pred[:, -ids_mask.shape[1] :], clips, ids_mask)
+    return masked_loss(s, pred[:, -ids_mask.shape[1] :], clips, ids_mask, target)

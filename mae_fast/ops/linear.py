@@ -161,7 +161,8 @@ def _in_one(parts: Sequence[Tensor | None], rows: list[int], like: Tensor, *widt
     for part, place in zip(parts, places, strict=True):
         place.zero_() if part is None else place.copy_(part)
     leaves = [(at, p) for at, p in zip(places, parts, strict=True) if p is not None]
-    if _copies is not None and all(p.is_leaf for _, p in leaves):
+    # A view of a frozen one is a leaf too, and another one in every step.
+    if _copies is not None and all(p.is_leaf and p._base is None for _, p in leaves):
         _copies.known[key] = whole
         _copies.pairs += leaves
     return whole

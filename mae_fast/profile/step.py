@@ -28,8 +28,8 @@ from mae_fast.profile.work import least
 
 # Of the step without a profiler, the machine's limits, and a profiled step; told of are medians.
 ROUNDS = 5
-PHASES = ("data", "host to device", "mask", "patch embedding", "encoder", "decoder", "loss")
-PHASES += ("compiled", "optimizer", "rest", "idle", "unaccounted")
+PHASES = ("data", "host to device", "mask", "target encoder", "patch embedding", "encoder")
+PHASES += ("decoder", "loss", "compiled", "optimizer", "rest", "idle", "unaccounted")
 
 
 def profile(

@@ -19,7 +19,7 @@ from mae_fast.config import ModelConfig, as_model
 from mae_fast.config_file import model_from_dict
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.model import MaskedAutoencoder
-from mae_fast.weights.families import identify, read, strip
+from mae_fast.weights.families import TARGET_ENCODER, identify, read, strip
 from mae_fast.weights.translate import Name, Report, Size, translate
 
 __all__ = ["Report", "Size", "convert", "load_model", "load_weights", "to_mae_st", "translate"]
@@ -112,6 +112,8 @@ def to_mae_st(
         raise ValueError(f"what must be 'param' or 'grad', got {what!r}")
     found = {}
     for name, p in model.named_parameters():
+        if name.startswith(TARGET_ENCODER):
+            continue
         value = p if what == "param" else p.grad
         if value is None:
             raise ValueError(f"{name} has no gradient: call backward first")

@@ -10,7 +10,7 @@ from mae_fast.classifier import VideoClassifier
 from mae_fast.config import ModelConfig
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.weights import positions
-from mae_fast.weights.families import identify, read, strip
+from mae_fast.weights.families import TARGET_ENCODER, identify, read, strip
 
 Table = dict[str, Tensor]
 
@@ -32,7 +32,11 @@ def load(model: VideoClassifier, path: str | Path) -> list[str]:
     source = identify(state)
     table, rest = read(state, source)
     _check_pool(model, table, source, path)
+    average = [name for name in rest if name.startswith(TARGET_ENCODER)]
+    rest = [name for name in rest if name not in average]
     said = [f"{', '.join(rest)}: no part of a classifier"] if rest else []
+    if average:
+        said.append(f"the encoder's running average, {len(average)} tensors: not taken")
     decoder = [n for n in table if n.startswith(("decoder_", "mask_token"))]
     for name in decoder:
         del table[name]

@@ -15,6 +15,7 @@ from mae_fast.errors import CheckpointError
 _BLOCK = ("norm1", "attn.q", "attn.k", "attn.v", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 _TOKENS = ("cls_token", "decoder_cls_token", "mask_token")
 _POSITIONS = ("", "_spatial", "_temporal", "_class")
+TARGET_ENCODER = "target_encoder."  # the encoder's running average, beside it in a run's checkpoint
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from torch import Tensor
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.fields import check_fields, require
 from mae_fast.weights import positions
-from mae_fast.weights.families import FAMILIES, depths, identify, read, strip, write
+from mae_fast.weights.families import (
+    FAMILIES,
+    TARGET_ENCODER,
+    depths,
+    identify,
+    read,
+    strip,
+    write,
+)
 
 Name = Literal["mae_st", "slowfast", "videomae", "transformers", "timm-vit"]
 Table = dict[str, Tensor]
@@ -76,6 +84,10 @@ def translate(
     source = identify(state) if source == "auto" else source
     table, rest = read(state, source)
     table, report = dict(table), Report(source, to)
+    average = [name for name in rest if name.startswith(TARGET_ENCODER)]
+    rest = {name: value for name, value in rest.items() if name not in average}
+    if average:
+        report.lost.append(f"the encoder's running average, {len(average)} tensors: not carried")
     _check(table, rest)
     patch = table["patch_embed.proj.weight"].shape
     if size.img_size:

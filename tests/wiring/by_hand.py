@@ -14,11 +14,13 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+import toy_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.targets import Tokenizer
 
 HELD_OUT_SEED, HELD_OUT_CLIPS = 20220518, 64
 
@@ -140,7 +142,7 @@ def gradients(cfg, rows, model, step, world, bad=()):
         (loss / count).backward()
         losses.append(float(loss.detach()))
         paths += some
-    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in trained(model).items()}
     return sum(losses) / count, grads, paths
 
 
@@ -191,7 +193,15 @@ def part(tensors, prefix):
 
 def new_model(cfg):
     torch.manual_seed(cfg.train.seed)
-    return MaskedAutoencoder(cfg.model)
+    model = MaskedAutoencoder(cfg.model)
+    if cfg.model.target == "tokens":
+        model.tokenizer = Tokenizer(toy_tokenizer.make())
+    return model
+
+
+def trained(model):
+    """Parameters by name, without those of the encoder's running average."""
+    return {n: p for n, p in model.named_parameters() if not n.startswith("target_encoder.")}
 
 
 def check(cfg, rows, *, world=1, val_rows=(), bad=(), steps=None):
@@ -199,8 +209,8 @@ def check(cfg, rows, *, world=1, val_rows=(), bad=(), steps=None):
     folder, t = Path(cfg.output), cfg.train
     total = total_steps(cfg, len(rows), world)
     model = new_model(cfg)
-    names = [name for name, _ in model.named_parameters()]
-    moments = {kind: {n: torch.zeros_like(p) for n, p in model.named_parameters()} for kind in "mv"}
+    names = list(trained(model))
+    moments = {kind: {n: torch.zeros_like(p) for n, p in trained(model).items()} for kind in "mv"}
     metrics = {row["step"]: row for row in rows_of(folder)}
     if val_rows:
         _near(metrics[0], held_out(cfg, val_rows, model), 1e-4)
@@ -215,7 +225,11 @@ def check(cfg, rows, *, world=1, val_rows=(), bad=(), steps=None):
         assert state["step"] == step + 1 and state["nonfinite"] == 0
         got = {kind: part(after, f"optim.{key}.") for kind, key in KINDS.items()}
         new = part(after, "model.")
-        assert set(new) == set(names) == set(got["m"]) == set(got["v"])
+        assert set(weights) == set(new) and set(names) == set(got["m"]) == set(got["v"])
+        for n in set(weights) - set(names):  # of the new weights, after the update
+            e = t.ema_momentum
+            wanted = e * weights[n] + (1 - e) * new[n.removeprefix("target_encoder.")]
+            torch.testing.assert_close(new[n], wanted, rtol=1e-5, atol=1e-7, msg=f"{n}, {step}")
         for n in names:
             assert new[n].dtype == got["m"][n].dtype == torch.float32
             g = grads[n] * shrink
