@@ -52,7 +52,7 @@ def held_out_loss(
     for batch in loader:
         waiting()
         batch = batch.to(device)
-        video = batch.video(cfg.model.img_size)
+        video = batch.source(cfg.model.img_size)
         keep, masked = draw_ids(
             cfg.mask.strategy,
             cfg.model.grid,

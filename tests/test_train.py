@@ -445,7 +445,7 @@ def test_a_run_under_nohup_outlives_its_session(index, tmp_path, monkeypatch):
 def test_a_signal_is_heard_while_the_loader_waits(workers, index, tmp_path, monkeypatch):
     """A read that does not return, stopped workers: a network file system that is gone."""
     cfg = _with(_config(index, tmp_path / "run"), workers=workers)
-    gone, read = threading.Event(), VideoReader.read
+    gone, read = threading.Event(), VideoReader.pictures
 
     def stop():
         if workers:
@@ -459,7 +459,7 @@ def test_a_signal_is_heard_while_the_loader_waits(workers, index, tmp_path, monk
             threading.Event().wait(60)
         return read(self, *args)
 
-    monkeypatch.setattr(VideoReader, "read", blocked)
+    monkeypatch.setattr(VideoReader, "pictures", blocked)
     _at(monkeypatch, 12, stop)
     began = time.monotonic()
     with pytest.raises(Interrupted, match="SIGTERM after step 1"):
