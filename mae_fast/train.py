@@ -46,6 +46,7 @@ from mae_fast.errors import (
     NonFiniteError,
 )
 from mae_fast.evaluate import Probes, held_out_loss
+from mae_fast.fields import defaults
 from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.dispatch import backends
@@ -487,7 +488,7 @@ class Run:
             found = checkpoint.latest(self.folder, broken)
             if found:
                 files = {"index": self.cfg.data.index, "val_index": self.cfg.data.val_index}
-                resume.check(self.folder, found[0], self._state(), files)
+                resume.check(self.folder, found[0], self._state(), files, defaults(self.cfg))
             for path in broken:
                 checkpoint.set_aside(path, "broken")
             config, step = self.folder / "config.json", found[0]["step"] if found else 0
