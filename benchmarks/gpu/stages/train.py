@@ -26,6 +26,9 @@ def items(setting: Setting) -> Iterator[Item]:
     yield Item("train.py with one rank of NCCL", lambda: one_rank(setting))
 
 
+BT709 = 1  # AVCOL_SPC_BT709
+
+
 class Frames:
     """In place of a video's reader: frames of random bytes, that depend on its name alone."""
 
@@ -40,10 +43,15 @@ class Frames:
     def __exit__(self, *args):
         return None
 
-    def read(self, indices, *args, **kwargs):
+    def pictures(self, wanted, *args, **kwargs):
+        """As a decoder gives them: Y, U and V."""
+        from mae_fast.data.planes import Pictures
+        from mae_fast.ops.source import colours, frame_bytes
+
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (len(indices), 64, 80, 3)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        shape = (len(wanted), frame_bytes(64, 80, True))
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return Pictures(pixels, 64, 80, colours(BT709, False))
 
 
 def trained(setting: Setting, folder: Path, steps: int = STEPS, held_out: bool = False, **train):
@@ -53,7 +61,8 @@ def trained(setting: Setting, folder: Path, steps: int = STEPS, held_out: bool =
     from mae_fast.data import VideoRow, loader, write_index
     from mae_fast.train import pretrain
 
-    rows = [VideoRow(f"synthetic-{i}", frames=64, fps=30.0) for i in range(8)]
+    how = dict(frames=64, fps=30.0, width=80, height=64)
+    rows = [VideoRow(f"synthetic-{i}", **how) for i in range(8)]
     folder.mkdir(exist_ok=True)
     index = str(folder / "index.jsonl")
     write_index(rows, Path(index))
