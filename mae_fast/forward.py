@@ -172,18 +172,6 @@ def forward(
     return loss, pred
 
 
-@spanned("encoder")
-def encode(
-    params: Params,
-    spec: Spec,
-    video: Tensor | Source,
-    ids_keep: Tensor,
-    without: Collection[str] = (),
-) -> Tensor:
-    """The encoder on visible tokens: [B, (1 +) K, D] after its last norm (if any), cls first."""
-    return _encode(params, spec, video, ids_keep, without)
-
-
 @spanned("target encoder")
 @torch.no_grad()
 def features(params: Params, spec: Spec, video: Tensor | Source) -> Tensor:
@@ -201,6 +189,7 @@ def _encode(
     ids_keep: Tensor,
     without: Collection[str] = (),
 ) -> Tensor:
+    """The encoder on visible tokens: [B, (1 +) K, D] after its last norm (if any), cls first."""
     everywhere = "visible_embed" in without
     ids = ids_keep
     if everywhere:
@@ -217,6 +206,9 @@ def _encode(
     if params.norm is None:
         return x if y is None else x + y
     return _norm(x, y, params.norm)[1]
+
+
+encode = spanned("encoder")(_encode)
 
 
 @spanned("decoder")

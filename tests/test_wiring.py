@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from mae_fast import checkpoint, distributed, metrics, train
-from mae_fast.config import Config, DataConfig, EvalConfig, MaskConfig, ModelConfig, TrainConfig
+from mae_fast.config import Config, EvalConfig
+from mae_fast.config_file import SECTIONS
 from mae_fast.data import VideoReader, VideoRow, read_index, write_index
 from mae_fast.distributed import World
 from mae_fast.errors import ConfigError, DataError, Interrupted, NonFiniteError
@@ -60,13 +61,6 @@ BASE = {
         seed=3,
     ),
     "eval": {},
-}
-SECTIONS = {
-    "model": ModelConfig,
-    "mask": MaskConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
 }
 
 

@@ -85,8 +85,7 @@ def test_masked_mse_of_a_source(backend, dtype, norm_pix):
 def test_a_model_of_a_source(target):
     """Loss, prediction and every gradient; what a picture of it is drawn from."""
     torch.manual_seed(0)
-    hog = {"pred_t_patch_size": 1} if target == "hog" and "pred_t_patch_size" in vars(TINY) else {}
-    cfg = ModelConfig(**{**_fields(TINY), "target": target, **hog})
+    cfg = ModelConfig(**{**_fields(TINY), "target": target})
     model, s = MaskedAutoencoder(cfg), source()
     s = Source(s.flat.cpu(), s.table.cpu(), s.size)
     keep, masked = draw_ids("random", cfg.grid, 0.5, seed=0, step=0, samples=torch.arange(2))
