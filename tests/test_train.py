@@ -321,8 +321,9 @@ def test_epochs_count_passes_over_the_videos():
     "changes", [{}, {"accum_steps": 2}, {"precision": "bf16"}], ids=["plain", "accum", "bf16"]
 )
 def test_a_run_with_graphs_is_the_run_without(changes, index, tmp_path, monkeypatch):
-    graphs, true = [], step.Graphed
+    graphs, true, closed = [], step.Graphed, []
     monkeypatch.setattr(graph, "why_not", lambda *args: None)
+    monkeypatch.setattr(step.Step, "close", lambda self: closed.append(self))
     monkeypatch.setattr(step, "Graphed", lambda *a: graphs.append(true(*a)) or graphs[-1])
     runs = []
     for how in ("off", "on"):
@@ -332,6 +333,7 @@ def test_a_run_with_graphs_is_the_run_without(changes, index, tmp_path, monkeypa
         runs.append((losses, _weights(out)))
     captured = [g.graph is not None for g in graphs]  # alone, no micro-step adds up others'
     assert captured == [False, True, False, "accum_steps" in changes, True]
+    assert len(closed) == 2
     assert runs[0][0] == runs[1][0] and _same(runs[0][1], runs[1][1])
 
 
