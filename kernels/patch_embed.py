@@ -53,10 +53,12 @@ def _patch_embed_dpos_kernel(dpos, dout, order, start, WIDTH: tl.constexpr, BLOC
 
 
 def patch_embed_fwd(video, ids, weight, bias, pos, t_patch, patch, mean, std):
-    """video [B, C, T, H, W], ids [B, K], weight [D, P], bias [D] or None, pos [L, D] -> [B, K, D],
-    of the dtype that torch's sum of the product and the positions has."""
+    """video [B, C, T, H, W] or its patches [B, K, P], ids [B, K], weight [D, P], bias [D] or None,
+    pos [L, D] -> [B, K, D], of the dtype that torch's sum of the product and the positions has."""
     ids, width, length = ids.contiguous(), weight.shape[0], pos.shape[0]
-    patches = patchify_gather_fwd(video, ids, t_patch, patch, mean, std, weight.dtype)
+    patches = video
+    if video.dim() == 5:
+        patches = patchify_gather_fwd(video, ids, t_patch, patch, mean, std, weight.dtype)
     embedded = F.linear(patches, weight, bias)
     dtype = torch.promote_types(weight.dtype, pos.dtype)
     out = torch.empty(embedded.shape, dtype=dtype, device=video.device)
@@ -78,11 +80,15 @@ def patch_embed_bwd(
     dout [B, K, D]; `dtype` is that of weight and bias.
     """
     dout, ids, width = dout.contiguous(), ids.contiguous(), dout.shape[-1]
-    values = video.shape[1] * t_patch * patch * patch
+    values = video.shape[2] if video.dim() == 3 else video.shape[1] * t_patch * patch * patch
     dweight = torch.empty((0, values), dtype=dtype, device=dout.device)
     if needs_weight:
-        patches = patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype)
-        patches.masked_fill_(((ids < 0) | (ids >= length))[..., None], 0)
+        nowhere = ((ids < 0) | (ids >= length))[..., None]
+        if video.dim() == 3:
+            patches = video.masked_fill(nowhere, 0)
+        else:
+            patches = patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype)
+            patches.masked_fill_(nowhere, 0)
         dweight = dout.to(dtype).flatten(0, 1).t() @ patches.flatten(0, 1)
     dbias = linear_sums(dout.flatten(0, 1)).to(dtype)
     dpos = torch.empty((length if needs_pos else 0, width), dtype=pos_dtype, device=dout.device)

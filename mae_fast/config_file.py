@@ -27,7 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_SECTIONS = {
+SECTIONS = {
     "model": ModelConfig,
     "mask": MaskConfig,
     "data": DataConfig,
@@ -88,7 +88,7 @@ def as_config(cfg: "Config | str | Path") -> Config:
 def config_from_dict(
     tree: dict[str, Any],
     kind: type = Config,
-    sections: Mapping[str, type] = _SECTIONS,
+    sections: Mapping[str, type] = SECTIONS,
     recipes: Mapping[str, dict] = RECIPES,
 ) -> Any:
     """Build a Config from nested tables. `recipe` at the top (the first by default) and `preset` in

@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 
-from mae_fast import probe
 from mae_fast.config import Config
 from mae_fast.data import VideoRow, make_loader, read_index
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.masked_mse import norm_target
-from mae_fast.tasks.clips import classes_of, numbers_of
-from mae_fast.tasks.config import ClipsConfig
 
 CLIPS = 64
 _SEED = 20220518  # any fixed number: the paper's first day on arXiv
@@ -52,7 +49,7 @@ def held_out_loss(
     for batch in loader:
         waiting()
         batch = batch.to(device)
-        video = batch.video(cfg.model.img_size)
+        video = batch.source(cfg.model.img_size)
         keep, masked = draw_ids(
             cfg.mask.strategy,
             cfg.model.grid,
@@ -81,6 +78,10 @@ class Probes:
         self.every = cfg.eval.probe
         if not self.every:
             return
+        # Late, as below: commands beside them want tyro, which a GPU's image may lack.
+        from mae_fast.tasks.clips import classes_of, numbers_of
+        from mae_fast.tasks.config import ClipsConfig
+
         self.train = read_index(cfg.eval.train_index)
         self.test = read_index(cfg.eval.test_index, broken=True)  # a broken one counts as wrong
         numbers_of(self.test, classes_of(self.train))
@@ -93,6 +94,8 @@ class Probes:
 
     def __call__(self, model: MaskedAutoencoder, waiting: Callable[[], None]) -> dict[str, float]:
         """{"probe_knn", "probe_linear"}: accuracies. `waiting` may raise."""
+        from mae_fast import probe
+
         net = probe.encoder_of(model)
         found = probe.judge(net, self.train, self.test, self.clips, seed=self.seed, waiting=waiting)
         return {f"probe_{kind}": accuracy for kind, accuracy in found.items()}

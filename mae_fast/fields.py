@@ -109,3 +109,17 @@ def unknown(what: str, name: Any, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown {what} {shown(name)}{hint} (known: {', '.join(known)})"
+
+
+def defaults(it: Any) -> dict[str, Any]:
+    """The default of each field of a dataclass that has one, nested as the dataclass is."""
+    found = {}
+    for f in dataclasses.fields(it):
+        value = getattr(it, f.name)
+        if dataclasses.is_dataclass(value):
+            found[f.name] = defaults(value)
+        elif f.default is not dataclasses.MISSING:
+            found[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            found[f.name] = f.default_factory()
+    return found

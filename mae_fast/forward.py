@@ -17,12 +17,14 @@ from mae_fast.ops import dispatch
 from mae_fast.ops.add_layer_norm import add_layer_norm
 from mae_fast.ops.attention import attention, attention_qkv, split_qkv
 from mae_fast.ops.bias_gelu import bias_gelu
+from mae_fast.ops.crop_resize_patchify_gather import whole
 from mae_fast.ops.decoder_tokens import decoder_tokens
 from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.ops.linear import linear, linears
 from mae_fast.ops.masked_hog_mse import hog_patches, masked_hog_mse
 from mae_fast.ops.masked_mse import masked_mse, target_patches
 from mae_fast.ops.patch_embed import patch_embed
+from mae_fast.ops.source import Source
 from mae_fast.remade import remade
 from mae_fast.spans import spanned
 
@@ -142,7 +144,7 @@ class Spec(NamedTuple):
 def forward(
     params: Params,
     spec: Spec,
-    video: Tensor,
+    video: Tensor | Source,
     ids_keep: Tensor,
     ids_mask: Tensor,
     full_pred: bool = False,
@@ -150,7 +152,8 @@ def forward(
     pixels: Tensor | None = None,
     target: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, pred) of a clip [B, C, T, H, W], uint8 or normalised float, under one mask.
+    """(loss, pred) of a clip [B, C, T, H, W], uint8 or normalised float, or of the source of one,
+    under one mask.
 
     ids_keep [B, K] and ids_mask [B, M] split the L tokens, or some of them: no other token takes
     part. pred is [B, M, P], in the order of ids_mask, or with full_pred [B, K + M, P] in patch
@@ -169,17 +172,9 @@ def forward(
     return loss, pred
 
 
-@spanned("encoder")
-def encode(
-    params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
-) -> Tensor:
-    """The encoder on visible tokens: [B, (1 +) K, D] after its last norm (if any), cls first."""
-    return _encode(params, spec, video, ids_keep, without)
-
-
 @spanned("target encoder")
 @torch.no_grad()
-def features(params: Params, spec: Spec, video: Tensor) -> Tensor:
+def features(params: Params, spec: Spec, video: Tensor | Source) -> Tensor:
     """V-JEPA's targets, [B, L, D]: the encoder on all tokens, cls left out, and over each of them a
     layer norm without weights (eps 1e-5). Both last norms in the residual's precision."""
     ids = torch.arange(len(params.pos), device=video.device).expand(video.shape[0], -1)
@@ -188,8 +183,13 @@ def features(params: Params, spec: Spec, video: Tensor) -> Tensor:
 
 
 def _encode(
-    params: Params, spec: Spec, video: Tensor, ids_keep: Tensor, without: Collection[str] = ()
+    params: Params,
+    spec: Spec,
+    video: Tensor | Source,
+    ids_keep: Tensor,
+    without: Collection[str] = (),
 ) -> Tensor:
+    """The encoder on visible tokens: [B, (1 +) K, D] after its last norm (if any), cls first."""
     everywhere = "visible_embed" in without
     ids = ids_keep
     if everywhere:
@@ -206,6 +206,9 @@ def _encode(
     if params.norm is None:
         return x if y is None else x + y
     return _norm(x, y, params.norm)[1]
+
+
+encode = spanned("encoder")(_encode)
 
 
 @spanned("decoder")
@@ -284,7 +287,11 @@ def _shared_qkv(
 
 @spanned("loss")
 def masked_loss(
-    spec: Spec, pred: Tensor, video: Tensor, ids_mask: Tensor, target: Tensor | None = None
+    spec: Spec,
+    pred: Tensor,
+    video: Tensor | Source,
+    ids_mask: Tensor,
+    target: Tensor | None = None,
 ) -> Tensor:
     """The loss of predictions [B, M, P] of the tokens ids_mask [B, M].
 
@@ -297,15 +304,26 @@ def masked_loss(
             return (pred - _rows(target, ids_mask)).abs().mean()
         return F.cross_entropy(pred.flatten(0, 1), target.gather(1, ids_mask.long()).flatten())
     if spec.hog:
-        return masked_hog_mse(pred, video, ids_mask, spec.target_frames, spec.patch, spec.std)
+        video, frames = _around(spec, video)
+        return masked_hog_mse(pred, video, ids_mask, frames, spec.patch, spec.std)
     target = (spec.target_frames, spec.pred_t_patch, spec.patch, spec.mean, spec.std)
     return masked_mse(pred, video, ids_mask, *target, spec.norm_pix)
 
 
-def targets(spec: Spec, video: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def _around(spec: Spec, video: Tensor | Source) -> tuple[Tensor, tuple[int, ...]]:
+    """(pixels, numbers of the target frames in them): a gradient is of what surrounds a patch too,
+    so that of a source the target frames are made whole."""
+    if not isinstance(video, Source):
+        return video, spec.target_frames
+    pixels = whole(video.of_frames(spec.target_frames), spec.patch, spec.mean, spec.std)
+    return pixels, tuple(range(len(spec.target_frames)))
+
+
+def targets(spec: Spec, video: Tensor | Source, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """What the decoder predicts of tokens `ids` [B, M], pixels before norm_pix: [B, M, P]."""
     if spec.hog:
-        return hog_patches(video, ids, spec.target_frames, spec.patch, spec.std, dtype)
+        video, frames = _around(spec, video)
+        return hog_patches(video, ids, frames, spec.patch, spec.std, dtype)
     return target_patches(
         video,
         ids,

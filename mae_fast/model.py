@@ -15,8 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 from mae_fast.config import ModelConfig, as_model
 from mae_fast.forward import Affine, Block, Norm, OwnBlock, Params, Spec, features, forward
 from mae_fast.masking import ids_from_keep, ids_from_noise, mask_from_keep, num_keep
+from mae_fast.ops.crop_resize_patchify_gather import whole
 from mae_fast.ops.dispatch import check_device, check_ids
 from mae_fast.ops.masked_mse import unpatchify
+from mae_fast.ops.source import Source
 from mae_fast.targets import Tokenizer, copy_of_encoder
 
 PIXEL_MEAN, PIXEL_STD = 0.45, 0.225
@@ -180,7 +182,7 @@ class MaskedAutoencoder(nn.Module):
         )
 
     @torch.no_grad()
-    def target(self, video: Tensor) -> Tensor | None:
+    def target(self, video: Tensor | Source) -> Tensor | None:
         """What is asked of all tokens of clips, as of forward.masked_loss: classes [B, L], features
         [B, L, D]; None where the clip's pixels tell. ValueError without a tokenizer."""
         if self.cfg.target == "features":
@@ -190,13 +192,15 @@ class MaskedAutoencoder(nn.Module):
             return None
         if self.tokenizer is None:
             raise ValueError("model.target is tokens: set the model's tokenizer, a Tokenizer")
+        if isinstance(video, Source):
+            video = whole(video, self.cfg.patch_size, PIXEL_MEAN, PIXEL_STD)
         bytes_ = video.dtype == torch.uint8
         clips = video.float() / 255 if bytes_ else video.float() * PIXEL_STD + PIXEL_MEAN
         return self.tokenizer(clips, self.cfg.grid, self.cfg.vocabulary)
 
     def forward(
         self,
-        video: Tensor,
+        video: Tensor | Source,
         mask_ratio: float = 0.9,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -205,7 +209,8 @@ class MaskedAutoencoder(nn.Module):
         ids_mask: Tensor | None = None,
         target: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, pred, mask) of clips [B, C, T, H, W], uint8 or float already normalised.
+        """(loss, pred, mask) of clips [B, C, T, H, W], uint8 or float already normalised, or the
+        source of such clips.
 
         The mask comes from `ids_keep` [B, K] (and `ids_mask` [B, M], trusted, as masking.draw_ids
         gives them), else from `noise` [B, L], else from fp32 noise drawn with `generator`. mask
@@ -216,11 +221,11 @@ class MaskedAutoencoder(nn.Module):
         """
         cfg = self.cfg
         expected = (cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-        if video.dim() != 5 or video.shape[1:] != expected:
+        if video.shape[1:] != expected:
             raise ValueError(
                 f"video must be [B, {', '.join(map(str, expected))}], got {list(video.shape)}"
             )
-        if not (video.dtype == torch.uint8 or video.is_floating_point()):
+        if not (video.dtype == torch.uint8 or video.dtype.is_floating_point):
             raise ValueError(f"video must be uint8, or float and normalised, got {video.dtype}")
         batch, length = video.shape[0], cfg.num_patches
         given = {"video": video, "noise": noise, "ids_keep": ids_keep, "ids_mask": ids_mask}

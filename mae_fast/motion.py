@@ -58,12 +58,15 @@ def _cut(rng: np.random.Generator, picture: np.ndarray, side: int) -> np.ndarray
     return picture[top : top + side, left : left + side]
 
 
-def write_clip(path: Path, frames: np.ndarray) -> None:
-    """An H.264 file whose pixels are nearly those given."""
+def write_clip(
+    path: Path, frames: np.ndarray, fps: int = FPS, gop: int = FRAMES, crf: int = 12
+) -> None:
+    """An H.264 file whose pixels are nearly those given, uint8 [T, H, W, 3]; a keyframe every `gop`
+    frames."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "12"})
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
-        stream.codec_context.gop_size = FRAMES
+        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.gop_size = gop
         stream.codec_context.thread_count = 1
         for k, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")

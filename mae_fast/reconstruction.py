@@ -8,10 +8,9 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
 from mae_fast.config import MaskStrategy, Variant, preset
-from mae_fast.data import BadVideo, VideoReader, clip_indices, crop_resize
+from mae_fast.data import BadVideo, VideoReader, clip_indices
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import require
 from mae_fast.files import write, write_figure
@@ -19,6 +18,7 @@ from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.masked_mse import norm_target
+from mae_fast.ops.source import Source
 from mae_fast.weights import load_model
 
 ROWS = ("original", "masked", "reconstruction", "reconstruction + visible patches")
@@ -72,8 +72,8 @@ def reconstruct(
     print(f"wrote {output}")
 
 
-def load_clip(video: str, model: MaskedAutoencoder, at: float, sampling_rate: int) -> Tensor:
-    """A clip [1, 3, T, S, S], normalised: the centre square of official frames from `at` on."""
+def load_clip(video: str, model: MaskedAutoencoder, at: float, sampling_rate: int) -> Source:
+    """A clip [1, 3, T, S, S]: the centre square of official frames from `at` on."""
     cfg = model.cfg
     try:
         with VideoReader(video) as reader:
@@ -90,12 +90,13 @@ def load_clip(video: str, model: MaskedAutoencoder, at: float, sampling_rate: in
                 lo=start,
                 hi=start + span,
             )
-            frames = reader.read(index)
+            wanted, where = index.unique(return_inverse=True)
+            found = reader.pictures(wanted.tolist())
     except BadVideo as e:
         raise DataError(str(e)) from e
-    side = min(frames.shape[1:3])
-    box = ((frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2, side, side)
-    return crop_resize(frames, box, False, cfg.img_size)[None]
+    side = min(found.height, found.width)
+    box = (found.height - side) // 2, (found.width - side) // 2, side, side
+    return found.source([(where.tolist(), box, False)], cfg.img_size)
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Panel:
 
 @torch.no_grad()
 def draw_panel(
-    model: MaskedAutoencoder, clip: Tensor, ratio: float, strategy: str, seed: int
+    model: MaskedAutoencoder, clip: Source, ratio: float, strategy: str, seed: int
 ) -> Panel:
     """Run the model on one clip; normalised patches are denormalised with the target's own
     mean and deviation, which a model without the original could not know."""
@@ -118,7 +119,7 @@ def draw_panel(
     keep, masked = draw_ids(strategy, cfg.grid, ratio, seed=seed, step=0, samples=samples)
     loss, pred, mask = model(clip, ids_keep=keep, ids_mask=masked, full_pred=True)
     everything = torch.arange(cfg.num_patches, device="cpu")[None]
-    target = targets(spec, clip, everything, clip.dtype)
+    target = targets(spec, clip, everything, torch.float32)
     _, mean, std = norm_target(target, spec.norm_pix, cfg.in_chans)
     pred = pred * std + mean
     hidden = mask[..., None]

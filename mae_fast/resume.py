@@ -39,7 +39,6 @@ OF_THE_MACHINE = {
     "train.max_nonfinite",
     "train.tensorboard",
     "train.wandb",
-    "eval",  # of a state that has none
     "eval.probe",
     "eval.train_index",
     "eval.test_index",
@@ -67,13 +66,19 @@ def draws(rows: list[VideoRow]) -> dict[str, Any] | None:
     return {"videos": len(rows), "digest": digest.hexdigest()[:16]} if rows else None
 
 
-def check(folder: Path, old: dict[str, Any], new: dict[str, Any], indexes: dict[str, str]) -> None:
+def check(
+    folder: Path,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    indexes: dict[str, str],
+    defaults: dict[str, Any],
+) -> None:
     """Raise ConfigError, with the way out, where the run of state `old` would not go on as it was.
 
-    Both hold `config` and the draws of each of `indexes` (key -> file); what a state of an older
-    version lacks is not compared.
+    Both hold `config` and the draws of each of `indexes` (key -> file). What a state of an older
+    version lacks is not compared; a setting that there was not yet had its default.
     """
-    changed = changed_settings(old["config"], new["config"])
+    changed = changed_settings(_filled(old["config"], defaults), new["config"])
     if changed:
         raise ConfigError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}): "
@@ -144,13 +149,21 @@ def parted(folder: Path, old: dict[str, Any], asked: Parts, mixed: bool) -> tupl
     )
 
 
+def _filled(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    found = dict(old)
+    for key, value in defaults.items():
+        if isinstance(value, dict) and isinstance(old.get(key, {}), dict):
+            found[key] = _filled(old.get(key, {}), value)
+        else:
+            found.setdefault(key, value)
+    return found
+
+
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """`key: old -> new` for each setting that decides what is computed and is not the same."""
     changed = []
     for key in sorted({*old, *new}):
         name, a, b = prefix + key, old.get(key), new.get(key)
-        if name in ("ava", "task") and a is None:  # a state of before
-            continue
         if isinstance(a, dict) and isinstance(b, dict):
             changed += changed_settings(a, b, name + ".")
         elif name not in OF_THE_MACHINE and json.dumps(a) != json.dumps(b):

@@ -98,8 +98,8 @@ class Step:
 
     def close(self) -> None:
         """Let go of the graphs: NCCL does not end while one holds its kernels."""
-        for part in (*self.micros.values(), self.end):
-            if isinstance(part, Graphed):
+        if self.side:
+            for part in (*self.micros.values(), self.end):
                 part.close()
 
     def _part(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -49,9 +49,11 @@ from mae_fast.errors import (
     OutOfMemory,
 )
 from mae_fast.evaluate import Probes, held_out_loss
+from mae_fast.fields import defaults
 from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.dispatch import backends
+from mae_fast.ops.source import Source
 from mae_fast.optim import lr_at, make_optimizer, peak_lr
 from mae_fast.signals import Signals, Told
 from mae_fast.step import Step
@@ -352,8 +354,8 @@ class Run:
         window.losses.append(loss)
         window.norms.append(norm)
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """video [B, C, T, H, W], ids_keep [B, K] and ids_mask [B, M] of a micro-step."""
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The frames and their table, ids_keep [B, K] and ids_mask [B, M] of a micro-step."""
         cfg = self.cfg
         ids = draw_masks(
             cfg.mask,
@@ -363,10 +365,11 @@ class Run:
             samples=batch.samples,
             device=self.world.device,
         )
-        video = batch.video(cfg.model.img_size)
+        source = batch.source(cfg.model.img_size)
+        table = source.table
         if cfg.mask.per_clip > 1:
-            video = video.repeat_interleave(cfg.mask.per_clip, dim=0)
-        return video, *ids
+            table = table.repeat_interleave(cfg.mask.per_clip, dim=0)
+        return source.flat, table, *ids
 
     def _next(self, batches: Iterator[Batch], window: Window) -> Batch:
         """The next batch, when every rank has its own; _Stop where one cannot or should not go on.
@@ -401,7 +404,8 @@ class Run:
         more = f" and {t.batch_size - len(videos)} more" if t.batch_size > len(videos) else ""
         return f"loading {names}{more} for step {step + 1}"
 
-    def _loss(self, video: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
+    def _loss(self, flat: Tensor, table: Tensor, ids_keep: Tensor, ids_mask: Tensor) -> Tensor:
+        video = Source(flat, table, self.cfg.model.img_size)
         n = self.cfg.mask.per_clip  # a clip stands so often in the batch, and its target is one
         target = self.model.target(video[::n])
         if target is not None:
@@ -572,7 +576,7 @@ class Run:
             found = checkpoint.latest(self.folder, broken)
             if found:
                 files = {"index": self.cfg.data.index, "val_index": self.cfg.data.val_index}
-                resume.check(self.folder, found[0], self._state(), files)
+                resume.check(self.folder, found[0], self._state(), files, defaults(self.cfg))
                 self.parts = resume.parted(self.folder, found[0], self.begun, self.mixed)
             for path in broken:
                 checkpoint.set_aside(path, "broken")

@@ -15,22 +15,15 @@ from mae_fast import cli, masking
 from mae_fast.config import (
     Config,
     DataConfig,
-    EvalConfig,
     MaskConfig,
     ModelConfig,
     TrainConfig,
     preset,
 )
+from mae_fast.config_file import SECTIONS
 from mae_fast.errors import ConfigError
 from mae_fast.fields import shown
 
-SECTIONS = {
-    "model": ModelConfig,
-    "mask": MaskConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-}
 FIELDS = [(s, f) for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 FIELDS += [("", f) for f in dataclasses.fields(Config) if f.name not in SECTIONS]
 # Fields of numbers that may be zero; every other is refused at 0.

@@ -28,6 +28,7 @@ from mae_fast.forward import SAVINGS, forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS
+from mae_fast.ops.source import COLUMNS, Source
 from mae_fast.ops.work import work
 from mae_fast.report.rows import step_rows
 
@@ -110,7 +111,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 CLIP, IDS = meta(2, 3, 16, 224, 224, dtype=torch.uint8), meta(2, 156, dtype=torch.int32)
 X, ROW = meta(2, 1569, 512), meta(512)
-FRAMES = [meta(16, 256, 336, 3, dtype=torch.uint8)] * 2
+PLANES = Source(meta(0, dtype=torch.uint8), meta(2, COLUMNS + 16), 224)
 TOKENS = (
     meta(2, 156, 512),
     meta(2, 512),
@@ -133,7 +134,7 @@ BY_HAND = {
     ),
     "patchify_gather": ((CLIP, IDS, 2, 16, 0, 1, torch.float32), 0, 5 * 2 * 156 * 1536),
     "crop_resize_patchify_gather": (
-        (FRAMES, None, None, IDS, 224, 2, 16, 0, 1, torch.float32),
+        (PLANES, IDS, 2, 16, 0, 1, torch.float32),
         0,
         5 * 2 * 156 * 1536,
     ),

@@ -79,8 +79,10 @@ DEFAULTS = {
         wandb=False,
         backends={},
     ),
+    "eval": dict(probe=0, train_index="", test_index=""),
 }
 CLASSES = {"model": ModelConfig, "mask": MaskConfig, "data": DataConfig, "train": TrainConfig}
+CLASSES["eval"] = config.EvalConfig
 
 
 def test_defaults_are_the_official_recipe(monkeypatch):

@@ -121,7 +121,7 @@ def steps(cfg, folder) -> list[torch.Tensor]:
     data = mae_fast.DataConfig(workers=0, repeat_aug=1)
     for batch in make_loader(rows, data, seed=0, **options):
         keep, masked = draw_ids("random", cfg.grid, 0.5, seed=0, step=0, samples=batch.samples)
-        loss, *_ = model(batch.video(cfg.img_size), ids_keep=keep, ids_mask=masked)
+        loss, *_ = model(batch.source(cfg.img_size), ids_keep=keep, ids_mask=masked)
         loss.backward()
         found += [loss.detach(), clipped_adamw(optimizer, 1.0)]
         optimizer.zero_grad()
@@ -159,11 +159,8 @@ def test_a_model_is_made_on_the_default_device(meta):
 
 
 def test_tables_of_addresses_are_made_on_the_host(meta):
-    """AdamW's and crop_resize's, from pinned memory where there is a GPU."""
+    """AdamW's, from pinned memory where there is a GPU."""
     adamw = pytest.importorskip("mae_fast.kernels.adamw")
-    crop = pytest.importorskip("mae_fast.kernels.crop_resize_patchify_gather")
     rows = torch.ones(4, device="cpu"), torch.ones(4, device="cpu")
     table = adamw.Table([[(rows[0], rows[1], rows[0], rows[1], rows[0], None)]])
     assert table.rows.tolist()[0][:2] == [t.data_ptr() for t in rows]
-    clip = torch.zeros(2, 4, 6, 3, dtype=torch.uint8, device="cpu")
-    assert crop._table([clip]).tolist() == [[clip.data_ptr(), 72, 18, 3, 1, 4, 6]]

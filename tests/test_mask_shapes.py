@@ -26,6 +26,7 @@ from mae_fast.masking import (
     num_keep,
 )
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.source import Source
 from mae_fast.train import Run
 
 GRID = (8, 14, 14)
@@ -253,11 +254,13 @@ def test_a_run_takes_each_clip_once_a_mask_and_decodes_a_part():
     cfg = Config(model=preset("vit_tiny", img_size=64, num_frames=8), mask=mask)
     frames = [torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8) for _ in range(2)]
     boxes = torch.tensor([[0, 0, 64, 64]] * 2, dtype=torch.int32)
-    batch = Batch(frames, boxes, torch.zeros(2).bool(), torch.tensor([4, 9]), ["a", "b"], [])
+    flips, samples = torch.zeros(2).bool(), torch.tensor([4, 9])
+    batch = Batch.of_rgb(frames, boxes, flips, samples, ["a", "b"], [])
     run = SimpleNamespace(cfg=cfg, step=6, world=World(0, 1, torch.device("cpu")))
-    video, keep, decoded = Run._inputs(run, batch)
-    assert torch.equal(video[::3], video[1::3]) and not torch.equal(video[0], video[3])
-    assert [len(x) for x in (video, keep, decoded)] == [6] * 3
+    flat, table, keep, decoded = Run._inputs(run, batch)
+    assert torch.equal(table[::3], table[1::3]) and not torch.equal(table[0], table[3])
+    assert [len(x) for x in (table, keep, decoded)] == [6] * 3
+    video = Source(flat, table, 64)
     drawn = draw_masks(mask, (4, 4, 4), seed=0, step=6, samples=torch.tensor([4, 9]))
     assert torch.equal(keep, drawn[0]) and torch.equal(decoded, drawn[1])
     assert (keep.shape[1], decoded.shape[1]) == (32, 16)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mae_fast.config import TrainConfig
+from mae_fast.graph import Graphed
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.optim import clipped_step, make_optimizer
@@ -172,3 +173,12 @@ def test_a_step_that_is_not_finite_is_skipped_inside_the_graph(tiny_cfg):
     assert [bool(norm.isnan()) for norm in norms] == [i == 5 for i in range(8)]
     assert all(torch.equal(a, b) for a, b in zip(weights[4], weights[5], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(weights[5], weights[6], strict=True))
+
+
+def test_a_step_lets_go_of_every_graph(tiny_cfg, monkeypatch):
+    closed = []
+    monkeypatch.setattr(Graphed, "close", lambda part: closed.append(part))
+    _trainer(tiny_cfg).close()
+    step = _trainer(tiny_cfg, graph=True)
+    step.close()
+    assert closed == [*step.micros.values(), step.end]

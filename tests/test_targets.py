@@ -21,6 +21,7 @@ from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS
 from mae_fast.ops.dispatch import backends
+from mae_fast.ops.source import Source
 from mae_fast.optim import make_optimizer
 from mae_fast.step import WARMUP, Step
 from mae_fast.targets import Tokenizer, follow
@@ -327,7 +328,8 @@ def test_the_target_of_a_clip_with_several_masks_is_made_once(
     once = train.pretrain(cfg)
     assert seen == [2] * 4
 
-    def loss(self, video, keep, masked):
+    def loss(self, flat, table, keep, masked):
+        video = Source(flat, table, tiny_cfg.img_size)
         return self.model(video, ids_keep=keep, ids_mask=masked)[0]
 
     monkeypatch.setattr(train.Run, "_loss", loss)

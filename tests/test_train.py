@@ -321,8 +321,9 @@ def test_epochs_count_passes_over_the_videos():
     "changes", [{}, {"accum_steps": 2}, {"precision": "bf16"}], ids=["plain", "accum", "bf16"]
 )
 def test_a_run_with_graphs_is_the_run_without(changes, index, tmp_path, monkeypatch):
-    graphs, true = [], step.Graphed
+    graphs, true, closed = [], step.Graphed, []
     monkeypatch.setattr(graph, "why_not", lambda *args: None)
+    monkeypatch.setattr(step.Step, "close", lambda self: closed.append(self))
     monkeypatch.setattr(step, "Graphed", lambda *a: graphs.append(true(*a)) or graphs[-1])
     runs = []
     for how in ("off", "on"):
@@ -330,8 +331,9 @@ def test_a_run_with_graphs_is_the_run_without(changes, index, tmp_path, monkeypa
         pretrain(_config(index, out, steps=10, cuda_graph=how, **changes))
         losses = [row["loss"] for row in metrics.read(out / "metrics.jsonl")]
         runs.append((losses, _weights(out)))
-    first, further, end = (g.graph is not None for g in graphs)
-    assert first and end and further == ("accum_steps" in changes)
+    captured = [g.graph is not None for g in graphs]  # alone, no micro-step adds up others'
+    assert captured == [False, True, False, "accum_steps" in changes, True]
+    assert len(closed) == 2
     assert runs[0][0] == runs[1][0] and _same(runs[0][1], runs[1][1])
 
 
@@ -445,7 +447,7 @@ def test_a_run_under_nohup_outlives_its_session(index, tmp_path, monkeypatch):
 def test_a_signal_is_heard_while_the_loader_waits(workers, index, tmp_path, monkeypatch):
     """A read that does not return, stopped workers: a network file system that is gone."""
     cfg = _with(_config(index, tmp_path / "run"), workers=workers)
-    gone, read = threading.Event(), VideoReader.read
+    gone, read = threading.Event(), VideoReader.pictures
 
     def stop():
         if workers:
@@ -459,7 +461,7 @@ def test_a_signal_is_heard_while_the_loader_waits(workers, index, tmp_path, monk
             threading.Event().wait(60)
         return read(self, *args)
 
-    monkeypatch.setattr(VideoReader, "read", blocked)
+    monkeypatch.setattr(VideoReader, "pictures", blocked)
     _at(monkeypatch, 12, stop)
     began = time.monotonic()
     with pytest.raises(Interrupted, match="SIGTERM after step 1"):

@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from mae_fast import checkpoint, distributed, metrics, train
-from mae_fast.config import Config, DataConfig, EvalConfig, MaskConfig, ModelConfig, TrainConfig
+from mae_fast.config import Config, EvalConfig
+from mae_fast.config_file import SECTIONS
 from mae_fast.data import VideoReader, VideoRow, read_index, write_index
 from mae_fast.distributed import World
 from mae_fast.errors import ConfigError, DataError, Interrupted, NonFiniteError
@@ -60,13 +61,6 @@ BASE = {
         seed=3,
     ),
     "eval": {},
-}
-SECTIONS = {
-    "model": ModelConfig,
-    "mask": MaskConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
 }
 
 
@@ -324,13 +318,13 @@ def test_a_row_is_of_the_steps_since_the_last(base, index, tmp_path):
 
 def test_the_time_of_a_row_is_that_of_its_steps(index, tmp_path, monkeypatch):
     """Four reads of 30 ms a step: the step takes them, and waits for data as long."""
-    read = VideoReader.read
+    read = VideoReader.pictures
 
     def slow(self, *args):
         time.sleep(0.03)
         return read(self, *args)
 
-    monkeypatch.setattr(VideoReader, "read", slow)
+    monkeypatch.setattr(VideoReader, "pictures", slow)
     began = time.perf_counter()
     cfg = config(index, tmp_path / "run", **{"train.log_every": 2, "train.save_every": 99})
     pretrain(cfg)
@@ -519,10 +513,10 @@ def test_tensorboard_and_wandb_get_the_rows(index, tmp_path, monkeypatch):
 def test_backends_are_forced_for_the_run(index, tmp_path, monkeypatch):
     from mae_fast.ops import dispatch
 
-    seen, read = [], VideoReader.read
+    seen, read = [], VideoReader.pictures
     monkeypatch.setattr(
         VideoReader,
-        "read",
+        "pictures",
         lambda self, *a: seen.append(dict(dispatch._forced)) or read(self, *a),
     )
     forced = {"layer_norm": "reference"}
@@ -536,7 +530,7 @@ def test_a_signal_saves_and_the_next_run_goes_on_as_if_nothing_was(
     base, index, rows, tmp_path, monkeypatch
 ):
     """Between checkpoints and rows; the handlers of before are back."""
-    reads, read, before = [], VideoReader.read, signal.getsignal(signal.SIGTERM)
+    reads, read, before = [], VideoReader.pictures, signal.getsignal(signal.SIGTERM)
 
     def interrupted(self, *args):
         reads.append(1)
@@ -544,7 +538,7 @@ def test_a_signal_saves_and_the_next_run_goes_on_as_if_nothing_was(
             os.kill(os.getpid(), signal.SIGTERM)
         return read(self, *args)
 
-    monkeypatch.setattr(VideoReader, "read", interrupted)
+    monkeypatch.setattr(VideoReader, "pictures", interrupted)
     cfg = config(index, tmp_path / "run", **{"train.log_every": 99, "train.save_every": 99})
     with pytest.raises(Interrupted, match=r"SIGTERM.* [12]"):
         pretrain(cfg)
@@ -613,7 +607,7 @@ def test_only_who_saves_says_that_it_is_saved(rank, tmp_path):
 
 def test_a_step_is_saved_once(index, tmp_path, monkeypatch):
     """A run that must leave right after a checkpoint does not write it again."""
-    written, reads, save, read = [], itertools.count(1), checkpoint.save, VideoReader.read
+    written, reads, save, read = [], itertools.count(1), checkpoint.save, VideoReader.pictures
 
     def watched(folder, step, *rest):
         written.append(step)
@@ -625,7 +619,7 @@ def test_a_step_is_saved_once(index, tmp_path, monkeypatch):
         return read(self, *args)
 
     monkeypatch.setattr(checkpoint, "save", watched)
-    monkeypatch.setattr(VideoReader, "read", interrupted)
+    monkeypatch.setattr(VideoReader, "pictures", interrupted)
     with pytest.raises(Interrupted, match="after step 2"):
         pretrain(config(index, tmp_path / "run"))
     assert written == [1, 2]

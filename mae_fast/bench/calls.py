@@ -20,6 +20,7 @@ from mae_fast.forward import forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD, MaskedAutoencoder
 from mae_fast.ops import dispatch
+from mae_fast.ops.source import Source, colours, frame_bytes
 from mae_fast.ops.work import Both, Work, outputs, work
 from mae_fast.spans import recording
 
@@ -47,12 +48,11 @@ class Call:
 
     @property
     def shape(self) -> str:
-        """Of its tensors that are more than a row; of a list, the first."""
-        firsts = (a[0] if isinstance(a, list) else a for a in self.args)
+        """Of its tensors that are more than a row, and of the clips of a source."""
         return " ".join(
             f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}".replace(" ", "")
-            for a in firsts
-            if torch.is_tensor(a) and a.dim() > 1
+            for a in self.args
+            if isinstance(a, Source) or (torch.is_tensor(a) and a.dim() > 1)
         )
 
     def work(self) -> Both:
@@ -83,8 +83,8 @@ class Call:
         return replace(self, args=tuple(self._real(a, device) for a in self.args))
 
     def _real(self, a, device: str):
-        if isinstance(a, list):
-            return [self._real(x, device) for x in a]
+        if isinstance(a, Source):
+            return Source(self._real(a.flat, device), a.table.to(device), a.size)
         if not (torch.is_tensor(a) and a.is_meta):
             return a.to(device) if torch.is_tensor(a) else a
         if a.dtype == torch.int32:
@@ -242,6 +242,20 @@ def _clip(cfg: ModelConfig, clips: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 
+def _source(cfg: ModelConfig, clips: int) -> Source:
+    """Y, U, V frames a quarter larger than the clips."""
+    side = cfg.img_size * 5 // 8 * 2
+    top, left, bytes_ = side // 90, side // 55, frame_bytes(side, side, True)
+    box, colour = (top, left, side - 3 * top, side - left - top), colours(1, False)
+    rows = [
+        [side, side, *box, (clip + 1) % 2, *colour]
+        + [(clip * cfg.num_frames + t) * bytes_ for t in range(cfg.num_frames)]
+        for clip in range(clips)
+    ]
+    flat = torch.empty(clips * cfg.num_frames * bytes_, dtype=torch.uint8, device="meta")
+    return Source(flat, torch.tensor(rows, dtype=torch.int64, device="cpu"), cfg.img_size)
+
+
 def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> list[Call]:
     """Each different call of one forward, whatever its phase, of HOG's loss, and what the data path
     calls."""
@@ -250,16 +264,7 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
         count = call.count + (merged[key].count if (key := (call.op, call.shape)) in merged else 0)
         merged[key] = replace(merged.get(key, call), count=count)
     length, kept = cfg.num_patches, num_keep("random", cfg.grid, ratio)
-    side = cfg.img_size * 5 // 4
-    size = (cfg.num_frames, side, side, cfg.in_chans)
     ids = torch.empty(clips, kept, dtype=torch.int32, device="meta")
-    sources = [torch.empty(size, dtype=torch.uint8, device="meta") for _ in range(clips)]
-    top, left = side // 90, side // 55
-    box = torch.tensor(
-        [top, left, side - 3 * top, side - left - top], dtype=torch.int32, device="cpu"
-    )
-    flips = torch.arange(clips, device="cpu") % 2 == 0
-    crop = sources, box.repeat(clips, 1), flips, ids, cfg.img_size
     pixels = cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, dtype
     cell = 8  # of HOG: a patch has whole ones
     patch = max(cfg.patch_size // cell, 1) * cell
@@ -272,7 +277,7 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
     data = {
         "masked_hog_mse": (pred, clip, masked, frames, patch, PIXEL_STD),
         "patchify_gather": (_clip(cfg, clips), ids, *pixels),
-        "crop_resize_patchify_gather": (*crop, *pixels),
+        "crop_resize_patchify_gather": (_source(cfg, clips), ids, *pixels),
     }
     loading = (Call(op, args, kept=kept, length=length) for op, args in data.items())
     return [*merged.values(), *loading]

@@ -29,6 +29,7 @@ from mae_fast.config import DataConfig, ModelConfig
 from mae_fast.data import Batch, build_index, make_loader, read_index
 from mae_fast.errors import ConfigError, MaeFastError
 from mae_fast.metrics import memory_mb
+from mae_fast.ops.source import Source
 from mae_fast.spans import spanned
 
 # For peak memory: blocks of 128 KiB and more go back when freed; setting it stops glibc from
@@ -81,10 +82,12 @@ def make_clips(cfg: ModelConfig, clips: int, setting: Setting) -> Tensor:
 
 class LoadedClips:
     """Clips [B, C, T, H, W] of videos, as training gets them: each call waits for a batch that
-    `workers` processes decode, copies it to the device and augments it there. A context."""
+    `workers` processes decode, and copies it to the device; ours takes it as it is, for others the
+    clips are augmented there. A context."""
 
     def __init__(self, cell: Cell, setting: Setting, clips: int, folder: str, workers: int) -> None:
         self.cfg, self.device = cell.cfg, torch.device(setting.device)
+        self.whole = not cell.engine.startswith(engines.OURS)
         self.clips, self.folder, self.workers, self.seed = clips, folder, workers, setting.seed
         self.repeat = next(n for n in (4, 2, 1) if clips % n == 0)  # of one video, as in training
         self.ahead = 2 * workers  # batches that torch's loader has ready at most
@@ -122,15 +125,16 @@ class LoadedClips:
     def augment(self, batch: Batch) -> Tensor:
         return batch.video(self.cfg.img_size)
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Tensor | Source:
         begin = time.perf_counter()
         batch = self.next_batch()
         self.waited = time.perf_counter() - begin
-        return self.augment(self.to_device(batch))
+        batch = self.to_device(batch)
+        return self.augment(batch) if self.whole else batch.source(self.cfg.img_size)
 
 
 def stepper(
-    cell: Cell, built: Built, clips: Tensor | Callable[[], Tensor], setting: Setting
+    cell: Cell, built: Built, clips: Tensor | Callable[[], Tensor | Source], setting: Setting
 ) -> Callable[[], Any]:
     """step() of `built` in this cell, on these clips, or on what `clips()` gives each time; a mask
     of its own every time."""

@@ -16,14 +16,17 @@ from mae_fast import cost, memory
 from mae_fast.config import DataConfig, preset
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, read_source
-from mae_fast.data.loader import ClipDataset, join, make_loader
+from mae_fast.data.loader import Batch, ClipDataset, join, make_loader
 from mae_fast.environment import environment
 from mae_fast.fields import require
 from mae_fast.files import write
+from mae_fast.model import PIXEL_MEAN, PIXEL_STD
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather
 from mae_fast.plan import predict
 
 FRAMES = 16
 _STAGED = 24  # clips whose stages are timed
+_SIZE = 224  # of the clips whose patches are made
 
 
 def data(
@@ -167,7 +170,20 @@ def stages(dataset: ClipDataset) -> dict[str, float]:
         below = taken
     taken = _time(lambda: [join([dataset[g]]) for g in range(videos)])
     out["sample, copy, join"] = (taken - below) * 1000 / clips
+    ready = [join([dataset[g]]) for g in range(videos)]
+    out["patches"] = _time(lambda: [_patches(batch) for batch in ready]) * 1000 / clips
     return out
+
+
+def _patches(batch: Batch) -> None:
+    """What a step at 90% makes of frames in the training process: visible tokens, and targets."""
+    source = batch.source(_SIZE)
+    tokens = FRAMES // 2 * (_SIZE // 16) ** 2
+    ids = torch.rand(len(batch), tokens, device="cpu").argsort(dim=1).int()
+    numbers = 16, PIXEL_MEAN, PIXEL_STD, torch.float32
+    crop_resize_patchify_gather(source, ids[:, : tokens // 10], 2, *numbers)
+    target = source.of_frames(range(0, FRAMES, 2))
+    crop_resize_patchify_gather(target, ids[:, tokens // 10 :], 1, *numbers, channel_last=True)
 
 
 def _time(call) -> float:
@@ -194,7 +210,9 @@ def _packed_ladder(dataset: ClipDataset) -> dict[str, Any]:
     return {
         "read": read,
         "decode": lambda video, wanted: reader.frames(place(video), wanted),
-        "convert": lambda video, wanted: reader.read(place(video), wanted, dataset.cfg.short_side),
+        "planes": lambda video, wanted: reader.pictures(
+            place(video), wanted, dataset.cfg.short_side
+        ),
     }
 
 
@@ -213,11 +231,11 @@ def _file_ladder(dataset: ClipDataset) -> dict[str, Any]:
                 for _ in reader._decode(run):
                     pass
 
-    def convert(video, wanted):
+    def planes(video, wanted):
         with opened(video) as reader:
-            reader.read(wanted, dataset.cfg.short_side)
+            reader.pictures(wanted, dataset.cfg.short_side)
 
-    return {"open": only_open, "decode": decode, "convert": convert}
+    return {"open": only_open, "decode": decode, "planes": planes}
 
 
 @functools.cache

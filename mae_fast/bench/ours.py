@@ -11,6 +11,7 @@ from mae_fast.config import ModelConfig, TrainConfig
 from mae_fast.forward import decode, encode, forward, masked_loss
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.source import Source
 from mae_fast.optim import make_optimizer
 from mae_fast.step import Step
 
@@ -36,12 +37,19 @@ class Ours:
         model.spec = model.spec._replace(keep=device == "cuda")
         optimizer = make_optimizer(model, TrainConfig())
 
-        def loss(clips: Tensor, *ids: Tensor) -> Tensor:
-            how = dict(without=self.without, target=model.target(clips))
-            return forward(model.params(), model.spec, clips, *ids, **how)[0]
+        def clips_of(pixels: list[Tensor]) -> Tensor | Source:
+            return Source(*pixels, cfg.img_size) if len(pixels) == 2 else pixels[0]
 
-        def loss_seeing_all(clips: Tensor, *ids: Tensor) -> Tensor:
-            return encode_all_loss(model, clips, *ids, target=model.target(clips))
+        def loss(*inputs: Tensor) -> Tensor:
+            *pixels, keep, masked = inputs
+            clips = clips_of(pixels)
+            how = dict(without=self.without, target=model.target(clips))
+            return forward(model.params(), model.spec, clips, keep, masked, **how)[0]
+
+        def loss_seeing_all(*inputs: Tensor) -> Tensor:
+            *pixels, keep, masked = inputs
+            clips = clips_of(pixels)
+            return encode_all_loss(model, clips, keep, masked, target=model.target(clips))
 
         steps = [
             Step(model, optimizer, each, clip=CLIP_GRAD, precision=precision, graph=self.graph)
@@ -49,13 +57,14 @@ class Ours:
         ]
 
         def step(
-            clips: Tensor,
+            clips: Tensor | Source,
             noise: Tensor,
             mask_ratio: float = mask_ratio,
             encode_all: bool = self.encode_all,
         ) -> Tensor:
             ids = ids_from_noise(noise, num_keep("random", cfg.grid, mask_ratio))
-            steps[encode_all].micro(clips, *ids)
+            whole = torch.is_tensor(clips)
+            steps[encode_all].micro(*((clips,) if whole else (clips.flat, clips.table)), *ids)
             return steps[encode_all].update(LR)[0]
 
         return Built(model, optimizer, step)
@@ -63,7 +72,7 @@ class Ours:
 
 def encode_all_loss(
     model: MaskedAutoencoder,
-    clips: Tensor,
+    clips: Tensor | Source,
     ids_keep: Tensor,
     ids_mask: Tensor,
     full_pred: bool = False,

@@ -6,16 +6,16 @@ reorders. Opening a file lists its timestamps without decoding; reading seeks to
 
 import itertools
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mae_fast.data import timeline
+from mae_fast.data import planes, timeline
 from mae_fast.data.container import BadVideo
 from mae_fast.data.frames import Frames
+from mae_fast.data.planes import Pictures
 from mae_fast.data.sampling import shrink
 from mae_fast.data.timeline import Access
 from mae_fast.errors import ConfigError
@@ -141,23 +141,25 @@ class VideoReader:
         Each is decoded once, in one sweep forward, and shrunk to short_side pixels if larger (0:
         never). IndexError outside [0, num_frames); BadVideo names a frame that does not decode.
         """
-        rows = defaultdict(list)
-        for row, i in enumerate(map(int, indices)):
+        asked = list(map(int, indices))
+        if not asked:
+            return torch.empty(0, self.height, self.width, 3, dtype=torch.uint8, device="cpu")
+        return planes.in_order(self._pictures(sorted({*asked}), short_side, False), asked)
+
+    def pictures(self, wanted: list[int], short_side: int = 0, planar: bool = True) -> Pictures:
+        """The frames of these numbers, rising: as they were decoded where planes.py keeps them so;
+        else, or not planar, RGB as `read` gives it. Raises as `read` does."""
+        found = self._pictures(wanted, short_side, planar)
+        return found or self._pictures(wanted, short_side, False)
+
+    def _pictures(self, wanted: list[int], short_side: int, planar: bool) -> Pictures | None:
+        for i in wanted:
             if not 0 <= i < self.num_frames:
                 raise IndexError(f"frame {i} of {self.num_frames}: {self.path}")
-            rows[i].append(row)
-        out = None
-        frames = self._read_torchcodec if self._torchcodec else self._read_pyav
-        for i, frame in frames(sorted(rows)):
-            frame = shrink(frame[None], short_side)[0]
-            if out is None:
-                count = sum(map(len, rows.values()))
-                out = torch.empty(count, *frame.shape, dtype=torch.uint8, device="cpu")
-            for row in rows[i]:
-                out[row] = frame
-        if out is None:
-            return torch.empty(0, self.height, self.width, 3, dtype=torch.uint8, device="cpu")
-        return out
+        if self._torchcodec:
+            frames = (shrink(f[None], short_side)[0] for _, f in self._read_torchcodec(wanted))
+            return planes.of_rgb(torch.stack([*frames]))
+        return planes.pictures(self.path, self._read_pyav(wanted), len(wanted), short_side, planar)
 
     @property
     def _shape(self) -> tuple[int, int, bool, int]:
@@ -183,21 +185,11 @@ class VideoReader:
             raise BadVideo(self.path, reason)
         return found
 
-    def _read_pyav(self, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
-        import av
-
-        size = {}
+    def _read_pyav(self, wanted: list[int]) -> Iterator[tuple[int, Any, tuple[bool, int]]]:
+        """(number, PyAV's frame, mirrored and quarter turns) of sorted numbers."""
         for run in self._runs(wanted):
             for i, frame in self._decode(run):
-                # A stream may change its size on the way; the first frame read decides.
-                size = size or {"width": frame.width, "height": frame.height}
-                # threads: swscale would start one for each core.
-                try:
-                    image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **size))
-                except (av.error.FFmpegError, ValueError) as e:
-                    raise BadVideo(self.path, f"not convertible: frame {i} to RGB: {e}") from None
-                mirrored, turns = self._orientation(frame)
-                yield i, (image.flip(1) if mirrored else image).rot90(turns)
+                yield i, frame, self._orientation(frame)
 
     def _runs(self, wanted: list[int]) -> list[list[int]]:
         """Sorted frame numbers, cut where seeking costs less than decoding on."""
@@ -264,7 +256,8 @@ class VideoReader:
                 abs(seconds - self._frames.pts[i] * base) > 1e-6
                 for i, seconds in zip(chunk, batch.pts_seconds.tolist(), strict=True)
             ):
-                yield from self._read_pyav(chunk)
+                found = planes.pictures(self.path, self._read_pyav(chunk), len(chunk), 0, False)
+                yield from zip(chunk, planes.images(found), strict=True)
             else:
                 yield from zip(chunk, batch.data, strict=True)
 

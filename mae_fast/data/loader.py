@@ -1,4 +1,4 @@
-"""From an index to batches: decoded uint8 frames, with crop box, flip and sample as numbers."""
+"""From an index to batches: frames as decoded, with crop box, flip and sample as numbers."""
 
 import functools
 import json
@@ -19,96 +19,130 @@ from mae_fast.data.container import BadVideo
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, end_last_line
 from mae_fast.data.packed import PackReader, Place, check_size
+from mae_fast.data.planes import Pictures, stays
 from mae_fast.data.sampling import clip_indices, crop_box, draw
 from mae_fast.data.timeline import Access
 from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
-from mae_fast.ops.crop_resize_patchify_gather import crop_resize
+from mae_fast.ops.crop_resize_patchify_gather import crop_resized
+from mae_fast.ops.source import (
+    BOX_HEIGHT,
+    BOX_WIDTH,
+    COLUMNS,
+    FLIP,
+    LEFT,
+    TOP,
+    Source,
+    frame_bytes,
+    of_rgb,
+)
 
 log = logging.getLogger("mae_fast")
 
 # Replacements tried for one draw before the run stops.
 _ATTEMPTS = 20
 _LISTED = 20
+# Bytes of a buffer that is kept on a GPU for the largest batch; a larger one has its own size.
+_MOST = 1 << 30
 # Seconds before another try of what may be a moment's trouble: a network's, or another thread's.
 _PAUSES = (0.0, 0.5)
 
 
 @dataclass
 class Batch:
-    """Clips before augmentation. `frames`: uint8 [T, H, W, 3] for each clip, of any size.
+    """Clips before augmentation: their frames as they were decoded, in one uint8 buffer, and the
+    table that says where and how they lie, their boxes and flips (ops/source.py).
 
-    boxes int32 [n, 4] (top, left, height, width); flips bool [n]; samples int64 [n], the number of
-    the clip in the whole run; paths [n]; bad, the (path, reason) met while making it; labels int64
-    [n], the classes of labelled clips. What is not pixels stays on the host, so that no use of it
-    waits for the device.
+    samples int64 [n], the number of the clip in the whole run; paths [n]; bad, the (path, reason)
+    met while making it; labels int64 [n], the classes of labelled clips; capacity, the bytes of the
+    buffer on a GPU, that no batch exceeds as far as the index says (0: unknown). `placed` is the
+    table on the device of the frames; all else stays on the host, so that no use of it waits.
     """
 
-    frames: list[Tensor]
-    boxes: Tensor
-    flips: Tensor
+    flat: Tensor
+    table: Tensor
     samples: Tensor
     paths: list[str]
     bad: list[tuple[str, str]]
     labels: Tensor | None = None
+    capacity: int = 0
+    placed: Tensor | None = None
+
+    @classmethod
+    def of_rgb(cls, frames: list[Tensor], boxes: Tensor, flips: Tensor, *rest) -> "Batch":
+        """Of clips uint8 [T, H, W, 3], boxes int32 [n, 4] (top, left, height, width), flips bool
+        [n]; and what follows the table."""
+        source = of_rgb(frames, boxes, flips, 0)
+        return cls(source.flat, source.table, *rest)
 
     def __len__(self) -> int:
-        return len(self.frames)
+        return len(self.table)
+
+    @property
+    def boxes(self) -> Tensor:
+        """int32 [n, 4]: top, left, height, width."""
+        return self.table[:, [TOP, LEFT, BOX_HEIGHT, BOX_WIDTH]].int()
+
+    @property
+    def flips(self) -> Tensor:
+        return self.table[:, FLIP].bool()
+
+    @property
+    def frames(self) -> list[Tensor]:
+        """Each clip's frames, RGB, uint8 [T, H, W, 3]; made anew at every call."""
+        return Source(self.flat, self.table, 0).rgb()
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
-        """The same batch with its frames, in one piece, on a device."""
-        flat = _flat(self.frames).to(device, non_blocking=non_blocking)
-        return replace(self, frames=_views(flat, [f.shape for f in self.frames]))
+        """The same batch on a device; on a GPU in a buffer of `capacity`, so that steps may be
+        replayed."""
+        device, size = torch.device(device), self.flat.numel()
+        if device.type == "cuda" and size < self.capacity:
+            flat = torch.empty(self.capacity, dtype=torch.uint8, device=device)
+            flat[:size].copy_(self.flat, non_blocking=non_blocking)
+        else:
+            flat = self.flat.to(device, non_blocking=non_blocking)
+        placed = self.table.to(device, non_blocking=non_blocking)
+        return replace(self, flat=flat, placed=placed)
 
     def pin_memory(self) -> "Batch":
-        """The same batch, what goes to a device in pinned memory; torch's loader calls this."""
-        flat, shapes = _flat(self.frames).pin_memory(), [f.shape for f in self.frames]
-        return replace(self, frames=_views(flat, shapes), samples=self.samples.pin_memory())
+        """The same batch, what goes to a device in pinned memory, of which torch keeps the blocks
+        and gives them out again; torch's loader calls this."""
+        flat, table, samples = (t.pin_memory() for t in (self.flat, self.table, self.samples))
+        return replace(self, flat=flat, table=table, samples=samples)
+
+    def source(self, size: int) -> Source:
+        """Where the pixels of the augmented clips [n, 3, T, size, size] come from."""
+        return Source(self.flat, self.table if self.placed is None else self.placed, size)
 
     def video(self, size: int) -> Tensor:
-        """The augmented, normalised clips, float32 [n, 3, T, size, size], where the frames are."""
-        numbers = zip(self.frames, self.boxes.tolist(), self.flips.tolist(), strict=True)
-        return torch.stack([crop_resize(f, box, flip, size) for f, box, flip in numbers])
+        """The augmented, normalised clips, float32 [n, 3, T, size, size], where the frames are, by
+        plain torch: for other models than ours, and what ours is tested against."""
+        return crop_resized(Source(self.flat, self.table, size), torch.float32)
 
     def pack(self) -> tuple[Tensor, tuple]:
         """(all frames as one uint8 vector, the rest), for another process; see unpack."""
-        shapes = [tuple(f.shape) for f in self.frames]
-        given = (self.boxes, self.flips, self.samples, self.labels)
+        given = (self.table, self.samples, self.labels)
         numbers = [None if t is None else t.numpy() for t in given]
-        return _flat(self.frames), (shapes, numbers, self.paths, self.bad)
+        return self.flat, (numbers, self.paths, self.bad, self.capacity)
 
     @staticmethod
     def unpack(flat: Tensor, rest: tuple) -> "Batch":
         """The inverse of pack."""
-        shapes, numbers, paths, bad = rest
-        *numbers, labels = (None if x is None else torch.from_numpy(x) for x in numbers)
-        return Batch(_views(flat, shapes), *numbers, paths, bad, labels)
-
-
-def _flat(frames: list[Tensor]) -> Tensor:
-    """All frames as one uint8 vector; no copy if they already lie in one, as in a joined batch."""
-    storage = frames[0].untyped_storage()
-    end = 0
-    for f in frames:
-        inside = f.untyped_storage().data_ptr() == storage.data_ptr() and f.is_contiguous()
-        if not inside or f.storage_offset() != end:
-            return torch.cat([f.reshape(-1) for f in frames])
-        end += f.numel()
-    return frames[0].as_strided((end,), (1,), 0)
-
-
-def _views(flat: Tensor, shapes) -> list[Tensor]:
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+        numbers, paths, bad, capacity = rest
+        table, samples, labels = (None if x is None else torch.from_numpy(x) for x in numbers)
+        return Batch(flat, table, samples, paths, bad, labels, capacity)
 
 
 def join(batches: list[Batch]) -> Batch:
     """One batch of several; their frames are copied into one block of memory."""
-    frames = [f for b in batches for f in b.frames]
+    tables, at = [], 0
+    for b in batches:
+        tables.append(b.table.clone())
+        tables[-1][:, COLUMNS:] += at
+        at += b.flat.numel()
     return Batch(
-        frames=_views(torch.cat([f.reshape(-1) for f in frames]), [f.shape for f in frames]),
-        boxes=torch.cat([b.boxes for b in batches]),
-        flips=torch.cat([b.flips for b in batches]),
+        flat=torch.cat([b.flat for b in batches]),
+        table=torch.cat(tables),
         samples=torch.cat([b.samples for b in batches]),
         paths=[p for b in batches for p in b.paths],
         bad=[x for b in batches for x in b.bad],
@@ -123,6 +157,8 @@ class ClipDataset(Dataset):
     epoch, video, attempt) and reported in `bad`; DataError after 20 in a row.
     """
 
+    planar = True  # frames stay as they were decoded, where they can
+
     def __init__(self, rows: list[VideoRow], cfg: DataConfig, num_frames: int, seed: int):
         if not rows:
             raise DataError("no videos to draw from")
@@ -136,6 +172,7 @@ class ClipDataset(Dataset):
         )
         self._hidden = {i: r.hidden for i, r in enumerate(rows) if r.hidden}
         check_size(rows, cfg.short_side)
+        self.capacity = _capacity(rows, cfg, self.planar) * cfg.repeat_aug * num_frames
         self._packed = np.array(
             [(r.at, r.bytes, r.first, r.packets, r.mirrored, r.rotation) for r in rows]
         )
@@ -170,28 +207,25 @@ class ClipDataset(Dataset):
         if video in self._known_bad:
             raise BadVideo(path, self._known_bad[video])
         start, frames = self._spans[video].tolist()
-        repeats, shape = self.cfg.repeat_aug, (self.cfg.repeat_aug, self.num_frames)
+        repeats = self.cfg.repeat_aug
         indices = torch.stack(self._indices(rng, frames, float(self._fps[video]))) + start
         unique, where = indices.unique(return_inverse=True)
         pixels = self._tried(video, path, start + frames, unique)
-        height, width = pixels.shape[1:3]
-        numbers = [
-            (
-                crop_box(rng, height, width, self.cfg.crop_area, self.cfg.crop_aspect),
-                rng.random() < self.cfg.flip,
-            )
-            for _ in range(repeats)
+        size, how = (pixels.height, pixels.width), (self.cfg.crop_area, self.cfg.crop_aspect)
+        clips = [
+            (each, crop_box(rng, *size, *how), rng.random() < self.cfg.flip)
+            for each in where.tolist()
         ]
+        source = pixels.source(clips, 0)
         return Batch(
-            frames=list(pixels[where.view(shape)]),
-            boxes=torch.tensor([box for box, _ in numbers], dtype=torch.int32, device="cpu"),
-            flips=torch.tensor([flip for _, flip in numbers], device="cpu"),
+            flat=source.flat,
+            table=source.table,
             samples=g * repeats + torch.arange(repeats, device="cpu"),
             paths=[path] * repeats,
             bad=bad,
         )
 
-    def _tried(self, *what) -> Tensor:
+    def _tried(self, *what) -> Pictures:
         """_read, and again after what may be a moment's trouble."""
         for pause in _PAUSES:
             try:
@@ -204,15 +238,16 @@ class ClipDataset(Dataset):
 
     def _read(
         self, video: int, path: str, frames: int, wanted: Tensor, short_side: int | None = None
-    ) -> Tensor:
+    ) -> Pictures:
         size = self.cfg.short_side if short_side is None else short_side
+        wanted = wanted.tolist()
         if self._packed[video, 0] >= 0:
             self._packs = self._packs or PackReader(self.cfg.strict)
-            return self._packs.read(self._place(video, path), wanted, size)
+            return self._packs.pictures(self._place(video, path), wanted, size, self.planar)
         with VideoReader(path, self.cfg.decoder, self._access_of(video), self.cfg.strict) as r:
             if r.num_frames < frames:
                 raise BadVideo(path, f"changed: {r.num_frames} frames, {frames} when indexed")
-            return r.read(wanted, size)
+            return r.pictures(wanted, size, self.planar)
 
     def _access_of(self, video: int) -> Access | None:
         total, ordered, seekable, whole = self._access[video].tolist()
@@ -252,7 +287,25 @@ class Loader:
 
 
 def _batch(dataset: ClipDataset, size: int, first: int) -> Batch:
-    return join([dataset[g] for g in range(first, first + size)])
+    batch = join([dataset[g] for g in range(first, first + size)])
+    return replace(batch, capacity=min(dataset.capacity * size, _MOST))
+
+
+def _capacity(rows: list[VideoRow], cfg: DataConfig, planar: bool) -> int:
+    """The most bytes of a frame, as the index knows the videos; 0 where it does not."""
+    most = 0
+    for r in rows:
+        if not r.width or not r.height:
+            return 0
+        plain = planar and not r.rotation and not r.mirrored and cfg.decoder != "torchcodec"
+        if plain and stays(r.pix_fmt, r.height, r.width, cfg.short_side):
+            found = frame_bytes(r.height, r.width, True)
+        else:
+            short = min(r.height, r.width)
+            size = min(cfg.short_side or short, short)
+            found = frame_bytes(r.height * size // short, r.width * size // short, False)
+        most = max(most, found)
+    return most
 
 
 def make_loader(

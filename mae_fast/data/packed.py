@@ -9,18 +9,18 @@ import json
 import os
 import zlib
 from base64 import b64decode
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from mae_fast.data import planes
 from mae_fast.data.container import BadVideo
 from mae_fast.data.frames import HARMLESS
-from mae_fast.data.sampling import shrink
+from mae_fast.data.planes import Pictures
 from mae_fast.errors import ConfigError, DataError
 
 INDEX, TABLE, HOW = "index.jsonl", "packets.npy", "pack.json"
@@ -119,21 +119,18 @@ class PackReader:
     def read(self, place: Place, indices: Iterable[int], short_side: int = 0) -> Tensor:
         """The frames of these numbers, in any order and repeated or not, upright: uint8
         [n, H, W, 3], shrunk to short_side pixels if larger (0: never). Raises BadVideo."""
-        rows: dict[int, list[int]] = defaultdict(list)
-        for row, i in enumerate(map(int, indices)):
-            rows[i].append(row)
-        wanted, out, size = sorted(rows), None, {}
-        for i, frame in zip(wanted, self.frames(place, wanted), strict=True):
-            size = size or {"width": frame.width, "height": frame.height}
-            image = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=1, **size))
-            image = upright(image, place.mirrored, place.rotation // 90)
-            image = shrink(image[None], short_side)[0]
-            if out is None:
-                count = sum(map(len, rows.values()))
-                out = torch.empty(count, *image.shape, dtype=torch.uint8, device="cpu")
-            for row in rows[i]:
-                out[row] = image
-        return out
+        asked = list(map(int, indices))
+        return planes.in_order(self.pictures(place, sorted({*asked}), short_side, False), asked)
+
+    def pictures(
+        self, place: Place, wanted: list[int], short_side: int = 0, planar: bool = True
+    ) -> Pictures:
+        """The frames of these numbers, rising: as they were decoded where planes.py keeps them so;
+        else, or not planar, RGB as `read` gives it. Raises BadVideo."""
+        frames, turned = self.frames(place, wanted), (place.mirrored, place.rotation // 90)
+        each = [(i, frame, turned) for i, frame in zip(wanted, frames, strict=True)]
+        found = planes.pictures(place.path, each, len(wanted), short_side, planar)
+        return found or planes.pictures(place.path, each, len(wanted), short_side, False)
 
     def frames(self, place: Place, wanted: list[int]) -> list[Any]:
         """PyAV's frames of these rising numbers, as they were coded. Raises BadVideo."""
@@ -264,10 +261,6 @@ def open_decoder(codec: str, setup: bytes):
         decoder.extradata = setup
     decoder.open()
     return decoder
-
-
-def upright(image: Tensor, mirrored: bool, turns: int) -> Tensor:
-    return (image.flip(1) if mirrored else image).rot90(turns)
 
 
 def _needed(table: np.ndarray, packets: np.ndarray) -> tuple[np.ndarray, set[int]]:

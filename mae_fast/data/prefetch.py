@@ -34,9 +34,10 @@ class DevicePrefetch:
         batch, copied = found
         now = torch.cuda.current_stream(self.device)
         now.wait_event(copied)
-        # Their memory, one block, is the copying stream's: it is not given to a later batch before
-        # this stream has read it.
-        batch.frames[0].record_stream(now)
+        # Their memory is the copying stream's: it is not given to a later batch before this stream
+        # has read it.
+        batch.flat.record_stream(now)
+        batch.placed.record_stream(now)
         return batch
 
     def ahead(self) -> None:

@@ -1,4 +1,5 @@
-"""masked_mse: the loss on masked patches, its target read straight from the clip.
+"""masked_mse: the loss on masked patches, its target read straight from the clip, or made of just
+these tokens from the source of one.
 
 loss = mean over (b, m, value) of (pred - target)^2, target = norm(patch of token ids[b, m]).
 A target patch is flattened channel last (u, p, p, C), unlike the patch embedding's. norm_pix says
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather
 from mae_fast.ops.patchify_gather import gather_patches, normalise, why_not_cuda, why_not_triton
+from mae_fast.ops.source import Source
 from mae_fast.spans import spanned
 
 NORM_PIX = ("none", "patch", "channel")
 
 
 def target_patches(
-    video: Tensor,
+    video: Tensor | Source,
     ids: Tensor,
     frames: tuple[int, ...],
     t_patch: int,
@@ -33,6 +36,9 @@ def target_patches(
 
     video [B, C, T, H, W]; `frames` are the input frames that are targets, t_patch of them a token.
     """
+    if isinstance(video, Source):
+        how = t_patch, patch, mean, std, dtype
+        return crop_resize_patchify_gather(video.of_frames(frames), ids, *how, channel_last=True)
     # A tensor of frame numbers would be copied from the host, which then waits.
     targets = torch.stack([video.select(2, frame) for frame in frames], dim=2)
     cells = gather_patches(targets, ids, t_patch, patch)
@@ -156,7 +162,7 @@ OP = dispatch.Op(
 @spanned("loss", "masked_mse")
 def masked_mse(
     pred: Tensor,
-    video: Tensor,
+    video: Tensor | Source,
     ids: Tensor,
     frames: tuple[int, ...],
     t_patch: int,
@@ -165,8 +171,8 @@ def masked_mse(
     std: float,
     norm_pix: str,
 ) -> Tensor:
-    """pred [B, M, P] float; video [B, C, T, H, W] uint8, or float already normalised; ids [B, M]
-    int -> the loss, a scalar in fp32 (fp64 for double).
+    """pred [B, M, P] float; video [B, C, T, H, W] uint8, or float already normalised, or the source
+    of such clips; ids [B, M] int -> the loss, a scalar in fp32 (fp64 for double).
 
     `frames`: the numbers of the frames that are targets, t_patch of them a token. Raises ValueError
     on a norm_pix that is none of NORM_PIX, on a shape or an ids dtype that does not fit, IndexError
@@ -182,6 +188,10 @@ def masked_mse(
         )
     dispatch.check_ids(ids)
     dispatch.check_device("masked_mse", pred=pred, video=video, ids=ids)
+    if isinstance(video, Source):
+        wide = torch.promote_types(pred.dtype, torch.float32)
+        targets = target_patches(video, ids, frames, t_patch, patch, mean, std, wide)
+        video, ids, frames = _as_clip(targets, t_patch, patch)
     args = (pred, video, ids, frames, t_patch, patch, mean, std, norm_pix)
     if OP.choose(pred, video, ids, norm_pix) == "reference":
         rows, columns = video.shape[3] // patch, video.shape[4] // patch
@@ -189,6 +199,15 @@ def masked_mse(
         return masked_mse_ref(*args)
     need_grad = torch.is_grad_enabled() and pred.requires_grad
     return torch.ops.mae_fast.masked_mse_fwd(*args, need_grad)[0]
+
+
+def _as_clip(targets: Tensor, t_patch: int, patch: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Target patches [B, M, P] as a clip of one token after another, a view; and their ids and
+    frames in it."""
+    batch, masked = targets.shape[:2]
+    pixels = targets.view(batch, masked * t_patch, patch, patch, 3).permute(0, 4, 1, 2, 3)
+    ids = torch.arange(masked, dtype=torch.int32, device=targets.device).expand(batch, -1)
+    return pixels, ids, tuple(range(masked * t_patch))
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch: int, chans: int = 3) -> Tensor:

@@ -1,8 +1,9 @@
 """patch_embed: patches of just the wanted tokens @ weight.T + bias + pos[ids].
 
-video [B, C, T, H, W] uint8 or float, ids [B, K], weight [D, C*t_patch*patch*patch], bias [D] or
-None, pos [L, D] -> [B, K, D], of the dtype that plain torch gives. Patches are gathered again in
-backward: it saves video and ids only. Under autocast the product is of autocast's dtype.
+video [B, C, T, H, W] uint8 or float, or the source of one, ids [B, K], weight [D,
+C*t_patch*patch*patch], bias [D] or None, pos [L, D] -> [B, K, D], of the dtype that plain torch
+gives. Patches are gathered again in backward: it saves video and ids only; those of a source it
+saves. Under autocast the product is of autocast's dtype.
 """
 
 import torch
@@ -10,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_fast.ops import dispatch
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather
 from mae_fast.ops.linear import product
 from mae_fast.ops.patchify_gather import (
     check_clip,
+    count_tokens,
     patchify_gather_ref,
     why_not_cpp,
     why_not_triton,
 )
+from mae_fast.ops.source import Source
 from mae_fast.spans import spanned
 
 
@@ -32,10 +36,13 @@ def patch_embed_ref(
     std: float,
 ) -> Tensor:
     """The specification."""
-    patches = patchify_gather_ref(video, ids, t_patch, patch, mean, std, weight.dtype)
+    patches = video  # as they are, of a source
+    if video.dim() == 5:
+        patches = patchify_gather_ref(video, ids, t_patch, patch, mean, std, weight.dtype)
     return product(patches, weight, bias) + F.embedding(ids, pos)
 
 
+# video: a clip, or the patches themselves [B, K, P], of the weight's dtype.
 dispatch.LIBRARY.define(
     "patch_embed_fwd(Tensor video, Tensor ids, Tensor weight, Tensor? bias, Tensor pos,"
     " int t_patch, int patch, float mean, float std) -> Tensor"
@@ -62,15 +69,24 @@ def _(video, ids, weight, bias, pos, t_patch, patch, mean, std):
 
 @torch.library.register_fake("mae_fast::patch_embed_bwd")
 def _(dout, video, ids, length, t_patch, patch, mean, std, dtype, pos_dtype, *needs):
-    size, values = dout.shape[-1], video.shape[1] * t_patch * patch * patch
-    dweight = dout.new_empty((size if needs[0] else 0, values), dtype=dtype)
+    size = dout.shape[-1]
+    dweight = dout.new_empty((size if needs[0] else 0, _values(video, t_patch, patch)), dtype=dtype)
     dpos = dout.new_empty((length if needs[1] else 0, size), dtype=pos_dtype)
     return dweight, dout.new_empty(size, dtype=dtype), dpos
 
 
+def _values(video: Tensor, t_patch: int, patch: int) -> int:
+    """Of a patch."""
+    return video.shape[2] if video.dim() == 3 else video.shape[1] * t_patch * patch * patch
+
+
+def _patches_cpu(video, *how):
+    return video if video.dim() == 3 else torch.ops.mae_fast.patchify_gather_fwd(video, *how)
+
+
 def _forward_cpu(video, ids, weight, bias, pos, t_patch, patch, mean, std):
     ops = torch.ops.mae_fast
-    patches = ops.patchify_gather_fwd(video, ids, t_patch, patch, mean, std, weight.dtype)
+    patches = _patches_cpu(video, ids, t_patch, patch, mean, std, weight.dtype)
     out = product(patches, weight, bias).to(torch.promote_types(weight.dtype, pos.dtype))
     ops.patch_embed_add_pos(out, ids, pos)
     return out
@@ -80,9 +96,9 @@ def _backward_cpu(dout, video, ids, length, t_patch, patch, mean, std, dtype, po
     needs_weight, needs_pos = needs
     ops = torch.ops.mae_fast
     columns, dbias, dpos = ops.patch_embed_grads(dout, ids, length, dtype, pos_dtype, needs_pos)
-    dweight = dout.new_empty((0, video.shape[1] * t_patch * patch * patch), dtype=dtype)
+    dweight = dout.new_empty((0, _values(video, t_patch, patch)), dtype=dtype)
     if needs_weight:
-        patches = ops.patchify_gather_fwd(video, ids, t_patch, patch, mean, std, dtype)
+        patches = _patches_cpu(video, ids, t_patch, patch, mean, std, dtype)
         dweight = product(columns, patches.flatten(0, 1).t())
     return dweight, dbias, dpos
 
@@ -131,7 +147,7 @@ OP = dispatch.Op(
 
 @spanned("patch embedding", "patch_embed")
 def patch_embed(
-    video: Tensor,
+    video: Tensor | Source,
     ids: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -145,7 +161,10 @@ def patch_embed(
 
     Raises ValueError on arguments that do not fit, IndexError on an id that is no token.
     """
-    length = check_clip("patch_embed", video, ids, t_patch, patch)
+    if isinstance(video, Source):
+        length = count_tokens("patch_embed", video.shape[2:], t_patch, patch)
+    else:
+        length = check_clip("patch_embed", video, ids, t_patch, patch)
     shapes = [list(x.shape) for x in (weight, bias, pos) if x is not None]
     size, values = weight.shape[0], video.shape[1] * t_patch * patch * patch
     if shapes != [[size, values], *([[size]] if bias is not None else []), [length, size]]:
@@ -159,6 +178,8 @@ def patch_embed(
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(f"patch_embed: weight is {weight.dtype} and bias {bias.dtype}")
+    if isinstance(video, Source):
+        video = crop_resize_patchify_gather(video, ids, t_patch, patch, mean, std, weight.dtype)
     args = (video, ids, weight, bias, pos, t_patch, patch, mean, std)
     if OP.choose(*args[:5]) == "reference":
         dispatch.check_range(ids, length)

@@ -105,9 +105,9 @@ def _patchify_gather(product, video, ids, t_patch, patch, mean, std, dtype) -> B
     return Work(0, clip * (1 + dtype.itemsize / video.dtype.itemsize)), Work()
 
 
-def _crop_resize(product, frames, boxes, flips, ids, size, t_patch, patch, *numbers) -> Both:
-    pixels = _pixels(frames[0], ids, t_patch, patch, frames[0].shape[-1])
-    return Work(0, pixels * (1 + numbers[-1].itemsize)), Work()  # about a byte of a frame a value
+def _crop_resize(product, source, ids, t_patch, patch, mean, std, dtype, *_) -> Both:
+    pixels = _pixels(source, ids, t_patch, patch, 3)
+    return Work(0, pixels * (1 + dtype.itemsize)), Work()  # about a byte of a frame a value
 
 
 def _decoder_tokens(product, visible, cls, mask_token, pos, keep, mask) -> Both:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from mae_fast.classifier import VideoClassifier
 from mae_fast.data import BadVideo, Batch, ClipDataset, VideoRow, clip_indices
+from mae_fast.data.planes import images
 from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
-from mae_fast.ops.crop_resize_patchify_gather import crop_resize
+from mae_fast.ops.crop_resize_patchify_gather import crop_resized
+from mae_fast.ops.source import Source
 from mae_fast.tasks.config import ClipsConfig
 from mae_fast.tasks.randaugment import randaugment
 
@@ -65,6 +67,8 @@ def numbers_of(rows: list[VideoRow], classes: tuple[str, ...]) -> list[int]:
 class LabelledClips(ClipDataset):
     """A ClipDataset whose batches have labels, and whose frames went through RandAugment."""
 
+    planar = False  # its pictures are RGB
+
     def __init__(
         self,
         rows: list[VideoRow],
@@ -79,11 +83,12 @@ class LabelledClips(ClipDataset):
 
     def _clips(self, rng, video: int, path: str, g: int, bad: list) -> Batch:
         batch = super()._clips(rng, video, path, g, bad)
-        frames = batch.frames
-        if self.policy:
-            frames = [randaugment(rng, f, self.policy) for f in frames]
-        labels = torch.full((len(frames),), int(self.labels[video]), device="cpu")
-        return replace(batch, frames=frames, labels=labels)
+        labels = torch.full((len(batch),), int(self.labels[video]), device="cpu")
+        if not self.policy:
+            return replace(batch, labels=labels)
+        frames = [randaugment(rng, f, self.policy) for f in batch.frames]
+        rest = batch.samples, batch.paths, batch.bad, labels
+        return Batch.of_rgb(frames, batch.boxes, batch.flips, *rest)
 
     def _indices(self, rng, frames: int, fps: float) -> list[Tensor]:
         count = 1 if self.cfg.same_frames else self.cfg.repeat_aug
@@ -177,7 +182,9 @@ class Views:
     ) -> None:
         self.rows, self.cfg, self.num_frames = rows, cfg, num_frames
         self.short_side, self.temporal, self.spatial = short_side, temporal, spatial
-        self.reader = ClipDataset(rows, cfg, num_frames, 0)
+        # Which refuses a pack of smaller pictures than these, and not than training's.
+        self.reader = ClipDataset(rows, replace(cfg, short_side=short_side), num_frames, 0)
+        self.reader.planar = False
 
     def __len__(self) -> int:
         """Views of a video, the middle one included."""
@@ -201,7 +208,8 @@ class Views:
         indices = torch.stack(clips) + row.start
         unique, where = indices.unique(return_inverse=True)
         end = row.start + row.frames
-        pixels = self.reader._read(i, os.fspath(row.path), end, unique, self.short_side)
+        found = self.reader._read(i, os.fspath(row.path), end, unique, self.short_side)
+        pixels = images(found)
         boxes = views_in_space(self.cfg, *pixels.shape[1:3], self.spatial)
         middle = views_in_space(self.cfg, *pixels.shape[1:3], 1)
         frames, crops = [], []
@@ -214,13 +222,13 @@ class Views:
 
     def _made(self, i: int, frames: list[Tensor], boxes: list, bad: list) -> Batch:
         count = len(frames)
-        return Batch(
-            frames=frames,
-            boxes=torch.tensor(boxes, dtype=torch.int32, device="cpu"),
-            flips=torch.zeros(count, dtype=torch.bool, device="cpu"),
-            samples=torch.full((count,), i, device="cpu"),
-            paths=[self.rows[i].path] * count,
-            bad=bad,
+        return Batch.of_rgb(
+            frames,
+            torch.tensor(boxes, dtype=torch.int32, device="cpu"),
+            torch.zeros(count, dtype=torch.bool, device="cpu"),
+            torch.full((count,), i, device="cpu"),
+            [self.rows[i].path] * count,
+            bad,
         )
 
     def of(self, numbers: range, waiting: Callable[[], None] = lambda: None) -> Iterator[Batch]:
@@ -231,9 +239,7 @@ class Views:
 def normalised(batch: Batch, model: VideoClassifier) -> Tensor:
     """The cropped, resized and mirrored clips [n, 3, T, size, size], normalised by the family's
     mean and deviation of each channel, where the frames are."""
-    size = model.cfg.model.img_size
-    numbers = zip(batch.frames, batch.boxes.tolist(), batch.flips.tolist(), strict=True)
-    clips = [crop_resize(f, box, flip, size, 0.0, 1.0) for f, box, flip in numbers]
-    video = torch.stack(clips)
+    source = Source(batch.flat, batch.table, model.cfg.model.img_size)
+    video = crop_resized(source, torch.float32, 0.0, 1.0)
     mean, std = (video.new_tensor(t).view(3, 1, 1, 1) for t in model.family.pixels)
     return video.sub_(mean).div_(std)

@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from mae_fast.config import DataConfig
-from mae_fast.data import loader, workers
+from mae_fast.data import workers
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, build_index, read_index
 from mae_fast.data.loader import BadVideos, ClipDataset, make_loader
 from mae_fast.errors import DataError
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize
+from mae_fast.ops.source import COLUMNS, PLANAR
 
 LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
 
@@ -69,7 +71,7 @@ def test_batch_holds_what_it_says(rows):
     assert clip.shape == (4, 3, 8, 16, 16) and clip.dtype == torch.float32
     for i in range(4):
         box = batch.boxes[i].tolist()
-        want = loader.crop_resize(batch.frames[i], box, bool(batch.flips[i]), 16)
+        want = crop_resize(batch.frames[i], box, bool(batch.flips[i]), 16)
         assert torch.equal(clip[i], want)
 
 
@@ -105,9 +107,9 @@ def test_repeats_share_one_window_if_asked(rows, video):
 
 
 def test_the_union_is_read_once(rows, monkeypatch):
-    calls, read = [], VideoReader.read
+    calls, read = [], VideoReader.pictures
     monkeypatch.setattr(
-        VideoReader, "read", lambda self, i, s=0: calls.append(list(i)) or read(self, i, s)
+        VideoReader, "pictures", lambda self, i, *how: calls.append(list(i)) or read(self, i, *how)
     )
     load(rows, config(repeat_aug=4), batch_size=1, steps=1)
     assert len(calls) == 1 and len(set(map(int, calls[0]))) == len(calls[0]) > 8
@@ -394,7 +396,6 @@ def test_a_batch_travels_in_one_descriptor(rows):
     got = workers._receive(ours)
     assert len(os.listdir("/proc/self/fd")) == before + 1  # of the mapping
     assert clips([got]) == clips([batch]) and got.bad == batch.bad
-    assert len({f.untyped_storage().data_ptr() for f in got.frames}) == 1
     del got
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -403,24 +404,41 @@ def test_batch_moves_as_one_block(rows):
     (batch,) = load(rows, steps=1)
     moved = batch.to("cpu")
     assert clips([moved]) == clips([batch])
-    assert moved.frames[0].untyped_storage().data_ptr() == (
-        moved.frames[-1].untyped_storage().data_ptr()
-    )
-    assert batch.to("meta").frames[0].device.type == "meta"
+    assert moved.flat.data_ptr() == batch.flat.data_ptr()  # not copied again
+    source = batch.to("meta").source(16)
+    assert (source.flat.device.type, source.table.device.type) == ("meta", "meta")
     assert batch.to("meta").boxes.device.type == "cpu"
 
 
 @pytest.mark.parametrize("clips_each", [1, 3])
-def test_a_joined_batch_is_one_block_and_is_not_copied_again(rows, clips_each):
-    (batch,) = load(rows, config(repeat_aug=clips_each), batch_size=1, steps=1)
-    flat = loader._flat(batch.frames)
-    assert flat.numel() == sum(f.numel() for f in batch.frames)
-    assert flat.data_ptr() == batch.frames[0].data_ptr()
-    assert clips([batch.to("cpu")]) == clips([batch])
-    # Out of order, or from elsewhere, they are copied.
-    for frames in (batch.frames[::-1], [batch.frames[0], batch.frames[-1].clone()]):
-        wanted = torch.cat([f.reshape(-1) for f in frames])
-        assert torch.equal(loader._flat(frames), wanted)
+def test_a_frame_of_several_clips_travels_once(rows, clips_each):
+    """As planes: one and a half bytes a pixel."""
+    (batch,) = load(rows, config(repeat_aug=clips_each, short_side=0), batch_size=1, steps=1)
+    begins = batch.table[:, COLUMNS:]
+    height, width = batch.frames[0].shape[1:3]
+    assert batch.flat.numel() == len(begins.unique()) * height * width * 3 // 2
+    assert batch.flat.numel() <= batch.capacity
+
+
+def test_a_buffer_on_a_gpu_has_the_size_of_the_largest_batch(rows, monkeypatch):
+    """So that the step's inputs keep their shapes, whatever the sizes of the clips."""
+    batches, real = load(rows, steps=5), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, device, **k: real(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: self)
+    moved = [batch.to("cuda") for batch in batches]
+    assert {m.flat.numel() for m in moved} == {batches[0].capacity}
+    assert len({b.capacity for b in batches}) == 1 < len({b.flat.numel() for b in batches})
+    assert clips(moved) == clips(batches)
+
+
+def test_planes_are_ffmpeg_s_pictures(rows, monkeypatch):
+    """RGB frames by FFmpeg, as they were read before, and planes with our colours: equal bits."""
+    planes = load(rows, config(short_side=0))
+    assert all(b.table[:, PLANAR].all() for b in planes)
+    monkeypatch.setattr(ClipDataset, "planar", False)
+    rgb = load(rows, config(short_side=0))
+    assert not any(b.table[:, PLANAR].any() for b in rgb)
+    assert clips(planes) == clips(rgb)
 
 
 @LINUX

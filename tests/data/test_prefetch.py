@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -46,7 +47,7 @@ def log(monkeypatch):
 
     def to(self, device, non_blocking=False):
         log.append((active[-1], "copies" if non_blocking else "waits and copies", self.paths[0]))
-        return self
+        return replace(self, placed=self.table)
 
     def make(self, batches, device):
         self.batches, self.device, self.found = iter(batches), device, None
@@ -66,11 +67,13 @@ def log(monkeypatch):
 
 def batch(k):
     frames = [torch.full((1, 2, 2, 3), k, dtype=torch.uint8)]
-    return Batch(frames, torch.zeros(1, 4), torch.zeros(1), torch.tensor([k]), [f"{k}"], [])
+    box, flip = torch.tensor([[0, 0, 2, 2]]), torch.zeros(1)
+    return Batch.of_rgb(frames, box, flip, torch.tensor([k]), [f"{k}"], [])
 
 
 def handed_over(k):
-    return [(COMPUTING, "waits for", k), (COMPUTING, "keeps", "torch.uint8")]
+    kept = [(COMPUTING, "keeps", f"torch.{dtype}") for dtype in ("uint8", "int64")]
+    return [(COMPUTING, "waits for", k), *kept]
 
 
 def copied(k):

@@ -19,7 +19,7 @@ from mae_fast import cli, metrics, train
 from mae_fast.checkpoint import checkpoints, read
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
 from mae_fast.config import ModelConfig
-from mae_fast.data import read_index, write_index
+from mae_fast.data import VideoRow, read_index, write_index
 from mae_fast.data.pack import pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.model import MaskedAutoencoder
@@ -27,7 +27,7 @@ from mae_fast.step import WARMUP, Step
 from mae_fast.tasks import clips, score
 from mae_fast.tasks.augment import smoothed, soft_cross_entropy
 from mae_fast.tasks.classify import FinetuneRun, finetune, learning_rate, mask_ratio
-from mae_fast.tasks.config import RECIPES, FinetuneConfig, from_dict
+from mae_fast.tasks.config import RECIPES, ClipsConfig, FinetuneConfig, from_dict
 
 MODEL = dict(preset="vit_tiny", img_size=32, patch_size=8, num_frames=4, embed_dim=24, depth=2,
              num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
@@ -433,3 +433,13 @@ def test_every_key_has_its_help_and_its_refusal(tmp_path, capsys):
         from_dict({"data": {"sampling": "uniform"}})
     assert FinetuneConfig().train.layer_decay == 0.75
     assert train.Run._loss is not FinetuneRun._loss
+
+
+def test_views_of_a_pack_are_held_to_their_own_size(tmp_path):
+    """Not to that of training, which a test on a smaller pack does without."""
+    how = {"short_side": 256, "copy": False, "index_crc": 0, "shards": {}}
+    (tmp_path / "pack.json").write_text(json.dumps(how))
+    rows = [VideoRow(str(tmp_path / "shard-00000.tar/a.mp4"), frames=40, fps=30.0, at=512)]
+    clips.Views(rows, ClipsConfig(short_side=320), 4, 224, 1, 1)
+    with pytest.raises(ConfigError, match=r"short_side 320 is more than .* --short-side 256"):
+        clips.Views(rows, ClipsConfig(short_side=224), 4, 320, 1, 1)

@@ -91,8 +91,8 @@ def test_rehearsal_runs_every_stage(tmp_path, tools):
     assert "0 errors" in checked["compute-sanitizer"]["told"]
     assert by_stage["smoke"]["golden mae_st_tiny"]["errors"]["loss"] < 1e-5
     train = by_stage["train"]
-    stand_ins = train["train.py with and without a CUDA graph"]["stand_ins"]
-    assert stand_ins == ["av", "rich", "safetensors"]
+    # Nothing is built in a bare checkout, and plain torch is no graph.
+    assert train["train.py with and without a CUDA graph"]["status"] == records.DECLINED
     assert train["train.py saves and resumes"]["tensors"] > 100
     assert train["train.py with one rank of NCCL"]["backend"] == "gloo"
     taken = [*by_stage["steps"].values(), *by_stage["rungs"].values()]

@@ -23,6 +23,7 @@ from mae_fast.forward import forward
 from mae_fast.kernels import configs, launchers
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.ops import dispatch, linear
+from mae_fast.ops.source import COLUMNS, Source, frame_bytes
 
 TABLE = Path(__file__).with_name("budget.json")
 PAGE = Path(__file__).parents[2] / "docs/gpu.md"
@@ -93,8 +94,9 @@ def size(t: torch.Tensor) -> int:
 LAUNCHERS = launchers(dispatch.LIBRARY._op_defs)
 
 
-def step(name: str) -> Budget:
-    """The budget of one step, as a GPU whose memory holds norms and activations runs it."""
+def step(name: str, decoded: bool = False) -> Budget:
+    """The budget of one step, as a GPU whose memory holds norms and activations runs it; of clips,
+    or of frames as they were decoded, 256 x 340."""
     cfg, found = preset(name), Budget()
     with ExitStack() as stack:
         for target, attribute, value in (
@@ -113,6 +115,11 @@ def step(name: str) -> Budget:
         net.spec = net.spec._replace(keep=True)
         shape = (CLIPS, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
         video = torch.empty(shape, dtype=torch.uint8)
+        if decoded:
+            frames = CLIPS * cfg.num_frames
+            flat = torch.empty(frames * frame_bytes(256, 340, True), dtype=torch.uint8)
+            table = torch.empty((CLIPS, COLUMNS + cfg.num_frames), dtype=torch.int64)
+            video = Source(flat, table, cfg.img_size)
         noise = torch.empty(CLIPS, cfg.num_patches)
         ids = ids_from_noise(noise, num_keep("random", cfg.grid, 0.9))
         copies = linear.Copies()

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mae_fast.ops  # noqa: F401  every operator is defined
 from mae_fast.ops import dispatch
+from mae_fast.ops.source import COLUMNS, colours, frame_bytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -94,11 +95,19 @@ class _Maker:
             shuffled = noise.argsort(dim=1).to(self.device, torch.int32)
         return shuffled[:, : m.kept].contiguous(), shuffled[:, m.kept :].contiguous()
 
-    def boxes(self, height: int, width: int) -> Tensor:
+    def planes(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Decoded frames Y, U, V of every clip, and their table."""
+        m, size = self.model, frame_bytes(height, width, True)
+        flat = self.bytes(m.clips * m.frames * size)
         if self.device == "meta":
-            return torch.empty(self.model.clips, 4, dtype=torch.int32, device="meta")
-        boxes = [[i, 2 * i, height - 3 * i, width - 5 * i] for i in range(self.model.clips)]
-        return torch.tensor(boxes, dtype=torch.int32, device=self.device)
+            shape = m.clips, COLUMNS + m.frames
+            return flat, torch.empty(shape, dtype=torch.int64, device="meta")
+        rows = []
+        for i in range(m.clips):
+            box = i, 2 * i, height - 3 * i, width - 5 * i
+            begins = ((i * m.frames + t) * size for t in range(m.frames))
+            rows.append([height, width, *box, 0, *colours(1, False), *begins])
+        return flat, torch.tensor(rows, device=self.device)
 
 
 def _patchify_gather(m: _Maker):
@@ -107,11 +116,10 @@ def _patchify_gather(m: _Maker):
 
 def _crop_resize_patchify_gather(m: _Maker):
     height, width = m.model.size + 32, m.model.size * 3 // 2
-    frames = [m.bytes(m.model.frames, height, width, 3) for _ in range(m.model.clips)]
-    flips = torch.zeros(m.model.clips, dtype=torch.bool, device=m.device)
+    planes = m.planes(height, width)
     pixels = (m.model.size, 2, m.model.patch, 0.45, 0.225, m.dtype)
     for name, ids, channel_last in zip(("", "target"), m.ids(), (False, True), strict=True):
-        yield name, (frames, m.boxes(height, width), flips, ids, *pixels, channel_last)
+        yield name, (*planes, ids, *pixels, channel_last)
 
 
 def _patch_embed(m: _Maker):

@@ -142,7 +142,8 @@ class _Sanitizer:
     def touched(self, pointers, mask) -> Iterator[tuple[_Storage, np.ndarray]]:
         """(storage, elements in it) of the unmasked lanes."""
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].ravel()
+        wanted = mask.data.astype(bool)  # of `a & b` the interpreter makes numbers
+        at = pointers.data[np.broadcast_to(wanted, pointers.data.shape)].ravel()
         if not at.size:
             return
         slots = np.searchsorted(self.starts, at, side="right").astype(np.int64) - 1

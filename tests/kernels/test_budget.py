@@ -28,6 +28,14 @@ def test_a_step_keeps_its_budget(model):
         assert mb == pytest.approx(allowed["mb_a_clip_by_kind"][kind], abs=0.06), (kind, AGAIN)
 
 
+def test_frames_as_decoded_cost_a_few_launches():
+    """In place of the 351 that made whole clips of 64: the patches of the visible tokens and the
+    targets, whose ids lie apart, and the table of the target frames."""
+    clips, decoded = (budget.step("vit_base", each).launches for each in (False, True))
+    assert decoded["crop_resize_patchify_gather"] == 4
+    assert sum(decoded.values()) - sum(clips.values()) <= 4, decoded - clips
+
+
 def test_few_launches_are_left():
     """Of ViT-B under 600 and of ViT-L under 1,000, forward and backward."""
     table = budget.committed()

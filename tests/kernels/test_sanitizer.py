@@ -98,6 +98,14 @@ SEEN = []
 
 
 @triton.jit
+def _two_masks_kernel(x_ptr, flag_ptr, out_ptr, n, OFF: tl.constexpr, BLOCK: tl.constexpr):
+    """out = 2 x by a mask of two; `OFF` moves the loads beyond the end."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i + OFF, mask=(i < n) & (tl.load(flag_ptr) != 0), other=0.0)
+    tl.store(out_ptr + i, 2 * x, mask=i < n)
+
+
+@triton.jit
 def _order_kernel(out_ptr):
     SEEN.append(int(tl.program_id(0).handle.data[0]))
     tl.store(out_ptr + tl.program_id(0), 1)
@@ -124,6 +132,16 @@ def test_a_clean_kernel_passes_and_its_bytes_are_counted(x):
     assert (launch.kernel, launch.programs) == ("_double_kernel", 3)
     assert launch.loaded == launch.loaded_once == launch.stored == 4 * N
     assert record.moved == record.requested == 8 * N
+
+
+def test_a_mask_of_two_masks_is_a_mask(x):
+    """Of `a & b`, where b is a number of memory, the interpreter makes numbers, not truths."""
+    flag, out = torch.ones(1, dtype=torch.int64), torch.empty(N)
+    with sanitized() as record:
+        _two_masks_kernel[GRID](x, flag, out, N, OFF=0, BLOCK=BLOCK)
+    assert torch.equal(out, 2 * x) and record.launches[0].loaded == 4 * N + 3 * 8
+    with pytest.raises(Violation, match="outside of every tensor passed"), sanitized():
+        _two_masks_kernel[GRID](x, flag, out, N, OFF=1, BLOCK=BLOCK)
 
 
 def test_programs_run_in_a_shuffled_order():

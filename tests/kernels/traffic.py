@@ -19,6 +19,7 @@ from mae_fast.bench.baselines.ops import baseline
 from mae_fast.config import ModelConfig, preset
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import dispatch
+from mae_fast.ops.source import BOX_HEIGHT, BOX_WIDTH
 from mae_fast.ops.work import ADAMW_BYTES
 
 TABLE = Path(__file__).with_name("traffic.jsonl")
@@ -64,13 +65,15 @@ def least(call: Call, outs: Sequence[Tensor]) -> int:
     the part of the crop's box that they are resampled from."""
     if call.operator == "adamw_norm":
         return _size([grad for group in call.args[0] for _, grad, *_ in group])
-    clips = [t for t in tensors(call.args) if t.dtype == torch.uint8 and t.dim() > 3]
+    crop = call.operator.startswith("crop")
+    clips = [t for t in tensors(call.args) if t.dtype == torch.uint8 and (crop or t.dim() > 3)]
     total = _size(call.args) + _size(list(outs)) - _size(clips)
     if clips:
         values = next(t.numel() for t in outs if t.dim() == 3)
-        if call.operator.startswith("crop"):
-            _, boxes, _, _, size = call.args[:5]
-            values *= int(boxes[:, 2:].prod(dim=1).sum()) / (len(boxes) * size**2)
+        if crop:  # a byte and a half a pixel, where a patch has three values
+            _, table, _, size = call.args[:4]
+            boxes = table[:, BOX_HEIGHT] * table[:, BOX_WIDTH]
+            values *= int(boxes.sum()) / (2 * len(table) * size**2)
         elif call.operator.startswith("masked_hog"):  # a patch and the pixels around it
             _, _, ids, _, patch = call.args[:5]
             values = ids.numel() * clips[0].shape[1] * (patch + 2) ** 2

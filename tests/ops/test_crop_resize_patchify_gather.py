@@ -1,15 +1,35 @@
-"""crop_resize_patchify_gather: F.interpolate's pixels, of the wanted tokens only."""
+"""crop_resize_patchify_gather: F.interpolate's pixels, of the wanted tokens only, from frames as
+decoded."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import BACKENDS, GIVE_NAN
+from op_checks import BACKENDS, DEVICE, GIVE_NAN
 
 import mae_fast
 from mae_fast.errors import BackendError
 from mae_fast.ops.crop_resize_patchify_gather import (
     crop_resize_patchify_gather,
     crop_resize_patchify_gather_ref,
+    crop_resized,
+    whole,
+)
+from mae_fast.ops.source import (
+    BOX_HEIGHT,
+    COLUMNS,
+    FLIP,
+    HEIGHT,
+    LEFT,
+    PLANAR,
+    RGB,
+    TOP,
+    Source,
+    colours,
+    frame_bytes,
+    of_rgb,
 )
 
 NORM = (0.45, 0.225)
@@ -29,16 +49,30 @@ SHAPES = {
     "no_ids": ([(9, 9, (0, 0, 3, 3)), (7, 7, (0, 0, 3, 3))], 4, 2, 2, 0),
     "vit_b": ([(256, 340, (17, 31, 200, 263)), (256, 455, (0, 101, 97, 130))], 224, 2, 16, 40),
 }
+COLOURS = {
+    "rgb": RGB,
+    "bt601": colours(6, False),
+    "bt601_full": colours(5, True),
+    "bt709": colours(1, False),
+    "bt709_full": colours(1, True),
+}
 
 
-def make(shape, dtype=torch.float32, flips=(True, False), frames=4):
+def make(shape, dtype=torch.float32, flips=(True, False), frames=4, kind=("bt709", "rgb")):
+    """The clips' frames lie last to first, and the last of each is its first once more."""
     clips, size, t_patch, patch, keep = SHAPES[shape]
-    pixels = [torch.randint(0, 256, (frames, h, w, 3), dtype=torch.uint8) for h, w, _ in clips]
-    boxes = torch.tensor([box for *_, box in clips], dtype=torch.int32)
+    rows, at = [], 3
+    for clip, (h, w, box) in reversed([*enumerate(clips)]):
+        colour = COLOURS[kind[clip % len(kind)]]
+        each = frame_bytes(h, w, bool(colour[0]))
+        begins = [at + (frames - 2 - t) * each for t in range(frames - 1)]
+        rows.insert(0, [h, w, *box, int(flips[clip]), *colour, *begins, begins[0]])
+        at += (frames - 1) * each
+    flat = torch.randint(0, 256, (at,), dtype=torch.uint8)
     tokens = frames // t_patch * (size // patch) ** 2
     ids = torch.stack([torch.randperm(tokens)[:keep] for _ in clips])
-    flips = torch.tensor(flips[: len(clips)])
-    return [pixels, boxes, flips, ids, size, t_patch, patch, *NORM, dtype]
+    source = Source(flat.to(DEVICE), torch.tensor(rows).to(DEVICE), size)
+    return [source, ids.to(DEVICE), t_patch, patch, *NORM, dtype]
 
 
 def interpolated(*args):
@@ -57,12 +91,22 @@ def interpolated(*args):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_crop_resize_matches_interpolate(backend, shape, dtype, flips, channel_last):
     dtype = WIDE[dtype]
-    args = [*make(shape, dtype, flips), channel_last]
+    kind = ("bt709", "rgb") if flips[0] else ("rgb", "bt601_full")
+    args = [*make(shape, dtype, flips, kind=kind), channel_last]
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         ours = crop_resize_patchify_gather(*args)
     want = interpolated(*args)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, want, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_crop_resize_has_every_colour(backend, kind):
+    """At the frames' own size a pixel is the reference's colour, and nothing else."""
+    args = make("same_size", kind=(kind,))
+    with mae_fast.backends(crop_resize_patchify_gather=backend):
+        ours = crop_resize_patchify_gather(*args)
+    torch.testing.assert_close(ours, interpolated(*args), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -79,7 +123,8 @@ def test_crop_resize_is_the_official_expression(backend):
     box, flip, ids = torch.tensor([[3, 5, 20, 31]], dtype=torch.int32), True, [[21, 0]]
     clip = ((frames.double() / 255 - 0.45) / 0.225).permute(3, 0, 1, 2)[:, :, 3:23, 5:36]
     clip = F.interpolate(clip, (16, 16), mode="bilinear", align_corners=False).flip(3)
-    args = ([frames], box, torch.tensor([flip]), torch.tensor(ids), 16, 2, 4, *NORM, dtype)
+    source = of_rgb([frames], box, torch.tensor([flip]), 16)
+    args = (source, torch.tensor(ids), 2, 4, *NORM, dtype)
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         first, last = (crop_resize_patchify_gather(*args, order)[0] for order in (False, True))
     clip = clip.to(dtype)
@@ -89,91 +134,151 @@ def test_crop_resize_is_the_official_expression(backend):
     torch.testing.assert_close(first[1], clip[:, :2, :4, :4].flatten())
 
 
-@pytest.mark.parametrize("layout", ["planar", "inside_a_larger_one", "a_still", "grey"])
-def test_crop_resize_takes_any_strides(backend, layout):
+def test_whole_clips_are_the_reference_s(backend):
+    source, _, _, patch, *_ = make("reduced")
+    with mae_fast.backends(crop_resize_patchify_gather=backend):
+        ours = whole(source, patch, *NORM)
+    torch.testing.assert_close(ours, crop_resized(source, torch.float32), rtol=0, atol=2e-6)
+
+
+def test_frames_are_those_asked_for(backend):
+    """The target frames of a clip, by their places alone."""
+    source, ids, *_ = make("reduced", frames=6)
+    ids = ids[:, :4] % 9
+    with mae_fast.backends(crop_resize_patchify_gather=backend):
+        ours = crop_resize_patchify_gather(
+            source.of_frames((1, 4)), ids, 2, 5, *NORM, torch.float32
+        )
+    clip = crop_resized(source, torch.float32)[:, :, [1, 4]]
+    want = clip.unflatten(3, (3, 5)).unflatten(5, (3, 5)).permute(0, 3, 5, 1, 2, 4, 6)
+    want = want.flatten(3).flatten(1, 2)[torch.arange(2)[:, None], ids]
+    torch.testing.assert_close(ours, want, rtol=0, atol=2e-6)
+    with pytest.raises(IndexError, match=r"frames \[6\] of clips of 6"):
+        source.of_frames((6,))
+
+
+def test_colours_are_the_standard_s_within_ffmpeg_s_truncation():
+    """Every Y, U and V, against BT.601 and BT.709 in fp64: FFmpeg drops what is below a level up to
+    three times, and adds none."""
+    for name, (matrix, kr, kb) in {
+        "bt601": (6, 0.299, 0.114),
+        "bt709": (1, 0.2126, 0.0722),
+    }.items():
+        for full in (False, True):
+            y = np.arange(0, 256, 5)
+            y, u, v = (a.astype(np.float64) for a in np.meshgrid(y, y, y, indexing="ij"))
+            planes = [np.repeat(np.repeat(a.reshape(1, -1), 2, 0), 2, 1) for a in (y, u, v)]
+            n = y.size
+            flat = np.concatenate([planes[0].ravel(), u.ravel(), v.ravel()]).astype(np.uint8)
+            row = [2, 2 * n, 0, 0, 2, 2 * n, 0, *colours(matrix, full), 0]
+            got = Source(torch.from_numpy(flat), torch.tensor([row]), 2).rgb()[0][0, 0, ::2]
+            scale, chroma, black = (1, 1, 0) if full else (255 / 219, 255 / 224, 16)
+            luma, cb, cr = (y - black) * scale, (u - 128) * chroma, (v - 128) * chroma
+            red, blue = luma + 2 * (1 - kr) * cr, luma + 2 * (1 - kb) * cb
+            green = (luma - kr * red - kb * blue) / (1 - kr - kb)
+            want = np.stack([red, green, blue], -1).reshape(-1, 3).clip(0, 255)
+            off = want - got.numpy()
+            assert -0.1 < off.min() and off.max() < 3, (name, full, off.min(), off.max())
+            # A matrix or a range that is another's is further away than that.
+            assert abs(off).mean() < 1.5, (name, full, abs(off).mean())
+
+
+def test_crop_resize_takes_any_table(backend):
+    """A slice of a larger one, ids of any strides, and a buffer with room at its end."""
     args = make("vit_b")
-    change = {
-        "planar": lambda f: f.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
-        "inside_a_larger_one": lambda f: f.repeat(2, 1, 2, 2)[::2, :, : f.shape[2], ::2],
-        "a_still": lambda f: f[:1].expand_as(f),
-        "grey": lambda f: f[..., :1].expand_as(f),
-    }[layout]
-    args[0] = [change(f) for f in args[0]]
-    args[1] = args[1].t().contiguous().t()
-    args[2] = args[2].repeat_interleave(2)[::2]
-    args[3] = args[3].int().t().contiguous().t()
+    want = interpolated(*args)
+    source = args[0]
+    table = torch.cat([source.table, source.table - 1], dim=1)[:, : source.table.shape[1]]
+    flat = torch.cat([source.flat, source.flat[:99]])
+    args[:2] = Source(flat, table, source.size), args[1].int().t().contiguous().t()
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         ours = crop_resize_patchify_gather(*args)
-    args[0] = [f.clone() for f in args[0]]
-    torch.testing.assert_close(ours, interpolated(*args), rtol=0, atol=2e-6)
+    torch.testing.assert_close(ours, want, rtol=0, atol=2e-6)
 
 
-def test_crop_resize_leaves_numbers_on_another_device_to_the_reference(cpp):
+def test_crop_resize_leaves_tables_on_another_device_to_nobody(cpp):
     args = make("reduced")
-    args[2] = args[2].to("meta")
+    args[0] = replace(args[0], table=args[0].table.to("meta"))
+    with pytest.raises(ValueError, match=r"must be on one device, got .*table on meta"):
+        crop_resize_patchify_gather(*args)
+    args = [replace(args[0], flat=args[0].flat.to("meta")), args[1].to("meta"), *args[2:]]
     with mae_fast.backends(crop_resize_patchify_gather="cpp"):
         with pytest.raises(BackendError, match="on meta, not on the CPU"):
             crop_resize_patchify_gather(*args)
 
 
-def _box(*box):
-    return lambda b: torch.tensor([box, box], dtype=torch.int32)
+def _table(clip, **columns):
+    def change(source):
+        table = source.table.clone()
+        for i, value in columns.items():
+            table[clip, int(i[1:])] = value
+        return replace(source, table=table)
+
+    return change
+
+
+def _box(clip, *box):
+    return _table(clip, **{f"c{TOP + i}": value for i, value in enumerate(box)})
 
 
 def _third(value):
-    return lambda ids: ids.index_fill(1, torch.tensor(2), value)
+    return lambda ids: ids.index_fill(1, torch.tensor(2, device=ids.device), value)
 
 
 BAD = {
-    "no_frames": (0, lambda f: [], ValueError, "no frames"),
-    "frames_rank": (0, lambda f: [f[0], f[1][0]], ValueError, r"got torch.uint8 \[64, 64, 3\]"),
-    "frames_dtype": (0, lambda f: [x.float() for x in f], ValueError, "got torch.float32"),
-    "frames_planar": (0, lambda f: [x.transpose(1, 3) for x in f], ValueError, "must be uint8"),
-    "frames_lengths": (0, lambda f: [f[0], f[1][:2]], ValueError, r"got torch.uint8 \[2, 64"),
-    "boxes_shape": (1, lambda b: b[:1], ValueError, r"boxes \[1, 4\].* do not fit 2 clips"),
-    "boxes_dtype": (1, lambda b: b.long(), ValueError, "torch.int64 and torch.bool"),
-    "box_above": (1, _box(-1, 0, 9, 9), ValueError, r"box \(-1, 0, 9, 9\) is not within a frame"),
-    "box_left": (1, _box(0, -3, 9, 9), ValueError, r"box \(0, -3, 9, 9\)"),
-    "box_below": (1, _box(130, 0, 2, 9), ValueError, r"box \(130, 0, 2, 9\) .* frame of 131x97"),
-    "box_right": (1, _box(0, 90, 9, 8), ValueError, r"box \(0, 90, 9, 8\)"),
-    "box_second": (1, _box(0, 0, 131, 97), ValueError, r"\(0, 0, 131, 97\) .* frame of 64x64"),
-    "box_of_nothing": (1, _box(0, 0, 0, 9), ValueError, r"box \(0, 0, 0, 9\)"),
-    "box_of_less": (1, _box(9, 9, 9, -9), ValueError, r"box \(9, 9, 9, -9\)"),
-    "box_huge": (1, _box(2**31 - 1, 0, 2**31 - 1, 9), ValueError, r"box \(2147483647, 0"),
-    "flips_dtype": (2, lambda f: f.int(), ValueError, "torch.int32 and torch.int32"),
-    "flips_shape": (2, lambda f: f[:1], ValueError, r"flips \[1\]"),
-    "ids_batch": (3, lambda i: i[:1], ValueError, r"ids \[1, 9\]"),
-    "ids_dtype": (3, lambda i: i.double(), ValueError, "got torch.float64"),
-    "negative": (3, _third(-1), IndexError, "-1, outside"),
-    "past_end": (3, _third(18), IndexError, r"18, outside \[0, 18\)"),
-    "size": (4, lambda _: 16, ValueError, r"\(4, 16, 16\) cannot be cut into patches of 2x5x5"),
-    "no_size": (4, lambda _: 0, ValueError, r"\(4, 0, 0\) cannot be cut"),
-    "patch": (6, lambda _: 0, ValueError, "patches of 2x0x0"),
+    "no_clips": (0, lambda s: replace(s, table=s.table[:0]), ValueError, "do not fit 0 clips"),
+    "frames_rank": (0, lambda s: replace(s, flat=s.flat[None]), ValueError, "one contiguous"),
+    "frames_dtype": (0, lambda s: replace(s, flat=s.flat.float()), ValueError, "torch.float32"),
+    "frames_strides": (0, lambda s: replace(s, flat=s.flat[::2]), ValueError, "one contiguous"),
+    "table_dtype": (0, lambda s: replace(s, table=s.table.int()), ValueError, "torch.int32"),
+    "table_rank": (0, lambda s: replace(s, table=s.table[0]), ValueError, "must be int64"),
+    "no_frames": (0, lambda s: replace(s, table=s.table[:, :COLUMNS]), ValueError, r"\[2, 14\]"),
+    "box_above": (0, _box(0, -1, 0, 9, 9), ValueError, r"box \(-1, 0, 9, 9\) is not within"),
+    "box_left": (0, _box(0, 0, -3, 9, 9), ValueError, r"box \(0, -3, 9, 9\)"),
+    "box_below": (0, _box(0, 130, 0, 2, 9), ValueError, r"\(130, 0, 2, 9\) .* frame of 131x97"),
+    "box_right": (0, _box(0, 0, 90, 9, 8), ValueError, r"box \(0, 90, 9, 8\)"),
+    "box_second": (0, _box(1, 0, 0, 131, 97), ValueError, r"\(0, 0, 131, 97\) .* of 64x64"),
+    "box_of_nothing": (0, _box(0, 0, 0, 0, 9), ValueError, r"box \(0, 0, 0, 9\)"),
+    "box_of_less": (0, _box(0, 9, 9, 9, -9), ValueError, r"box \(9, 9, 9, -9\)"),
+    "box_huge": (0, _box(0, 2**62, 0, 2**62, 9), ValueError, r"box \(4611686018427387904, 0"),
+    "frame_before": (0, _table(0, c15=-1), ValueError, "bytes at .*-1"),
+    "frame_past": (0, _table(1, c17=2**40), ValueError, "bytes at .*1099511627776"),
+    "frame_larger": (0, _table(1, c0=300, c1=300), ValueError, "in a buffer of"),
+    "ids_batch": (1, lambda i: i[:1], ValueError, r"ids \[1, 9\]"),
+    "ids_dtype": (1, lambda i: i.double(), ValueError, "got torch.float64"),
+    "negative": (1, _third(-1), IndexError, "-1, outside"),
+    "past_end": (1, _third(18), IndexError, r"18, outside \[0, 18\)"),
+    "size": (0, lambda s: replace(s, size=16), ValueError, r"\(4, 16, 16\) cannot be cut into"),
+    "no_size": (0, lambda s: replace(s, size=0), ValueError, r"\(4, 0, 0\) cannot be cut"),
+    "patch": (3, lambda _: 0, ValueError, "patches of 2x0x0"),
 }
+NUMBERS = [case for case in BAD if case.startswith(("box_", "frame_"))]  # on the device
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_crop_resize_refuses(backend, case):
-    """On a GPU the host would have to wait for boxes and ids: NaN stands where they do not fit."""
+    """On a GPU the host would have to wait for the table and ids: NaN stands where they do not
+    fit."""
     i, change, error, words = BAD[case]
-    args = make("reduced")
+    args = make("reduced", kind=("rgb", "bt601"))
     good, args[i] = args[i], change(args[i])
     with mae_fast.backends(crop_resize_patchify_gather=backend):
-        if backend in GIVE_NAN and (case.startswith("box_") or error is IndexError):
+        if backend in GIVE_NAN and (case in NUMBERS or error is IndexError):
             ours = crop_resize_patchify_gather(*args)
+            bad = ours.isnan().all(-1).cpu()
             if i == 1:
-                clips, sizes = args[1].cpu().tolist(), [f.shape[1:3] for f in args[0]]
-                fits = [
-                    min(b) >= 0 < min(b[2:]) and b[0] + b[2] <= h and b[1] + b[3] <= w
-                    for b, (h, w) in zip(clips, sizes, strict=True)
-                ]
-                assert not all(fits)
-                nan = ~torch.tensor(fits)[:, None].expand(args[3].shape)
-                args[1] = torch.where(torch.tensor(fits)[:, None], args[1], good)
+                assert torch.equal(bad, ((args[1] < 0) | (args[1] >= 18)).cpu())
+            elif case in ("frame_before", "frame_past"):  # of one time step
+                clip, step = (0, 0) if case == "frame_before" else (1, 1)
+                want = torch.zeros_like(bad)
+                want[clip] = args[1][clip].cpu() // 9 == step
+                assert torch.equal(bad, want)
             else:
-                nan, args[3] = (args[3] < 0) | (args[3] >= 18), good
-            assert torch.equal(ours.isnan().all(-1), nan)
-            assert torch.equal(ours[~nan], crop_resize_patchify_gather(*args)[~nan])
+                clip = int(case in ("box_second", "frame_larger"))
+                assert bad[clip].all() and not bad[1 - clip].any()
+            args[i] = good
+            keep = ~bad.to(ours.device)
+            assert torch.equal(ours[keep], crop_resize_patchify_gather(*args)[keep])
         else:
             with pytest.raises(error, match=words):
                 crop_resize_patchify_gather(*args)
@@ -182,32 +287,25 @@ def test_crop_resize_refuses(backend, case):
 @pytest.mark.parametrize("case", BAD)
 def test_crop_resize_kernel_refuses_by_itself(cpp, case):
     i, change, error, _ = BAD[case]
-    args = make("reduced")
+    args = make("reduced", kind=("rgb", "bt601"))
     args[i] = change(args[i])
+    (flat, table, size), rest = (args[0].flat, args[0].table, args[0].size), args[1:]
     with pytest.raises((error, RuntimeError)):
-        torch.ops.mae_fast.crop_resize_patchify_gather_fwd(*args, False)
-
-
-def test_crop_resize_opcheck(cpp):
-    args = [*make("reduced"), True]
-    torch.library.opcheck(torch.ops.mae_fast.crop_resize_patchify_gather_fwd.default, args)
+        torch.ops.mae_fast.crop_resize_patchify_gather_fwd(
+            flat, table, rest[0], size, *rest[1:], False
+        )
 
 
 def test_crop_resize_compiles_without_a_break(backend):
     if backend == "reference":
-        pytest.skip("the reference reads the boxes as numbers, which ends a graph")
+        pytest.skip("the reference reads the table as numbers, which ends a graph")
     args = make("reduced")
     compiled = torch.compile(crop_resize_patchify_gather, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), crop_resize_patchify_gather(*args))
 
 
-def test_frames_are_no_part_of_a_cuda_graph(monkeypatch):
-    """Its table of addresses would be that of the first batch at every replay."""
+def test_columns_are_the_kernels():
+    """csrc and kernels have the table's columns by their numbers."""
+    assert (HEIGHT, TOP, LEFT, BOX_HEIGHT, FLIP, PLANAR, COLUMNS) == (0, 2, 3, 4, 6, 7, 14)
     kernels = pytest.importorskip("mae_fast.kernels.crop_resize_patchify_gather")
-
-    class OnAGpu:
-        device = torch.device("cuda")
-
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="a CUDA graph would keep these frames"):
-        kernels._table([OnAGpu()])
+    assert kernels._NUMBERS == COLUMNS

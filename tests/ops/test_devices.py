@@ -3,20 +3,24 @@ unwritten, what is not there."""
 
 import contextlib
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mae_fast.ops import OPS
+from mae_fast.ops.source import Source
 
-# Read on the host, from wherever they are (test_crop_resize_leaves_numbers_on_another_device ...).
-NUMBERS = ("boxes", "flips")
 PATCHES = {"t_patch": 2, "patch": 4, "mean": 0.45, "std": 0.225}
 
 
 def clip():
     return {"video": torch.zeros(2, 3, 4, 8, 8, dtype=torch.uint8), "ids": ids()}
+
+
+def source():
+    return Source(torch.zeros(99, dtype=torch.uint8), torch.zeros(2, 18, dtype=torch.int64), 8)
 
 
 def ids():
@@ -45,13 +49,7 @@ ARGUMENTS = {  # of every public function of an op
     "attention": lambda: {name: ones(2, 3, 1, 16) for name in "qkv"},
     "bias_gelu": lambda: {"x": ones(2, 8), "bias": ones(8)},
     "crop_resize_patchify_gather": lambda: {
-        "frames": [torch.zeros(4, 9, 9, 3, dtype=torch.uint8) for _ in range(2)],
-        "boxes": torch.tensor([[0, 0, 9, 9]] * 2, dtype=torch.int32),
-        "flips": torch.zeros(2, dtype=torch.bool),
-        "ids": ids(),
-        "size": 8,
-        "dtype": torch.float32,
-        **PATCHES,
+        "source": source(), "ids": ids(), "dtype": torch.float32, **PATCHES
     },
     "decoder_tokens": lambda: {
         "visible": ones(2, 3, 8),
@@ -80,16 +78,11 @@ ARGUMENTS = {  # of every public function of an op
 def moved(arguments, device):
     """(the name as an error says it, the arguments) with each tensor in turn on the device."""
     for name, value in arguments.items():
-        if name in NUMBERS:
-            continue
         if torch.is_tensor(value):
             yield name, arguments | {name: value.to(device)}
-        elif isinstance(value, list):
-            for i, t in enumerate(value):
-                yield (
-                    f"{name}[{i}]",
-                    arguments | {name: [*value[:i], t.to(device), *value[i + 1 :]]},
-                )
+        elif isinstance(value, Source):
+            yield "flat", arguments | {name: replace(value, flat=value.flat.to(device))}
+            yield "table", arguments | {name: replace(value, table=value.table.to(device))}
         elif isinstance(value, dict):
             yield "copy", arguments | {name: {p: t.to(device) for p, t in value.items()}}
 

@@ -24,6 +24,7 @@ from mae_fast.ops.masked_hog_mse import masked_hog_mse
 from mae_fast.ops.masked_mse import masked_mse
 from mae_fast.ops.patch_embed import patch_embed
 from mae_fast.ops.patchify_gather import patchify_gather
+from mae_fast.ops.source import Source, colours
 from mae_fast.ops.work import WORK
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,8 +39,14 @@ def _clip():
     return torch.randint(0, 256, (2, 3, 4, 8, 8), dtype=torch.uint8)
 
 
-def _frames():
-    return [torch.randint(0, 256, (4, h, w, 3), dtype=torch.uint8) for h, w in ((5, 9), (6, 7))]
+def _planes():
+    """The frames of two clips, 5 x 9 and 6 x 8, and their table."""
+    flat = torch.randint(0, 256, (4 * 75 + 4 * 72,), dtype=torch.uint8)
+    rows = [
+        [5, 9, 0, 0, 5, 7, 1, *colours(1, False), *(75 * t for t in range(4))],
+        [6, 8, 1, 2, 3, 4, 0, *colours(6, True), *(300 + 72 * t for t in range(4))],
+    ]
+    return [flat, torch.tensor(rows)]
 
 
 def _ids(*ids):
@@ -62,10 +69,9 @@ def _gather(video, ids):
     return patchify_gather(video, ids, 2, 4, 0.45, 0.225, torch.float32)
 
 
-def _crop(first, second, boxes, flips, ids):
-    return crop_resize_patchify_gather(
-        [first, second], boxes, flips, ids, 8, 2, 4, 0.45, 0.225, torch.float32
-    )
+def _crop(flat, table, ids):
+    source = Source(flat, table, 8)
+    return crop_resize_patchify_gather(source, ids, 2, 4, 0.45, 0.225, torch.float32)
 
 
 KEEP, MASK = _ids([3, 0], [1, 2]), _ids([1, 4, 2], [0, 4, 3])
@@ -79,12 +85,7 @@ CASES = {
     "bias_gelu": (bias_gelu, _values((3, 5), (5,))),
     "crop_resize_patchify_gather": (
         _crop,
-        [
-            *_frames(),
-            _ids([0, 0, 5, 7], [1, 2, 3, 4]),
-            torch.tensor([True, False]),
-            _ids([3, 6], [1, 1]),
-        ],
+        [*_planes(), _ids([3, 6], [1, 1])],
     ),
     "decoder_tokens": (decoder_tokens, [*_values((2, 2, 3), (2, 3), (3,), (5, 3)), KEEP, MASK]),
     "layer_norm": (partial(layer_norm, eps=1e-6), _values((2, 3, 5), (5,), (5,))),

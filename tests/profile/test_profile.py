@@ -175,7 +175,10 @@ def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch, capsys):
     assert "loaded by 1 processes" in records.title(found)
     (engine,) = found["engines"].values()
     parts = {(p["phase"], p["op"]): p["seconds"] for p in engine["parts"] if p["op"]}
-    for part in (("data", "wait"), ("data", "crop_resize"), ("host to device", "copy")):
+    # Clips are made where they are asked for.
+    crop = "crop_resize_patchify_gather"
+    made = ("patch embedding", crop), ("loss", crop)
+    for part in (("data", "wait"), ("host to device", "copy"), *made):
         assert parts[part] > 0
     assert 0.05 < parts["data", "wait"] < min(found["seconds"]["mae_fast"])
     assert parts.keys() >= {("decoder", "attention"), ("optimizer", "adamw")}

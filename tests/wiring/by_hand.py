@@ -215,6 +215,8 @@ def check(cfg, rows, *, world=1, val_rows=(), bad=(), steps=None):
     if val_rows:
         _near(metrics[0], held_out(cfg, val_rows, model), 1e-4)
     losses = []
+    # A pixel that is resampled in another order may be rounded to its neighbour in bf16.
+    slack = 10 if t.precision == "bf16" else 1
     for step in range(total):
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         loss, grads, _ = gradients(cfg, rows, model, step, world, bad)
@@ -233,9 +235,15 @@ def check(cfg, rows, *, world=1, val_rows=(), bad=(), steps=None):
         for n in names:
             assert new[n].dtype == got["m"][n].dtype == torch.float32
             g = grads[n] * shrink
-            _close(got["m"][n], b1 * moments["m"][n] + (1 - b1) * g, norm * shrink, f"{n} m {step}")
+            _close(
+                got["m"][n],
+                b1 * moments["m"][n] + (1 - b1) * g,
+                norm * shrink,
+                f"{n} m {step}",
+                slack,
+            )
             v = b2 * moments["v"][n] + (1 - b2) * g * g
-            _close(got["v"][n], v, (norm * shrink) ** 2, f"{n} v, step {step}")
+            _close(got["v"][n], v, (norm * shrink) ** 2, f"{n} v, step {step}", slack)
             assert float(after[f"optim.step.{n}"]) == step + 1
             decay = 0.0 if weights[n].ndim == 1 or n.endswith(".bias") else t.weight_decay
             wanted = weights[n] * (1 - lr * decay)
@@ -276,9 +284,9 @@ def _approx(x):
     return pytest.approx(x, rel=1e-6)
 
 
-def _close(got, wanted, scale, what):
-    error = float((got - wanted).norm())
-    assert error <= 1e-4 * float(wanted.norm()) + 1e-6 * scale, f"{what}: off by {error:.3g}"
+def _close(got, wanted, scale, what, slack=1):
+    error, allowed = float((got - wanted).norm()), 1e-4 * float(wanted.norm()) + 1e-6 * scale
+    assert error <= slack * allowed, f"{what}: off by {error:.3g}"
 
 
 def _near(row, wanted, rel):

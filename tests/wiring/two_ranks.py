@@ -33,7 +33,7 @@ def happening(what: str):
 
     Gives the list of whether each micro-step's gradients were reduced."""
     reads, reduced = [], []
-    read, forward, added_up = VideoReader.read, MaskedAutoencoder.forward, Buckets.added_up
+    read, forward, added_up = VideoReader.pictures, MaskedAutoencoder.forward, Buckets.added_up
 
     def counted(self, *args, **kwargs):
         reads.append(1)
@@ -55,7 +55,7 @@ def happening(what: str):
         reduced[-1] = True
         return added_up(self)
 
-    with mock.patch.object(VideoReader, "read", counted):
+    with mock.patch.object(VideoReader, "pictures", counted):
         with mock.patch.object(MaskedAutoencoder, "forward", watched):
             with mock.patch.object(Buckets, "added_up", adding):
                 yield reduced

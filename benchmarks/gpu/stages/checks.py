@@ -27,8 +27,6 @@ from mae_fast.ops import OPS, dispatch
 
 GOLDEN = "mae_st_tiny"  # what the sanitizer watches; the smoke runs it without
 AFTER_TESTS = 22.0  # seconds left to what follows the tests: 20 on an H200
-# Its table of addresses holds for one batch: it refuses to be captured.
-NOT_IN_A_GRAPH = {"crop_resize_patchify_gather"}
 # What the rehearsal runs of the op tests, in Triton's interpreter.
 REHEARSED = ("tests/ops/test_layer_norm.py", "-k", "f32 and (one_row or prime)")
 
@@ -36,8 +34,6 @@ REHEARSED = ("tests/ops/test_layer_norm.py", "-k", "f32 and (one_row or prime)")
 def items(setting: Setting) -> Iterator[Item]:
     yield Item("tests of the ops", lambda: op_tests(setting))
     for call in calls(setting, "vit_base", 2):
-        if call.op in NOT_IN_A_GRAPH:
-            continue
         name = f"CUDA graph of {call.op} {call.shape}"
         yield Item(name, lambda call=call: graphed(setting, call))
     yield Item("compute-sanitizer", lambda: sanitizer(setting))

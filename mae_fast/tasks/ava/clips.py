@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mae_fast.data import BadVideo, Batch, ClipDataset, VideoRow, read_index
+from mae_fast.data.planes import Pictures, images, of_rgb
 from mae_fast.data.sampling import shrink
 from mae_fast.data.workers import produce
 from mae_fast.errors import ConfigError
@@ -98,6 +99,8 @@ class KeyframeClips(ClipDataset):
     """Item g: the clips of a keyframe, and in `labels` a row for each person that is left in one:
     float64 (number of the clip, x1, y1, x2, y2 in its pixels, one of each class or zero)."""
 
+    planar = False  # its pictures are RGB
+
     def __init__(
         self, rows: list[VideoRow], cfg, num_frames: int, seed: int, *,
         keyframes: Keyframes, ava: AvaConfig, size: int,
@@ -129,14 +132,14 @@ class KeyframeClips(ClipDataset):
             rows.append(np.concatenate([number, here, self.labels[some][there]], axis=1))
             crops.append(crop)
             flips.append(flip)
-        return Batch(
-            frames=[pixels] * repeats,
-            boxes=torch.tensor(crops, dtype=torch.int32, device="cpu"),
-            flips=torch.tensor(flips, device="cpu"),
-            samples=g * repeats + torch.arange(repeats, device="cpu"),
-            paths=[path] * repeats,
-            bad=bad,
-            labels=torch.from_numpy(np.concatenate(rows)),
+        return Batch.of_rgb(
+            [pixels] * repeats,
+            torch.tensor(crops, dtype=torch.int32, device="cpu"),
+            torch.tensor(flips, device="cpu"),
+            g * repeats + torch.arange(repeats, device="cpu"),
+            [path] * repeats,
+            bad,
+            torch.from_numpy(np.concatenate(rows)),
         )
 
     def _crop(self, rng, boxes: np.ndarray, height: int, width: int, flip: bool):
@@ -158,14 +161,16 @@ class KeyframeClips(ClipDataset):
         unique, where = np.unique(self.indices[video], return_inverse=True)
         start, frames = self._spans[video].tolist()
         wanted = torch.from_numpy(unique)
-        found = self._tried(video, path, start + frames, wanted, short_side)
+        found = images(self._tried(video, path, start + frames, wanted, short_side))
         return found[torch.from_numpy(where)]
 
-    def _read(self, video: int, path: str, frames: int, wanted: Tensor, short_side=None) -> Tensor:
+    def _read(
+        self, video: int, path: str, frames: int, wanted: Tensor, short_side=None
+    ) -> Pictures:
         if not self.pictures[video]:
             return super()._read(video, path, frames, wanted, short_side)
         size = self.cfg.short_side if short_side is None else short_side
-        return torch.cat([shrink(_picture(path, int(i)), size) for i in wanted])
+        return of_rgb(torch.cat([shrink(_picture(path, int(i)), size) for i in wanted]))
 
 
 def _picture(path: str, i: int) -> Tensor:
@@ -250,14 +255,14 @@ class WholeFrames:
         boxes = np.array([p.box for p in self.keyframes.people[i]])
         boxes = np.clip(_in_pixels(boxes, height, width), 0, np.array([width, height] * 2))
         boxes = extended(boxes, self.ava.box_extend, height, width)
-        return Batch(
-            frames=[frames],
-            boxes=torch.tensor([(0, 0, *frames.shape[1:3])], dtype=torch.int32, device="cpu"),
-            flips=torch.zeros(1, dtype=torch.bool, device="cpu"),
-            samples=torch.tensor([i], device="cpu"),
-            paths=[os.fspath(row.path)],
-            bad=bad,
-            labels=torch.from_numpy(boxes),
+        return Batch.of_rgb(
+            [frames],
+            torch.tensor([(0, 0, *frames.shape[1:3])], dtype=torch.int32, device="cpu"),
+            torch.zeros(1, dtype=torch.bool, device="cpu"),
+            torch.tensor([i], device="cpu"),
+            [os.fspath(row.path)],
+            bad,
+            torch.from_numpy(boxes),
         )
 
     def middle(self, i: int) -> np.ndarray:
@@ -265,7 +270,7 @@ class WholeFrames:
         row, which = self.keyframes.rows[i], self.reader.indices[i]
         wanted = torch.from_numpy(which[len(which) // 2 :][:1])
         how = (i, os.fspath(row.path), row.start + row.frames, wanted, self.short_side)
-        return self.reader._tried(*how)[0].numpy()
+        return images(self.reader._tried(*how))[0].numpy()
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
         """The frame's size at short_side: the long side rounded down, as the official codes."""

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
 from mae_fast.config import preset
 from mae_fast.data import build_index
 from mae_fast.data.pack import write_pack
 from mae_fast.files import write
+from mae_fast.motion import write_clip
 from mae_fast.tasks.ava import score
 from mae_fast.tasks.ava.config import AvaConfig
 from mae_fast.tasks.ava.evaluate import iou
@@ -109,7 +109,8 @@ def make(folder: Path, seed: int = 0, movies: int = 0, seconds: int = SECONDS) -
             if 2 <= s < seconds + 2:
                 _write(rng, files, part, name, BEGINS + s, people)
         # A scene lies half a second around its second: the file begins in the middle of one.
-        _movie(folder / "movies" / f"{name}.mp4", np.concatenate(frames)[FPS // 2 :])
+        movie = np.concatenate(frames)[FPS // 2 :]
+        write_clip(folder / "movies" / f"{name}.mp4", movie, fps=FPS, gop=FPS, crf=16)
     for name, lines in files.items():
         write(folder / f"{name}.csv", "".join(lines))
     write(folder / "excluded.csv", f"movie-00,{BEGINS + 3:04d}\n")
@@ -174,17 +175,3 @@ def _write(rng, files: dict, part: str, movie: str, second: int, people: list) -
         x, y = rng.uniform(0, 0.7, 2)
         stray = (x, y, x + 0.2, y + 0.25)
         files[f"{part}_detections"].append(row(stray, "", f"{rng.uniform(0.5, 0.95):.4f}"))
-
-
-def _movie(path: Path, frames: np.ndarray) -> None:
-    """An H.264 file with a keyframe each second."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "16"})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        stream.codec_context.gop_size = FPS
-        stream.codec_context.thread_count = 1
-        for k, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts = k
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
