@@ -254,7 +254,7 @@ def test_the_picture(tmp_path, capsys):
         (["--batch", "100000"], "do not fit on one h100: at most"),
         (["--dataset", "k4000"], "k400, ssv2 or a number of videos, got 'k4000'"),
         (["--device", "this", "--gpus", "2"], "one machine, got --gpus 2"),
-        (["--model", "vit_giant"], "vit_giant"),
+        (["--model", "vit_titan"], "vit_titan"),
         (["--epochs", "0"], "--epochs must be above 0, got 0"),
     ],
 )

@@ -130,4 +130,4 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_nothing_had_been(
     assert len(losses(tmp_path / "run")) == 40
     starts = (tmp_path / "run" / "environment.jsonl").read_text().splitlines()
     assert len(starts) == 2
-    assert "this job is preempted" in job.stderr() and "Requeued" in job.stderr()
+    assert "this job is preempted" in job.stderr() and "Requeued" in job.stdout()

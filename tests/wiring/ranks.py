@@ -22,6 +22,7 @@ import torch
 
 from mae_fast import metrics, train
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
+from mae_fast.ops.source import COLUMNS, Source
 from mae_fast.sharded import local
 from mae_fast.tasks import classify
 
@@ -106,6 +107,12 @@ def held(run) -> int:
     return sum(local(t).numel() * t.element_size() for t in (*run.model.parameters(), *states))
 
 
+def clips_of(run, flat, table, *ids):
+    """Frames, box and flip, and masks, wherever in the batch's buffer a clip lies."""
+    frames = Source(flat, table, run.cfg.model.img_size).rgb()
+    return frames, table[:, :COLUMNS], *ids
+
+
 def watched(task: str, stop: int, drawn: list, held_bytes: list):
     """The task's Run, which notes its draws, and is told to stop before a step."""
 
@@ -118,8 +125,9 @@ def watched(task: str, stop: int, drawn: list, held_bytes: list):
 
         def _inputs(self, batch):
             inputs = super()._inputs(batch)
+            noted = inputs if task == "finetune" else clips_of(self, *inputs)
             for i, sample in enumerate(batch.samples.tolist()):
-                drawn.append([self.step, sample, *(digest(t[i]) for t in inputs)])
+                drawn.append([self.step, sample, *(digest(t[i]) for t in noted)])
             return inputs
 
         def _one_step(self, batches, window):
