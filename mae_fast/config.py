@@ -538,3 +538,10 @@ class Config:
             "model.in_chans must be 3 to train on video",
             self.model.in_chans,
         )
+        shard, whole = self.train.shard, self.model.target in ("features", "tokens")
+        require(
+            shard == "none" or not (whole or self.eval.probe),
+            "train.shard must be none with eval.probe, or a target that a network computes: they "
+            "need whole models",
+            shard,
+        )

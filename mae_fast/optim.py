@@ -29,7 +29,7 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
 
 def peak_lr(cfg: TrainConfig, world: int) -> float:
     """blr * batch * accum * processes / 256; repeat_aug is not in it (official, deliberate)."""
-    return cfg.blr * cfg.batch_size * cfg.accum_steps * world / 256
+    return cfg.blr * videos_per_step(cfg, world) / 256
 
 
 def lr_at(at: float, total: float, warmup: float, peak: float, floor: float = 0.0) -> float:
@@ -39,6 +39,26 @@ def lr_at(at: float, total: float, warmup: float, peak: float, floor: float = 0.
         return peak * at / warmup
     progress = (at - warmup) / max(total - warmup, 1e-12)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def videos_per_step(cfg: TrainConfig, world: int) -> int:
+    """Of all processes; repeat_aug's clips of a video are not counted."""
+    return cfg.batch_size * cfg.accum_steps * world
+
+
+def total_steps(cfg: TrainConfig, videos: int, world: int) -> int:
+    """Optimizer steps of a whole run: train.steps, or train.epochs passes over the videos."""
+    if cfg.steps:
+        return cfg.steps
+    return max(1, int(cfg.epochs * videos / videos_per_step(cfg, world)))
+
+
+def learning_rate(cfg: TrainConfig, step: int, total: int, videos: int, world: int) -> float:
+    """The rate of the step numbered `step` from 0, warmed up per step, in the official shape."""
+    warmup = cfg.warmup_steps
+    if not cfg.steps:
+        warmup = cfg.warmup_epochs * videos / videos_per_step(cfg, world)
+    return lr_at(step, total, warmup, peak_lr(cfg, world), cfg.min_lr)
 
 
 def clipped_step(optimizer: torch.optim.AdamW, lr: float | Tensor, clip: float) -> Tensor:

@@ -54,7 +54,7 @@ from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.dispatch import backends
 from mae_fast.ops.source import Source
-from mae_fast.optim import lr_at, make_optimizer, peak_lr
+from mae_fast.optim import learning_rate, make_optimizer, total_steps, videos_per_step
 from mae_fast.signals import Signals, Told
 from mae_fast.step import Step
 from mae_fast.targets import Tokenizer, follow
@@ -114,7 +114,7 @@ class Run:
         check_size([*self.rows, *self.val_rows], cfg.data.short_side)
         self.draws = {"index": resume.draws(self.rows), "val_index": resume.draws(self.val_rows)}
         self.begun = resume.Parts(cfg.train.batch_size, cfg.train.accum_steps, world.size)
-        self.total = total_steps(cfg, len(self.rows), world.size)
+        self.total = total_steps(cfg.train, len(self.rows), world.size)
         if self.total > checkpoint.LAST_STEP:
             raise ConfigError(f"{self.total} steps: a checkpoint's name holds eight digits")
         torch.manual_seed(cfg.train.seed)
@@ -173,7 +173,7 @@ class Run:
 
     def _rate(self, step: int) -> float:
         """The learning rate of the step numbered `step` from 0."""
-        return learning_rate(self.cfg, step, self.total, len(self.rows), self.world.size)
+        return learning_rate(self.cfg.train, step, self.total, len(self.rows), self.world.size)
 
     def _after(self) -> dict[str, Any]:
         """What follows an update of the model, as `Step` takes it."""
@@ -301,15 +301,6 @@ class Run:
     def _shard(self) -> bool:
         """Part the model among the ranks, where it is to be and there are several."""
         how = self.cfg.train.shard
-        if how != "none" and not isinstance(self.model, MaskedAutoencoder):
-            raise ConfigError(f"train.shard {how} is for pre-training: a classifier fits one GPU")
-        if how != "none" and self.probes and self.probes.every:
-            raise ConfigError(f"eval.probe needs the whole model on one rank: train.shard is {how}")
-        if how != "none" and self.cfg.model.target in ("features", "tokens"):
-            raise ConfigError(
-                f"train.shard {how} is for targets of pixels: a target's own network "
-                f"is asked outside of the forward"
-            )
         if how == "none" or self.world.size == 1:
             return False
         sharded.shard(self.model, self.world, how)
@@ -432,7 +423,7 @@ class Run:
         clips = steps * cfg.train.batch_size * cfg.train.accum_steps * cfg.data.repeat_aug
         row = {
             "step": self.step,
-            "epoch": self.step * _videos_per_step(cfg, self.world.size) / len(self.rows),
+            "epoch": self.step * videos_per_step(cfg.train, self.world.size) / len(self.rows),
             "loss": sum(finite) / len(finite) if finite else math.nan,
             "lr": self._rate(self.step - 1),
             "grad_norm": norms[-1],
@@ -559,7 +550,7 @@ class Run:
         if step is None:
             return
         self.cfg = self._with_parts(self.asked, parts)
-        self.total = total_steps(self.cfg, len(self.rows), self.world.size)
+        self.total = total_steps(self.cfg.train, len(self.rows), self.world.size)
         state, tensors = found or checkpoint.read(checkpoint.file(self.folder, step))
         checkpoint.restore(tensors, self.model, self.optimizer)
         self.step, self.nonfinite, self.run = state["step"], state["nonfinite"], state.get("run")
@@ -600,23 +591,3 @@ class Run:
         if self.lock:
             with contextlib.suppress(OSError):  # of a full disk
                 self.lock.close()
-
-
-def _videos_per_step(cfg: Config, world: int) -> int:
-    return cfg.train.batch_size * cfg.train.accum_steps * world
-
-
-def total_steps(cfg: Config, videos: int, world: int) -> int:
-    """Optimizer steps of the whole run: train.steps, or train.epochs passes over the videos."""
-    if cfg.train.steps:
-        return cfg.train.steps
-    return max(1, int(cfg.train.epochs * videos / _videos_per_step(cfg, world)))
-
-
-def learning_rate(cfg: Config, step: int, total: int, videos: int, world: int) -> float:
-    """The rate of the step numbered `step` from 0, warmed up per step, in the official shape."""
-    t = cfg.train
-    warmup = t.warmup_steps
-    if not t.steps:
-        warmup = t.warmup_epochs * videos / _videos_per_step(cfg, world)
-    return lr_at(step, total, warmup, peak_lr(t, world), t.min_lr)

@@ -15,6 +15,7 @@ from mae_fast import cli, masking
 from mae_fast.config import (
     Config,
     DataConfig,
+    EvalConfig,
     MaskConfig,
     ModelConfig,
     TrainConfig,
@@ -133,6 +134,10 @@ def test_python_is_held_to_the_same_as_toml(section, how):
             assert "\n" not in str(e.value) and len(str(e.value)) < 300
 
 
+def _parted(**changes) -> Config:
+    return Config(train=TrainConfig(shard="full"), **changes)
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -147,6 +152,8 @@ def test_python_is_held_to_the_same_as_toml(section, how):
         (lambda: preset(["vit_tiny"]), r"unknown model \['vit_tiny'\]"),
         (lambda: Config(mask=MaskConfig(ratio=0.9999)), "mask ratio 0.9999 leaves none of 8x14x14"),
         (lambda: Config(mask=MaskConfig("tube", 1e-9)), "ratio 1e-09 leaves nothing to predict"),
+        (lambda: _parted(eval=EvalConfig(5, "a", "b")), "none with eval.probe.*got 'full'"),
+        (lambda: _parted(model=preset("vit_tiny", target="features")), "none .*a target that a"),
         (lambda: Config(model=ModelConfig(in_chans=1)), "to train on video, got 1"),
         (
             lambda: ModelConfig(img_size=2**17, patch_size=2),

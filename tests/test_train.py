@@ -29,8 +29,9 @@ from mae_fast.errors import (
     NonFiniteError,
 )
 from mae_fast.masking import STRATEGIES
+from mae_fast.optim import total_steps
 from mae_fast.signals import Signals
-from mae_fast.train import Run, Window, pretrain, total_steps
+from mae_fast.train import Run, Window, pretrain
 
 MODEL = dict(
     img_size=32,
@@ -314,7 +315,7 @@ def test_bad_videos_are_replaced_listed_and_too_many_stop(folder, video, tmp_pat
 
 def test_epochs_count_passes_over_the_videos():
     cfg = Config(train=TrainConfig(batch_size=2, accum_steps=2, epochs=3, warmup_epochs=1))
-    assert total_steps(cfg, videos=100, world=4) == 18
+    assert total_steps(cfg.train, videos=100, world=4) == 18
 
 
 @pytest.mark.parametrize(

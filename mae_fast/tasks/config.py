@@ -159,6 +159,8 @@ class FinetuneConfig:
         require(self.output != "", "output is empty: it is the run's folder", self.output)
         require(self.init != "", "init is empty: a checkpoint, or scratch", self.init)
         require(self.model.in_chans == 3, "model.in_chans must be 3", self.model.in_chans)
+        shard = self.train.shard
+        require(shard == "none", "train.shard must be none: a classifier fits one GPU", shard)
         clips = self.train.batch_size * self.data.repeat_aug
         mixes = self.augment.mixup or self.augment.cutmix
         require(

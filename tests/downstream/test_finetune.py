@@ -431,6 +431,8 @@ def test_every_key_has_its_help_and_its_refusal(tmp_path, capsys):
         from_dict({"train": {"batch_size": 1}, "data": {"repeat_aug": 1}})
     with pytest.raises(ConfigError, match="1 or 2 with uniform"):
         from_dict({"data": {"sampling": "uniform"}})
+    with pytest.raises(ConfigError, match=r"train\.shard must be none: .*, got 'full'"):
+        from_dict({"train": {"shard": "full"}})
     assert FinetuneConfig().train.layer_decay == 0.75
     assert train.Run._loss is not FinetuneRun._loss
 

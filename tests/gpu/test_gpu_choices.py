@@ -13,13 +13,18 @@ from mae_fast.train import Run
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def a_run(device: torch.device, processes: int = 1, **train) -> Run:
+def a_run(device: torch.device, processes: int = 1, apart: bool = False, **train) -> Run:
     """A run that has read its settings, and nothing else."""
     run = Run.__new__(Run)
     settings = TrainConfig(batch_size=16, **{"precision": "bf16", **train})
     run.cfg = Config("run", preset("vit_large"), data=DataConfig(repeat_aug=4), train=settings)
-    run.world = SimpleNamespace(device=device, size=processes)
+    run.world, run.apart = SimpleNamespace(device=device, size=processes), apart
     return run
+
+
+def test_a_parted_model_is_no_graph(caplog):
+    assert not a_run(GPU, 2, apart=True, cuda_graph="on")._graph()
+    assert "parted weights" in caplog.text
 
 
 @pytest.mark.parametrize(
