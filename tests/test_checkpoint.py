@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 import torch
@@ -309,6 +310,9 @@ def test_what_is_written_aside_is_the_state_of_its_step(tmp_path, monkeypatch):
             p.fill_(7.0)
         for state in optimizer.state.values():
             state["exp_avg"].fill_(8.0)
+    while not begun:
+        assert not aside.pending.done()
+        time.sleep(0.01)
     assert checkpoint.checkpoints(tmp_path) == []
     go.set()
     checkpoint.save(tmp_path, 6, model, optimizer, {"run": "mine"}, 3, aside)
