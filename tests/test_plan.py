@@ -183,6 +183,15 @@ def test_gpus_of_use_at_a_batch(capsys):
     assert "512 clips a step keep" in capsys.readouterr().out
 
 
+def test_what_does_not_divide_a_batch_is_of_no_use():
+    """Of 7 clips 4 GPUs compute 4, in the time of one and what its gradients take."""
+    cfg, h100 = preset("vit_large"), cost.DEVICES["h100"]
+    seven, one = (cost.compute_seconds(cfg, n, 0.9, h100) for n in (7, 1))
+    sent = cost.communication_seconds(cfg, 4, 8, h100)
+    each = 4 * (one + cost.exposed_seconds(sent, one))
+    assert cost.efficiencies(cfg, 7, 0.9, 8, h100)[4] == pytest.approx(seven * 4 / 7 / each)
+
+
 def test_greatest_batch_fits_and_the_next_does_not():
     cfg, h100 = preset("vit_huge"), cost.DEVICES["h100"]
     most = memory.greatest_batch(cfg, 0, 2, h100.memory)

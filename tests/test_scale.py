@@ -32,7 +32,9 @@ def changing(index, tmp_path_factory):
     """A run of two ranks, and one that goes on with three from step 3 and with one from 6; the
     same of a fine-tuning run, of two ranks and then of one."""
     folder = tmp_path_factory.mktemp("changing")
-    whole, parts = (config(index, folder / name, steps=STEPS) for name in ("whole", "parts"))
+    n = len(read_index(index)) / 6  # of steps
+    how = dict(steps=0, epochs=(STEPS + 0.1) / n, warmup_steps=0, warmup_epochs=2 / n)
+    whole, parts = (config(index, folder / name, **how) for name in ("whole", "parts"))
     tuned = [
         FinetuneConfig(
             output=str(folder / name),
@@ -147,18 +149,20 @@ def test_mixed_clips_stay_together(asked):
 
 def test_a_run_of_an_older_version_goes_on_with_another_number_of_processes(index, tmp_path):
     """Its state has the processes, and not what was asked."""
-    cfg = config(index, tmp_path / "run", batch_size=2, steps=2, save_every=1)
+    how = dict(steps=3, save_every=1)
+    cfg, by_hand = (
+        config(index, tmp_path / "run", batch_size=batch, accum_steps=accum, **how)
+        for batch, accum in ((2, 1), (1, 4))
+    )
     pretrain(cfg)
     for path in checkpoint.checkpoints(tmp_path / "run"):
         state, tensors = checkpoint.read(path)
         del state["asked"]
         state["world"] = 2
         checkpoint.write_tensors(path, tensors, {"mae_fast": json.dumps(state)})
-    checkpoint.checkpoints(tmp_path / "run")[-1].unlink()
-    assert pretrain(cfg)["epoch"] == pytest.approx(2 * 4 / len(read_index(index)))
-    state, _ = checkpoint.latest(tmp_path / "run")
-    assert (state["world"], state["asked"], state["config"]["train"]["batch_size"]) == (
-        2,
-        [2, 1],
-        2,
-    )
+    for again, asked in ((cfg, [2, 1]), (by_hand, [1, 4])):
+        checkpoint.checkpoints(tmp_path / "run")[-1].unlink()
+        assert pretrain(again)["epoch"] == pytest.approx(3 * 4 / len(read_index(index)))
+        state, _ = checkpoint.latest(tmp_path / "run")
+        assert (state["world"], state["asked"]) == (2, asked)
+        assert state["config"]["train"]["batch_size"] == 2
