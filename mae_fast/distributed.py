@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from mae_fast.errors import ConfigError
+from mae_fast.errors import ConfigError, Interrupted
 from mae_fast.watch import TELL, Watch, describe
 
 log = logging.getLogger("mae_fast")
@@ -68,19 +68,56 @@ def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
     if size > 1 and not dist.is_initialized():
         # NCCL ends a process whose collective is late: later than the rank gives up by itself.
         late = datetime.timedelta(seconds=give_up + 60 * (device == "cuda"))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=late)
-    if size > 1:
+        kind = "nccl" if device == "cuda" else "gloo"
+        store, how = _store(world, give_up), dict(rank=world.rank, world_size=size, timeout=late)
+        dist.init_process_group(kind, store=store, **how)
         _tell_others(world, give_up)
     return world
 
 
+def _store(world: World, give_up: float) -> dist.Store:
+    """What brings the ranks together, under a name of this group's own. torchrun's store outlives
+    its workers, and a group that it starts again would read addresses of the one before (pytorch
+    issue 135712: connection refused, or a wait without end)."""
+    patience = datetime.timedelta(seconds=give_up)
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=patience))
+    return dist.PrefixStore(f"mae_fast/{_group_name(store, world, give_up)}", store)
+
+
+def _group_name(store: dist.Store, world: World, give_up: float) -> str:
+    """One that rank 0 makes. It answers each rank's own question: what another group has left in
+    the store is no answer."""
+    rank, me, end = world.rank, uuid.uuid4().hex, time.monotonic() + give_up
+    if not rank:
+        for other in range(1, world.size):
+            while not store.check([f"{me}/here{other}"]):
+                store.set(f"answer{other}", f"{_read(store, f'ask{other}')} {me}")
+                _pause(end, other, give_up)
+        return me
+    store.set(f"ask{rank}", me)
+    while True:
+        asked, _, name = _read(store, f"answer{rank}").partition(" ")
+        if asked == me:
+            store.set(f"{name}/here{rank}", "")
+            return name
+        _pause(end, 0, give_up)
+
+
+def _read(store: dist.Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _pause(end: float, rank: int, give_up: float) -> None:
+    if time.monotonic() > end:
+        raise Interrupted(f"rank {rank} did not come within {give_up:g} s")
+    time.sleep(0.005)
+
+
 def _tell_others(world: World, give_up: float) -> None:
-    """Begin to tell the other ranks what this one does, under a name of this group's own: a store
-    may have served another, before one of its nodes was lost."""
+    """Begin to tell the other ranks what this one does."""
     global _watch
-    prefix = f"mae_fast/{gather(uuid.uuid4().hex, world)[0]}"
     store = dist.distributed_c10d._get_default_store()
-    _watch = Watch(store, world.rank, world.size, prefix, give_up)
+    _watch = Watch(store, world.rank, world.size, give_up)
 
 
 def srun(env: Mapping[str, str]) -> dict[str, str]:
@@ -165,20 +202,20 @@ def _without_store(error: dist.DistError) -> str:
     )
 
 
-_meetings = itertools.count()  # of this process: a store may outlive a run
+_meetings = itertools.count()
 
 
 def _meet(store: dist.Store, stop: bool, world: World, told: Callable[[], bool]) -> bool:
     number, watch = next(_meetings), _watch
-    prefix, give_up = (watch.prefix, watch.give_up) if watch else ("mae_fast", GIVE_UP)
-    name, result = f"{prefix}/meeting{number}", f"{prefix}/meeting{number} held"
+    give_up = watch.give_up if watch else GIVE_UP
+    name, result = f"meeting{number}", f"meeting{number} held"
     if watch:
         watch.came(number)
     # Who came is counted in the low digits, who said stop in the high ones.
     votes = store.add(name, 1 + (stop << 32))
     if votes & 0xFFFFFFFF == world.size:
         store.set(result, str(votes >> 32))
-        for old in (f"{prefix}/meeting{number - 1}", f"{prefix}/meeting{number - 1} held"):
+        for old in (f"meeting{number - 1}", f"meeting{number - 1} held"):
             store.delete_key(old)  # who is here has read it
     began, since, pause, look, tell = time.monotonic(), None, 1e-4, _LOOK, TELL
     while not store.check([result]):

@@ -24,9 +24,9 @@ class Watch:
     """What the ranks of a group tell each other. `prefix` is of this group alone; the store may be
     one that other groups have had. give_up: seconds that a rank waits for another that is alive."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, prefix: str, give_up: float):
+    def __init__(self, store: dist.Store, rank: int, size: int, give_up: float):
         self.store, self.rank, self.size = store, rank, size
-        self.prefix, self.give_up = prefix, give_up
+        self.give_up = give_up
         self.meeting, self.count = -1, 0  # the last that this rank came to; its words
         self.at("starting")
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> (count, when it was first seen)
@@ -68,7 +68,7 @@ class Watch:
         return ""
 
     def _told(self, rank: int) -> dict[str, Any]:
-        key = f"{self.prefix}/rank{rank}"
+        key = f"rank{rank}"
         return json.loads(self.store.get(key)) if self.store.check([key]) else {}
 
     def _tell(self, store: dist.Store) -> None:
@@ -82,7 +82,7 @@ class Watch:
             "at": what() if callable(what) else what,
             "seconds": round(time.monotonic() - since),
         }
-        store.set(f"{self.prefix}/rank{self.rank}", json.dumps(word))
+        store.set(f"rank{self.rank}", json.dumps(word))
 
     def _beat(self) -> None:
         with contextlib.suppress(dist.DistError, RuntimeError):  # the store is gone

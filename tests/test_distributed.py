@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mae_fast import distributed
 from mae_fast.distributed import World
-from mae_fast.errors import ConfigError
+from mae_fast.errors import ConfigError, Interrupted
 
 CPU = torch.device("cpu")
 
@@ -24,9 +24,10 @@ def told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda i: calls.append(("device", i)))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: calls[-1][1])
-    monkeypatch.setattr(dist, "init_process_group", lambda b, timeout: calls.append(("group", b)))
+    monkeypatch.setattr(dist, "init_process_group", lambda b, **how: calls.append(("group", b)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(("left",)))
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "_store", lambda *args: None)
     monkeypatch.setattr(distributed, "_tell_others", lambda *args: None)
     return calls
 
@@ -91,6 +92,42 @@ def meeting(monkeypatch):
     return come
 
 
+def test_a_group_hears_nothing_of_the_one_before_it():
+    """A store has served two ranks, of which the second had not heard its name yet; and three."""
+    store, names = dist.HashStore(), []
+
+    def come(world):
+        return distributed._group_name(store, world, 5.0)
+
+    store.set("ask1", "of a dead rank")
+    for size in (2, 2, 3, 2):
+        with ThreadPoolExecutor(size) as pool:
+            first = pool.submit(come, World(size - 1, size, CPU))  # before rank 0
+            time.sleep(0.05)
+            rest = pool.map(come, [World(r, size, CPU) for r in range(size - 1)])
+            heard = {first.result(), *rest}
+        assert len(heard) == 1
+        names += heard
+    assert len({*names}) == 4
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, 2), (1, 0), (2, 0)])
+def test_a_rank_that_does_not_come_at_all_is_named(rank, missing):
+    store = dist.HashStore()
+    for name in ("answer1", "answer2"):
+        store.set(name, "another group")
+    store.set("ask1", "a")
+    if rank == 0:
+        with ThreadPoolExecutor(1) as pool:
+            one = pool.submit(distributed._group_name, store, World(1, 3, CPU), 5.0)
+            with pytest.raises(Interrupted, match="rank 2 did not come within 1 s"):
+                distributed._group_name(store, World(0, 3, CPU), 1.0)
+            one.result()
+        return
+    with pytest.raises(Interrupted, match=f"rank {missing} did not come within 0.1 s"):
+        distributed._group_name(store, World(rank, 3, CPU), 0.1)
+
+
 def test_alone_one_agrees_with_oneself():
     assert distributed.agree(True, World(0, 1, CPU), lambda: False) is True
     assert distributed.agree(False, World(0, 1, CPU), lambda: True) is False
@@ -98,13 +135,13 @@ def test_alone_one_agrees_with_oneself():
 
 @pytest.mark.parametrize("votes", [(False, False), (True, False), (False, True), (True, True)])
 def test_ranks_that_meet_hear_the_same(meeting, votes):
-    for key in ("mae_fast/meeting4", "mae_fast/meeting4 held"):
+    for key in ("meeting4", "meeting4 held"):
         meeting.store.set(key, "old")
     with ThreadPoolExecutor(2) as pool:
         heard = list(pool.map(meeting, votes))
     assert heard == [any(votes)] * 2
-    assert not meeting.store.check(["mae_fast/meeting4 held"])
-    assert meeting.store.check(["mae_fast/meeting5 held"])
+    assert not meeting.store.check(["meeting4 held"])
+    assert meeting.store.check(["meeting5 held"])
     assert meeting.store.num_keys() == 2  # the last meeting's only: a run has millions
 
 

@@ -31,7 +31,7 @@ def pair(tmp_path, monkeypatch):
 
     def make(rank, give_up=60.0):
         store = dist.FileStore(str(tmp_path / "store"), 2)
-        made.append(Watch(store, rank, 2, "x", give_up))
+        made.append(Watch(store, rank, 2, give_up))
         return made[-1]
 
     yield make
@@ -116,8 +116,8 @@ def test_ranks_that_come_late_but_come_are_not_lost(pair, monkeypatch):
     def told():
         if time.monotonic() - began > 1.0 and not one.end.is_set():
             one.close()
-            zero.store.add("x/meeting3", 1)
-            zero.store.set("x/meeting3 held", "0")
+            zero.store.add("meeting3", 1)
+            zero.store.set("meeting3 held", "0")
         return False
 
     assert _meet(zero, monkeypatch, 60.0, told) is False
@@ -147,7 +147,7 @@ def test_a_survivor_stops_in_time_and_the_run_goes_on(sign, tmp_path):
         print(f"the survivor left after {waited:.1f} s")
         assert waited < (60 if sign == signal.SIGSTOP else 30)
         if sign == signal.SIGKILL:
-            assert run.wait() == 0
+            assert run.wait() == 0, run.text()
             assert run.steps() == list(range(1, run.total + 1))
     finally:
         run.end()
