@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from mae_fast.config import ModelConfig
+from mae_fast.data import build_index
 from mae_fast.model import MaskedAutoencoder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -162,3 +163,11 @@ def folder(tmp_path_factory):
     for i in range(5):
         write(root / f"v{i}.mp4", 40 + 5 * i, rate=25 if i % 2 else 30)
     return root
+
+
+@pytest.fixture(scope="session")
+def index(folder, tmp_path_factory):
+    """An index of `folder`."""
+    out = tmp_path_factory.mktemp("index") / "index.jsonl"
+    build_index([folder], out, progress=False)
+    return str(out)

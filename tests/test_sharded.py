@@ -8,20 +8,12 @@ import torch
 from ranks import config, drawn, losses, run
 
 from mae_fast import checkpoint, sharded
-from mae_fast.data import build_index
 from mae_fast.errors import CheckpointError
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.optim import make_optimizer
 from mae_fast.weights import load_model
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def index(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("index") / "index.jsonl"
-    build_index([folder], out, progress=False)
-    return str(out)
 
 
 @pytest.fixture(scope="module")
