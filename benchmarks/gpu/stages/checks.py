@@ -33,7 +33,7 @@ REHEARSED = ("tests/ops/test_layer_norm.py", "-k", "f32 and (one_row or prime)")
 
 def items(setting: Setting) -> Iterator[Item]:
     yield Item("tests of the ops", lambda: op_tests(setting))
-    for call in calls(setting, "vit_base", 2):
+    for call in setting.some(calls(setting, "vit_base", 2), 4):
         name = f"CUDA graph of {call.op} {call.shape}"
         yield Item(name, lambda call=call: graphed(setting, call))
     yield Item("compute-sanitizer", lambda: sanitizer(setting))
