@@ -246,5 +246,5 @@ def _late(words: str, watch: Watch | None, number: int) -> str:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because of another process. gloo has no class for it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Whether another process was lost, or a collective failed for it: gloo has no class for it."""
+    return isinstance(error, (PeerLost, dist.DistError)) or "gloo" in str(error)

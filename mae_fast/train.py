@@ -107,6 +107,7 @@ class Run:
 
     def __init__(self, cfg: Config, world: World, signals: Signals) -> None:
         self.cfg, self.asked, self.world, self.signals = cfg, cfg, world, signals
+        self.peers = world  # those whose numbers are in a row
         self.folder = Path(cfg.output)
         self.rows, self.val_rows = self._read_rows()
         self.probes = self._make_probes()
@@ -123,6 +124,7 @@ class Run:
         self.optimizer = self._make_optimizer()
         self.step, self.nonfinite, self.run = 0, 0, uuid.uuid4().hex
         self.fault: DataError | None = None  # why this rank cannot go on
+        self.window = Window()
         self.whole = True  # false from an update's begin until its step is counted
         self._open_folder()
         cfg = self.cfg
@@ -190,20 +192,23 @@ class Run:
             if not self.world.writer:
                 return self._steps(None)
             with metrics.Metrics(self.cfg, self.total, self.step) as sink:
-                row = self._steps(sink)
+                try:
+                    row = self._steps(sink)
+                except (PeerLost, RuntimeError) as e:
+                    self._alone(e, sink)
+                    raise
             metrics.draw_curves(self.folder, self.cfg.model.loss_unit)
             return row
         except (DataError, Interrupted):
             self._save()  # what was learned until then
             raise
         except (PeerLost, RuntimeError) as e:
-            # A device that waits for a lost rank would have whoever reads it wait too.
-            saves = self.whole and not self.apart and distributed.answers(self.world.device)
+            saves = self._can_save()
             if saves:
                 self._save()
             if isinstance(e, torch.OutOfMemoryError):
                 raise self._out_of_memory(e) from e
-            if self.whole and (isinstance(e, PeerLost) or distributed.lost_peer(e)):
+            if self.whole and distributed.lost_peer(e):
                 lost = f"another process was lost ({str(e).splitlines()[0]})"
                 error = self._interrupted(self.signals.told, lost, saves)
                 error.lost = True
@@ -226,8 +231,9 @@ class Run:
             row = self._held_out()
             if sink:
                 sink.write({"step": 0, **row})
-        batches, window = DevicePrefetch(self._loader(), self.world.device), Window()
+        batches, self.window = DevicePrefetch(self._loader(), self.world.device), Window()
         while self.step < self.total:
+            window = self.window
             try:
                 self._one_step(batches, window)
             except _Stop:
@@ -243,7 +249,7 @@ class Run:
             probe = self.probes is not None and self.probes.due(self.step, self.total)
             if save or probe or self.step % cfg.log_every == 0:
                 row = self._report(window, sink, save, probe)
-                window = Window()
+                self.window = Window()
             elif sink:
                 sink.tick(self.step, time.perf_counter() - window.began)
             if save:
@@ -264,6 +270,16 @@ class Run:
         if wrong:
             raise wrong
         return row
+
+    def _can_save(self) -> bool:
+        """After an error. A device that waits for a lost rank would have whoever reads it wait."""
+        return self.whole and not self.apart and distributed.answers(self.world.device)
+
+    def _alone(self, error: Exception, sink: metrics.Metrics) -> None:
+        """The last row where another rank was lost with its numbers: of this one's alone."""
+        if distributed.lost_peer(error) and self._can_save():
+            self.peers = World(0, 1, self.world.device)
+            self._report(self.window, sink, held_out=False)
 
     def _leave(self, window: Window, sink: metrics.Metrics | None) -> NoReturn:
         """Every rank is here, before the same step, as one was told to stop or cannot go on."""
@@ -409,13 +425,13 @@ class Run:
         Returns its row ({} of no steps), and why the run must not go on, if it must not.
         """
         if not window.losses:
-            gathered = distributed.gather(window.bad, self.world)
+            gathered = distributed.gather(window.bad, self.peers)
             return {}, self._note_bad([bad for bads in gathered for bad in bads])
         losses, norms = torch.stack(
             [torch.stack(window.losses), torch.stack(window.norms)]
         ).tolist()
         seconds = time.perf_counter() - window.began
-        gathered = distributed.gather((losses, window.bad, window.paths), self.world)
+        gathered = distributed.gather((losses, window.bad, window.paths), self.peers)
         wrong = self._note_bad([bad for _, bads, _ in gathered for bad in bads])
         wrong = self._judge(norms, [paths for _, _, paths in gathered]) or wrong
         finite = [x for each, _, _ in gathered for x in each if math.isfinite(x)]

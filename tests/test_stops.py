@@ -393,3 +393,28 @@ def test_a_last_checkpoint_that_cannot_be_written_is_no_good_end(index, tmp_path
     with pytest.raises(CheckpointError, match=r"00000020.*No space left.*-00000010"):
         pretrain(config(index, tmp_path / "run"))
     assert saved(tmp_path / "run") == 10
+
+
+@pytest.mark.parametrize("where", ["agree", "gather"])
+def test_a_lost_rank_takes_no_row_along(where, index, tmp_path, monkeypatch):
+    """Before step 13, or with its numbers of the steps 6 to 10: the row is of who is left."""
+    true, calls = getattr(distributed, where), []
+    at_call = 13 if where == "agree" else 3  # once a step; once, and then once a row
+
+    def lost(*args):
+        calls.append(args)
+        if len(calls) == at_call:
+            raise PeerLost("it died") if where == "agree" else RuntimeError("[gloo] closed by peer")
+        return true(*args)
+
+    monkeypatch.setattr(distributed, where, lost)
+    with pytest.raises(Interrupted, match="another process was lost"):
+        pretrain(config(index, tmp_path / "run", save_every=99))
+    step = 12 if where == "agree" else 10
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert saved(tmp_path / "run") == step
+    assert [r["step"] for r in rows] == sorted({5, 10, step})
+    monkeypatch.undo()
+    pretrain(config(index, tmp_path / "whole"))
+    whole = metrics.read(tmp_path / "whole" / "metrics.jsonl")
+    assert [r["loss"] for r in rows[:2]] == [r["loss"] for r in whole[:2]]
