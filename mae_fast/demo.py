@@ -78,7 +78,7 @@ def demo(
     output = output or ("runs/demo-downstream" if downstream else "runs/demo")
     folder = Path(output)
     _make_room(folder)
-    source = Path(videos) if videos else fetch_footage(folder / "videos")
+    source = videos or fetch_footage(folder / "videos")
     if downstream:
         from mae_fast.demo_downstream import demo as downstream_demo
 
@@ -156,7 +156,7 @@ def _debian_footage(package: str, name: str, tmp: Path, folder: Path) -> None:
     print(f"  not to be had here, going on without {name}")
 
 
-def split(source: Path, folder: Path) -> tuple[list[VideoRow], list[VideoRow]]:
+def split(source: str | Path, folder: Path) -> tuple[list[VideoRow], list[VideoRow]]:
     """Index the videos and set some aside: every tenth, or of few the last fifth of each."""
     if is_pack(source):
         rows = read_index(source)

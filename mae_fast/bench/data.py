@@ -14,6 +14,7 @@ import tyro
 
 from mae_fast import cost, memory
 from mae_fast.config import DataConfig, preset
+from mae_fast.data import remote
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, read_source
 from mae_fast.data.loader import Batch, ClipDataset, join, make_loader
@@ -124,16 +125,16 @@ def _cpu() -> float:
 
 
 def _bytes_read() -> int:
-    """Of this process, from disk or cache; 0 where the system does not count."""
+    """Of this process, from disk, cache or servers; 0 where the system does not count."""
     try:
-        return int(Path("/proc/self/io").read_text().split()[1])
+        return int(Path("/proc/self/io").read_text().split()[1]) + remote.received
     except OSError:
-        return 0
+        return remote.received
 
 
 def _forget(rows: list[VideoRow]) -> bool:
     """Have the system drop the videos from its page cache; whether it can be asked."""
-    if not hasattr(os, "posix_fadvise"):
+    if not hasattr(os, "posix_fadvise") or any(remote.is_remote(r.path) for r in rows):
         return False
     for path in {os.path.dirname(r.path) if r.at >= 0 else r.path for r in rows}:
         fd = os.open(path, os.O_RDONLY)

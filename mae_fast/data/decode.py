@@ -15,7 +15,9 @@ from torch import Tensor
 from mae_fast.data import planes, timeline
 from mae_fast.data.container import BadVideo
 from mae_fast.data.frames import Frames
+from mae_fast.data.packed import fetch_video
 from mae_fast.data.planes import Pictures
+from mae_fast.data.remote import is_remote
 from mae_fast.data.sampling import shrink
 from mae_fast.data.timeline import Access
 from mae_fast.errors import ConfigError
@@ -91,6 +93,8 @@ class VideoReader:
         if reason := _unusable(name):
             raise ConfigError(f"decoder {name}: {reason}")
         self.path, self.strict = os.fspath(path), strict
+        if is_remote(self.path):
+            self.path = fetch_video(self.path)
         self._frames = Frames(self.path, access)
         try:
             sure = not strict or self.access.whole

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_fast.data.helpers import answers
-from mae_fast.data.packed import INDEX, is_pack, sound_index
+from mae_fast.data.packed import INDEX, fetch, folder_of, here, is_pack, sound_index
+from mae_fast.data.remote import is_remote
 from mae_fast.data.sources import Source, find_videos
 from mae_fast.data.timeline import Access
 from mae_fast.errors import ConfigError, DataError
@@ -204,21 +205,29 @@ def build_index(
 def read_index(path: str | Path, broken: bool = False, checked: bool = True) -> list[VideoRow]:
     """The usable videos of an index or of a pack, in its order; with broken=True every row.
 
-    Relative paths in it are taken from its own folder. checked: a pack's shards must be there, and
-    as long as they were. Raises DataError: missing file, wrong columns, no usable video.
+    Relative paths in it are taken from its own folder. A URL is a pack's. checked: a pack's shards
+    must be there, and as long as they were. Raises DataError: missing file, wrong columns, no
+    usable video.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if checked and is_pack(folder) and (path.is_dir() or path.name == INDEX):
-        path = sound_index(folder)
+    if is_remote(path):
+        folder = path.rstrip("/").removesuffix("/" + INDEX)
+        fetch(folder)
+        path = sound_index(folder) if checked else here(folder) / INDEX
+    else:
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        if checked and is_pack(folder) and (path.is_dir() or path.name == INDEX):
+            path = sound_index(folder)
+        folder = folder.absolute()
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such index; make one with `mae-fast index FOLDER -o {path}`")
     records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-    folder = path.absolute().parent
     rows = [_checked(path, number, record, folder) for number, record in records]
     good = [r for r in rows if not r.error]
     if not good:
         raise DataError(f"{path}: no usable videos among {len(rows)} rows")
+    for url in {folder_of(r.path) for r in good if is_remote(r.path)} - {folder}:
+        fetch(url)
     return rows if broken else good
 
 
@@ -231,7 +240,7 @@ def read_source(source: str | Path) -> list[VideoRow]:
         return read_index(Path(scratch) / "index.jsonl")
 
 
-def _checked(path: Path, number: int, record: dict, folder: Path) -> VideoRow:
+def _checked(path: Path, number: int, record: dict, folder: str | Path) -> VideoRow:
     """The row of a record. DataError that names the file, the row, the column and the value."""
     unknown = set(record) - set(_COLUMNS)
     if "path" not in record or unknown:
@@ -245,7 +254,8 @@ def _checked(path: Path, number: int, record: dict, folder: Path) -> VideoRow:
             require(getattr(row, name) > 0, f"{name} must be positive", getattr(row, name))
     except ConfigError as e:
         raise DataError(f"{path}: row {number}: {e}") from None
-    object.__setattr__(row, "path", os.path.join(folder, row.path))
+    if not is_remote(row.path):
+        object.__setattr__(row, "path", os.path.join(folder, row.path))
     return row
 
 

@@ -25,6 +25,7 @@ from mae_fast.data.encode import PRESET, SCALER, even_size
 from mae_fast.data.helpers import answers
 from mae_fast.data.index import VideoRow, progress_bar, read_index, write_index
 from mae_fast.data.packed import HOW, INDEX, PACKET, TABLE, find_damage, how_made, is_pack
+from mae_fast.data.remote import is_remote
 from mae_fast.errors import ConfigError, DataError, WriteError
 from mae_fast.fields import require
 from mae_fast.files import write, writing
@@ -80,11 +81,11 @@ def pack(
 
 def check_pack(folder: str | Path) -> str:
     """One line for a sound pack. Raises DataError that names every damaged place."""
-    folder = Path(folder)
     if not is_pack(folder):
         raise DataError(f"{folder}: not a finished pack: it has no {HOW}")
+    folder = folder.rstrip("/") if is_remote(folder) else Path(folder)
+    rows = read_index(f"{folder}/{INDEX}", checked=False)
     how = how_made(folder)
-    rows = read_index(folder / INDEX, checked=False)
     found = find_damage(folder, rows)
     if found:
         lines = "".join(f"\n  {line}" for line in found[:_LISTED])
@@ -100,6 +101,7 @@ def write_pack(source: str | Path, out: str | Path, how: dict[str, Any], workers
     rows = read_index(source, broken=True)
     if any(r.at >= 0 for r in rows):
         raise ConfigError(f"{source} is of a pack already")
+    require(not is_remote(out), "a pack is written to a local folder, and copied then", out)
     out = Path(out)
     digest = hashlib.sha256("\n".join(map(repr, rows)).encode("utf-8", "surrogatepass"))
     how = {**how, "index": digest.hexdigest()[:16]}

@@ -11,17 +11,20 @@ import zlib
 from base64 import b64decode
 from collections import OrderedDict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from mae_fast.data import planes
+from mae_fast.data import planes, remote
 from mae_fast.data.container import BadVideo
 from mae_fast.data.frames import HARMLESS
 from mae_fast.data.planes import Pictures
+from mae_fast.data.remote import is_remote
 from mae_fast.errors import ConfigError, DataError
+from mae_fast.files import write
 
 INDEX, TABLE, HOW = "index.jsonl", "packets.npy", "pack.json"
 # Of each packet, in order of decoding: the byte of its shard, its time in the source's units or in
@@ -35,35 +38,119 @@ _SHARDS, _DECODERS = 64, 16  # open at one time
 
 
 def is_pack(path) -> bool:
-    return os.path.isfile(os.path.join(path, HOW))
+    """Of a URL, which can be of nothing else, it is not asked whether anything is there."""
+    return is_remote(path) or os.path.isfile(os.path.join(path, HOW))
+
+
+def here(folder: str | Path) -> Path:
+    """Where pack.json, index and table of a pack lie: of one at a URL, what `fetch` keeps."""
+    return remote.kept(folder) if is_remote(folder) else Path(folder)
+
+
+def fetch(url: str) -> None:
+    """Keep pack.json, the index and the table of a pack at a URL, unless they are kept as they are
+    there. Raises DataError and WriteError."""
+    try:
+        with remote.keeping(url) as folder:
+            text = remote.tried(lambda: remote.read(f"{url}/{HOW}"))
+            # Once in part: a server that knows no parts would send a whole shard for each clip.
+            remote.tried(lambda: remote.read(f"{url}/{HOW}", 0, 1))
+            how = _parsed(f"{url}/{HOW}", text)
+            if _is_kept(folder, text, how):
+                return
+            (folder / HOW).unlink(missing_ok=True)
+            write(folder / INDEX, remote.tried(lambda: remote.read(f"{url}/{INDEX}")))
+            remote.download(f"{url}/{TABLE}", folder / TABLE, how["table_bytes"])
+            for name, key in ((INDEX, "index_crc"), (TABLE, "table_crc")):
+                if zlib.crc32((folder / name).read_bytes()) != how[key]:
+                    raise DataError(f"{url}/{name} is not what this pack was written with")
+            write(folder / HOW, text)  # last: what is kept is whole
+    except FileNotFoundError as e:
+        raise DataError(f"{e.filename}: missing from the pack, or no pack is there") from None
+    except OSError as e:
+        raise DataError(f"{e.filename}: cannot be read: {e.strerror}") from None
+
+
+def _is_kept(folder: Path, text: bytes, how: dict[str, Any]) -> bool:
+    try:
+        return (
+            (folder / HOW).read_bytes() == text
+            and zlib.crc32((folder / INDEX).read_bytes()) == how["index_crc"]
+            and (folder / TABLE).stat().st_size == how["table_bytes"]
+        )
+    except FileNotFoundError:
+        return False
+
+
+def fetch_video(path: str) -> str:
+    """Keep one video of a pack at a URL; returns its file here. Raises BadVideo."""
+    folder, name = folder_of(path), path.removeprefix(folder_of(path) + "/")
+    try:
+        with open(here(folder) / INDEX) as f:
+            row = next((r for r in map(json.loads, f) if r["path"] == name), None)
+        if row is None:
+            raise BadVideo(path, "missing: no such video in the pack")
+        file = here(folder) / f"{row['crc']:08x}-{os.path.basename(name)}"
+        if not file.is_file():
+            span = row["at"], row["at"] + row["bytes"]
+            data = remote.tried(lambda: remote.read(os.path.dirname(path), *span))
+            if zlib.crc32(data) != row["crc"]:
+                raise BadVideo(path, f"damaged: bytes {span[0]} to {span[1]} have changed", False)
+            write(file, data)
+    except OSError as e:
+        raise BadVideo(path, f"cannot be read: {e.strerror}", lasting=False) from None
+    return str(file)
 
 
 def how_made(folder: str | Path) -> dict[str, Any]:
     """What pack.json says. Raises DataError."""
-    path = Path(folder) / HOW
+    path = here(folder) / HOW
     try:
-        how = json.loads(path.read_text())
+        return _parsed(path, path.read_bytes())
+    except OSError as e:
+        raise DataError(f"{path}: not a readable description of a pack: {e!r}") from None
+
+
+def _parsed(path, text: bytes) -> dict[str, Any]:
+    try:
+        how = json.loads(text)
         how["short_side"], how["copy"], how["index_crc"], how["shards"].items()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        how["table_bytes"], how["table_crc"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise DataError(f"{path}: not a readable description of a pack: {e!r}") from None
     return how
 
 
-def sound_index(folder: Path) -> Path:
+def sound_index(folder: str | Path) -> Path:
     """The index of a pack whose shards and table are there, and as long as they were. Raises
     DataError with the first that is not."""
-    how, index = how_made(folder), folder / INDEX
-    for name, size in [*how["shards"].items(), (TABLE, how["table_bytes"])]:
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path}: missing from the pack")
-        if path.stat().st_size != size:
-            raise DataError(f"{path}: {path.stat().st_size} bytes, {size} when packed: cut off?")
+    how, index = how_made(folder), here(folder) / INDEX
+    wanted = {f"{folder}/{name}": size for name, size in how["shards"].items()}
+    wanted[str(here(folder) / TABLE)] = how["table_bytes"]
+    with ThreadPoolExecutor(16 if is_remote(folder) else 1) as pool:
+        for (path, size), held in zip(wanted.items(), pool.map(_length, wanted), strict=True):
+            if held is None:
+                raise DataError(f"{path}: missing from the pack")
+            if held not in (size, -1):
+                raise DataError(f"{path}: {held} bytes, {size} when packed: cut off?")
     if not index.is_file():
         raise DataError(f"{index}: missing from the pack")
     if zlib.crc32(index.read_bytes()) != how["index_crc"]:
         raise DataError(f"{index} is not the index that this pack was written with")
     return index
+
+
+def _length(path: str) -> int | None:
+    """Bytes of a file; None where there is none, -1 where its server does not say."""
+    try:
+        if not is_remote(path):
+            return os.path.getsize(path) if os.path.isfile(path) else None
+        held = remote.tried(lambda: remote.size(path))
+        return -1 if held is None else held
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror}") from None
 
 
 def packs_of(rows: Iterable) -> dict[str, dict[str, Any]]:
@@ -160,7 +247,7 @@ class PackReader:
     def _table(self, place: Place) -> np.ndarray:
         folder = folder_of(place.path)
         if folder not in self._tables:
-            path = os.path.join(folder, TABLE)
+            path = here(folder) / TABLE
             try:
                 self._tables[folder] = np.load(path, mmap_mode="r")
             except (OSError, ValueError) as e:
@@ -176,6 +263,8 @@ class PackReader:
     def _bytes(self, place: Place, begin: int, end: int) -> bytes:
         shard = os.path.dirname(place.path)
         try:
+            if is_remote(shard):
+                return remote.read(shard, begin, end)
             if shard not in self._shards:
                 self._shards[shard] = os.open(shard, os.O_RDONLY)
                 if len(self._shards) > _SHARDS:
@@ -281,19 +370,19 @@ def _needed(table: np.ndarray, packets: np.ndarray) -> tuple[np.ndarray, set[int
     return np.flatnonzero(send & (table["size"] > 0)), starts
 
 
-def find_damage(folder: Path, rows: list) -> list[str]:
+def find_damage(folder: str | Path, rows: list) -> list[str]:
     """What is wrong with the shards of a pack: file, bytes and frame of each."""
     found = []
-    table = np.load(folder / TABLE, mmap_mode="r")
+    table = np.load(here(folder) / TABLE, mmap_mode="r")
     for name, size in how_made(folder)["shards"].items():
-        path = folder / name
-        if not path.is_file():
+        path = f"{folder}/{name}"
+        held = _length(path)
+        if held is None:
             found.append(f"{name}: missing")
             continue
-        held = path.stat().st_size
-        if held != size:
+        if held not in (size, -1):
             found.append(f"{name}: byte {min(held, size)}: {held} bytes, {size} when packed")
-        with open(path, "rb") as f:
+        with remote.opened(path) as f:
             end = 0
             for row in rows:
                 if row.at < 0 or os.path.basename(os.path.dirname(row.path)) != name:

@@ -17,12 +17,12 @@ import numpy as np
 import odd_videos
 import pytest
 import torch
+from in_process import in_process
 
 from mae_fast import cli, resume
 from mae_fast.config import DataConfig
 from mae_fast.data import VideoReader, build_index, make_loader, read_index
 from mae_fast.data.container import BadVideo
-from mae_fast.data.encode import encode
 from mae_fast.data.loader import ClipDataset
 from mae_fast.data.pack import check_pack, write_pack
 from mae_fast.data.packed import KEY, LEAF, PACKET, PackReader, Place, _needed, packs_of
@@ -40,20 +40,7 @@ ODD = (
 
 @pytest.fixture(scope="module", autouse=True)
 def in_this_process():
-    """Videos are encoded here: processes that import torch would take most of the time. Those that
-    are started are the killed pack's, and test_index.py's."""
-
-    def answers(tasks, function, workers, timeout):
-        assert function == "mae_fast.data.encode:encode"
-        for key, arguments in tasks:
-            try:
-                facts = encode(*arguments)
-            except BadVideo as e:
-                facts = {"error": e.reason}
-            yield key, json.loads(json.dumps(facts))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mae_fast.data.pack.answers", answers)
+    with in_process():
         yield
 
 
