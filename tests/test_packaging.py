@@ -40,7 +40,7 @@ TOP_LEVEL = {
 }
 MAPPED = {"mae_fast.kernels": "kernels", "mae_fast.bench.baselines": "benchmarks/baselines"}
 EXTRAS = {"ava", "torchcodec", "flash-attn", "flash-attn-4", "xformers", "tensorboard", "timm"}
-EXTRAS |= {"remote", "slurm", "wandb"}
+EXTRAS |= {"remote", "shots", "slurm", "wandb"}
 
 
 def python(code: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:

@@ -16,6 +16,7 @@ import numpy as np
 
 from mae_fast.data.container import BadVideo, open_video
 from mae_fast.data.decode import VideoReader
+from mae_fast.data.filters import OPTIONS, Look, too_short
 from mae_fast.data.frames import Frames
 from mae_fast.data.index import VideoRow, file_stat
 from mae_fast.data.packed import DAMAGED, HIDDEN, KEY, LEAF, PACKET, open_decoder
@@ -29,17 +30,25 @@ _COPIED = ("h264", "hevc", "vp9", "mpeg4", "mpeg2video")
 
 def encode(path: str, row: dict[str, Any], how: dict[str, Any], out: str) -> dict[str, Any]:
     """The video of an index's row, as a pack of `how` holds it, in `out`.mp4 and .npy; returns the
-    columns of its new row that differ, and "psnr". Raises BadVideo."""
+    columns of its new row that differ, and "psnr"; with filters its "pieces" too (Look.pieces), or
+    nothing else where none is kept. Raises BadVideo."""
     row = VideoRow(**row)
     if row.bytes and file_stat(path) != (row.bytes, row.mtime):
         raise BadVideo(path, "changed: another size or time than when it was indexed")
+    look = Look(how, row.fps) if any(how.get(name) for name in OPTIONS) else None
+    if look and not look.detector and (error := too_short(row.duration, how)):
+        return {"pieces": [{"start": 0, "frames": row.frames, "error": error}]}
     temporary = out + ".tmp"
     with contextlib.closing(Frames(path, row.access)) as frames:
         if len(frames) < row.start + row.frames:
             reason = f"changed: {len(frames)} frames, {row.start + row.frames} when indexed"
             raise BadVideo(path, reason)
-        made = (_copy if how["copy"] else _encode)(frames, row, how, temporary)
-    table, facts = made
+        table, facts = (_copy if how["copy"] else _encode)(frames, row, how, temporary, look)
+        if look:
+            facts["pieces"] = look.pieces(_seconds(frames, row))
+    if look and all(piece["error"] for piece in facts["pieces"]):
+        os.unlink(temporary)
+        return {"pieces": facts["pieces"]}
     with open(temporary, "rb") as f:
         data = f.read()
     for k, (at, _, size, _, _) in enumerate(table.tolist()):
@@ -49,7 +58,7 @@ def encode(path: str, row: dict[str, Any], how: dict[str, Any], out: str) -> dic
     return {**facts, "bytes": len(data), "packets": len(table), "crc": zlib.crc32(data)}
 
 
-def _encode(frames: Frames, row: VideoRow, how: dict, file: str) -> tuple[np.ndarray, dict]:
+def _encode(frames: Frames, row: VideoRow, how: dict, file: str, look) -> tuple[np.ndarray, dict]:
     begin, n = row.start, row.frames
     times = _times(frames, begin, n)
     writer, done, sizes = None, 0, {}
@@ -67,6 +76,8 @@ def _encode(frames: Frames, row: VideoRow, how: dict, file: str) -> tuple[np.nda
             if damage is not None or frame.is_corrupt:
                 flags[k] = DAMAGED
             picture = writer.write(frame, times[k])
+            if look:
+                look.add(k, frame)
             if k in (0, n // 2, n - 1):
                 kept[k] = picture
             sizes[k], done = times[k], k + 1
@@ -107,6 +118,13 @@ def _times(frames: Frames, begin: int, n: int) -> list[int]:
     unit = Fraction(frames.stream.time_base)
     step = max(1, round(1 / (Fraction(frames.fps) * unit)))
     return [k * step for k in range(n)]
+
+
+def _seconds(frames: Frames, row: VideoRow) -> list[float]:
+    """When each frame is shown, and where the last one ends."""
+    unit = Fraction(frames.stream.time_base)
+    times = [float(t * unit) for t in _times(frames, row.start, row.frames)]
+    return [*times, times[-1] + 1 / row.fps]
 
 
 class _Writer:
@@ -232,8 +250,8 @@ def _psnr(file: str, setup: bytes, table, kept: dict[int, np.ndarray]) -> float:
     return float(10 * np.log10(255**2 / max(float(np.mean(errors)), 1e-3)))
 
 
-def _copy(frames: Frames, row: VideoRow, how: dict, file: str) -> tuple[np.ndarray, dict]:
-    """The source's packets in an mp4, as they are."""
+def _copy(frames: Frames, row: VideoRow, how: dict, file: str, look) -> tuple[np.ndarray, dict]:
+    """The source's packets in an mp4, as they are; decoded only to be looked at."""
     import av
 
     path, access = frames.path, frames.access
@@ -244,6 +262,10 @@ def _copy(frames: Frames, row: VideoRow, how: dict, file: str) -> tuple[np.ndarr
         raise BadVideo(path, f"not copied: {codec} does not decode from packets; pack it anew")
     with VideoReader(path, "pyav", access, strict=False) as reader:
         height, width, mirrored, turns = reader._shape
+    for i, frame, _ in frames.numbered(row.start) if look else ():
+        if i >= row.start + row.frames:
+            break
+        look.add(i - row.start, frame)
     rows = []
     container, stream = open_video(path)
     try:

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from mae_fast.data import filters
 from mae_fast.data.encode import PRESET, SCALER, even_size
 from mae_fast.data.helpers import answers
 from mae_fast.data.index import VideoRow, progress_bar, read_index, write_index
@@ -45,6 +46,11 @@ def pack(
     copy: bool = False,
     shard: int = 1000,
     workers: int | None = None,
+    shots: bool = False,
+    min_seconds: float = 0.0,
+    static: bool = False,
+    black: bool = False,
+    near_duplicates: bool = False,
     check: bool = False,
 ) -> None:
     """Re-encode the videos of an index once, for loading at many times the speed: every frame and
@@ -63,6 +69,12 @@ def pack(
             scaled or turned; what cannot be copied is listed.
         shard: videos a tar.
         workers: processes that encode; by default one a core.
+        shots: cut videos where PySceneDetect sees another scene begin (pip install
+            'mae-fast[shots]'); each shot is a row of the index, and filtered by itself.
+        min_seconds: drop what is shorter.
+        static: drop what shows one picture only, such as a slide.
+        black: drop what is black.
+        near_duplicates: drop what looks as an earlier one does, by a perceptual hash.
         check: read all of a pack, and name what has changed since it was written.
     """
     if check:
@@ -72,10 +84,15 @@ def pack(
     require(0 <= crf <= 51, "--crf must be in [0, 51]", crf)
     require(1 <= gop <= 600, "--gop must be in [1, 600]", gop)
     require(1 <= shard <= 10**6, "--shard must be in [1, 1000000]", shard)
+    require(0 <= min_seconds <= 86400, "--min-seconds must be in [0, 86400]", min_seconds)
     require(workers is None or workers > 0, "--workers must be positive", workers)
     how = {"short_side": short_side, "crf": crf, "gop": gop, "copy": copy, "shard": shard}
     if copy:
         how = {"short_side": 0, "crf": None, "gop": None, "copy": True, "shard": shard}
+    given = (min_seconds, static, black, near_duplicates, shots)
+    how |= {name: value for name, value in zip(filters.OPTIONS, given, strict=True) if value}
+    if shots:
+        filters.check_shots()
     print(write_pack(source, output, how, workers or os.cpu_count() or 1))
 
 
@@ -146,7 +163,7 @@ class _Work:
 
     def __init__(self, out: Path, partial: Path, rows: list[VideoRow], how: dict[str, Any]):
         self.out, self.partial, self.rows, self.how = out, partial, rows, how
-        self.size = how["shard"]
+        self.size, self.seen = how["shard"], filters.Seen()
         self.shards = range(-(-len(rows) // self.size))
 
     def members(self, shard: int) -> range:
@@ -196,8 +213,11 @@ class _Work:
                 tasks.append((i, (row["path"], row, self.how, str(self.file(i)))))
         ready += sum(len(self.members(s)) for s in self.shards if s not in waiting)
         longest = max((self.rows[i].frames for i, _ in tasks), default=0)
-        for s in [s for s, left in waiting.items() if not left]:
-            self.write_shard(s, errors)
+        for s in self.shards:
+            if s not in waiting:
+                for name, code in json.loads(self.facts(s).read_text()).get("hashes", ()):
+                    self.seen.duplicate(name, code)
+        self.write_ready(waiting, errors)
         # A second for three frames of the longest: a process that is slower than that is stuck.
         timeout = 600 + longest / 3
         todo = answers(
@@ -210,16 +230,21 @@ class _Work:
                     errors[i] = facts["error"]
                 else:
                     write(self.file(i).with_suffix(".json"), json.dumps(facts))
-                    size += facts["bytes"]
+                    size += facts.get("bytes", 0)
                 advance(f"{size / 1e6:,.0f} MB")
-                shard = i // self.size
-                waiting[shard].discard(i)
-                if not waiting[shard]:
-                    self.write_shard(shard, errors)
+                waiting[i // self.size].discard(i)
+                self.write_ready(waiting, errors)
+
+    def write_ready(self, waiting: dict[int, set[int]], errors: dict[int, str]) -> None:
+        """Write the shards whose videos are there, in order: what is a duplicate depends on it."""
+        while waiting and not waiting[first := next(iter(waiting))]:
+            self.write_shard(first, errors)
+            del waiting[first]
 
     def write_shard(self, shard: int, errors: dict[int, str]) -> None:
         """The tar of a shard's videos, and their rows and packets beside; then forget its parts."""
         tar, rows, tables, psnr = self.tar(shard), [], [np.zeros(0, PACKET)], []
+        hashes: list[tuple[str, str]] = []
         temporary = tar.with_name(tar.name + ".tmp")
         files = []
         with writing(tar), open(temporary, "wb") as f:
@@ -231,6 +256,10 @@ class _Work:
                         rows.append(dataclasses.asdict(dataclasses.replace(row, error=error)))
                         continue
                     facts = json.loads(self.file(i).with_suffix(".json").read_text())
+                    kept, dropped = self.sort(row, facts.pop("pieces", None), hashes)
+                    rows += map(dataclasses.asdict, dropped)
+                    if not kept:
+                        continue
                     name = f"{i:08}-{_clean(row.path)}.mp4"
                     info = tarfile.TarInfo(name)
                     info.size, info.mode = facts["bytes"], 0o644
@@ -239,21 +268,42 @@ class _Work:
                         archive.addfile(info, video)
                     table = np.load(self.file(i).with_suffix(".npy"))
                     table["at"] += at
-                    psnr.append(facts.pop("psnr"))
+                    psnr += [facts.pop("psnr")] * len(kept)
                     where = {"path": f"{tar.name}/{name}", "at": at, "source": row.path}
                     where |= {"mtime": 0.0, "first": sum(map(len, tables))}
-                    rows.append({**dataclasses.asdict(row), **facts, **where})
+                    # The file begins at the row's first frame, unless it was copied whole.
+                    begins = facts["start"] - row.start
+                    for each in kept:
+                        own = {"start": each.start + begins}
+                        rows.append({**dataclasses.asdict(each), **facts, **where, **own})
                     tables.append(table)
                     files.append(i)
             f.flush()
             os.fsync(f.fileno())
             np.save(self.facts(shard).with_suffix(".npy"), np.concatenate(tables))
-        write(self.facts(shard), json.dumps({"rows": rows, "psnr": psnr}))
+        write(self.facts(shard), json.dumps({"rows": rows, "psnr": psnr, "hashes": hashes}))
         with writing(tar):
             os.replace(temporary, tar)
         for i in self.members(shard):
             for suffix in (".mp4", ".npy", ".json"):
                 self.file(i).with_suffix(suffix).unlink(missing_ok=True)
+
+    def sort(self, row: VideoRow, pieces: list[dict] | None, hashes: list) -> tuple[list, list]:
+        """(what is kept of a video, what is dropped), each with its frames; all where nothing was
+        filtered. hashes: those of the shard's kept ones, added to."""
+        kept: list[VideoRow] = []
+        dropped: list[VideoRow] = []
+        for piece in pieces or [{"start": 0, "error": None}]:
+            code, error = piece.pop("hash", ""), piece.pop("error")
+            name = f"{row.path}, frame {row.start + piece['start']} on"
+            if not error and self.how.get("near_duplicates"):
+                error = self.seen.duplicate(name, code)
+                hashes += [] if error else [(name, code)]
+            piece["start"] += row.start
+            if not self.how.get("shots"):
+                piece = {}
+            (dropped if error else kept).append(dataclasses.replace(row, **piece, error=error))
+        return kept, dropped
 
     def finish(self) -> str:
         """Join what is known of all shards; pack.json comes last."""
@@ -308,11 +358,12 @@ class _Work:
         write(self.out / HOW, json.dumps(how, indent=1))
 
     def say(self, rows: list[VideoRow], good: list[VideoRow], psnr: list[float | None]) -> str:
-        size = sum(r.bytes for r in good)
+        size = sum({r.path: r.bytes for r in good}.values())
         was = sum(r.bytes for r in self.rows if not r.error)
         hours = sum(r.duration for r in good) / 3600
+        unit = "shots" if self.how.get("shots") else "videos"
         said = (
-            f"{self.out}: {len(good)} videos, {hours:.2f} hours, {size / 1e6:,.1f} MB "
+            f"{self.out}: {len(good)} {unit}, {hours:.2f} hours, {size / 1e6:,.1f} MB "
             f"({size / max(was, 1):.2f}x of the sources) in {len(self.shards)} shards"
         )
         if psnr and None not in psnr:
@@ -325,13 +376,22 @@ class _Work:
 
 
 def _broken(rows: list[VideoRow]) -> str:
-    broken = [r for r in rows if r.error]
-    if not broken:
-        return ""
-    kinds = Counter(r.error.split(":")[0] for r in broken).most_common()
-    said = f"; {len(broken)} broken ({', '.join(f'{n} {kind}' for kind, n in kinds)})"
-    said += "".join(f"\n  {r.path}: {r.error}" for r in broken[:_LISTED])
-    return said + (f"\n  and {len(broken) - _LISTED} more" if len(broken) > _LISTED else "")
+    """What is not in the pack: broken, and dropped by a filter; counted, then listed."""
+    out = [r for r in rows if r.error]
+    kinds = [r.error.split(":")[0] for r in out]
+    said = ""
+    for word, found in (
+        ("broken", [k for k in kinds if k not in filters.KINDS]),
+        ("dropped", [k for k in kinds if k in filters.KINDS]),
+    ):
+        if found:
+            counted = (f"{n} {kind}" for kind, n in Counter(found).most_common())
+            said += f"; {len(found)} {word} ({', '.join(counted)})"
+    for r in out[:_LISTED]:
+        where = f", frame {r.start} on" if r.start else ""
+        said += f"\n  {r.path}{where}: {r.error}"
+    more = f"\n  and {len(out) - _LISTED} more, in {INDEX}" if len(out) > _LISTED else ""
+    return said + more
 
 
 def _clean(path: str) -> str:

@@ -385,8 +385,8 @@ def find_damage(folder: str | Path, rows: list) -> list[str]:
         with remote.opened(path) as f:
             end = 0
             for row in rows:
-                if row.at < 0 or os.path.basename(os.path.dirname(row.path)) != name:
-                    continue
+                if row.at < end or os.path.basename(os.path.dirname(row.path)) != name:
+                    continue  # broken, another shard's, or one more shot of the video before
                 found += _damage_before(f, name, end, row)
                 found += _damage_of(f, name, row, table)
                 end = row.at + row.bytes
