@@ -50,7 +50,9 @@ class Ranks:
             folder, name, "--train.steps", str(total), *options, workers=0, launch=launch
         )
         self.log = open(folder / f"{name}.{os.urandom(3).hex()}.log", "w+")
-        self.process = start(argv, folder, stderr=self.log)
+        # A node that returns waits for ever for a store that torchrun shares (docs/scale.md).
+        env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if port else {}
+        self.process = start(argv, folder, stderr=self.log, env=env)
 
     def ranks(self) -> list[int]:
         return children(self.process.pid)
