@@ -140,4 +140,4 @@ def _only_oserror(url: str) -> Iterator[None]:
         if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
             raise FileNotFoundError(errno.ENOENT, "no such file", url) from None
         words = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise OSError(errno.EIO, words.removesuffix(": "), url) from None
+        raise OSError(errno.EIO, words.removesuffix(":"), url) from None

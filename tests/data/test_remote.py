@@ -31,7 +31,8 @@ DRAWN = dict(num_frames=8, batch_size=2, seed=3, steps=4)
 
 class Server(ThreadingHTTPServer):
     """Files of a folder, in parts. `asked` is what was; `does`, a name's fault: an HTTP status,
-    "short" (fewer bytes than it says), "cut" (of fewer bytes), or "whole" (no parts)."""
+    "short" (fewer bytes than it says), "cut" (of fewer bytes), "changed", "whole" (no parts), "gone"
+    (hangs up), or "hang" (says nothing)."""
 
     daemon_threads = True
 
@@ -39,12 +40,14 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.asked, self.does, self.times = folder, [], {}, 10**9
         self.url = f"http://127.0.0.1:{self.server_port}/pack"
+        self.free = threading.Event()
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
 
     def gone(self):
         """Nobody listens there; no connection that is open goes on."""
         self.does = dict.fromkeys(["", *os.listdir(self.folder)], "gone")
+        self.free.set()
         self.shutdown()
         self.server_close()
         self.thread.join()
@@ -71,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         server.asked.append((self.command, name, wanted))
         does = server.does.get(name) if server.times > 0 else None
         server.times -= does is not None
-        if does == "gone":
+        if does in ("gone", "hang"):
+            server.free.wait(10 if does == "hang" else 0)
             self.close_connection = True
             return
         if isinstance(does, int) or not file.is_file():
@@ -89,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         data = data[:-5] if does == "cut" else data
+        data = data[:-1] + b"x" if does == "changed" else data
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if not head:
@@ -220,6 +225,18 @@ def test_what_a_server_does_wrong_is_counted_and_said(server, fault, words):
         batches([place])
 
 
+def test_a_server_that_says_nothing_is_waited_for_so_long(server, monkeypatch):
+    monkeypatch.setattr(remote, "_SECONDS", 0.2)
+    rows = read_index(server.url)
+    server.does, server.times = {"shard-00000.tar": "hang"}, 3
+    [row] = rows[:1]
+    with pytest.raises(BadVideo, match=r"cannot be read: .*tar: FSTimeoutError$") as e:
+        PackReader().read(place_of(row), [0])
+    assert not e.value.lasting
+    [batch] = make_loader([row], DATA, **{**DRAWN, "batch_size": 1, "steps": 1})
+    assert not batch.bad and server.times == 0
+
+
 def test_a_server_that_went_away_ends_a_run_in_one_line(server, tmp_path, tiny_cfg):
     rows = read_index(server.url)
     server.gone()
@@ -249,14 +266,16 @@ def place_of(row):
         ("index.jsonl", 404, "index.jsonl: missing from the pack"),
         ("index.jsonl", "cut", "index.jsonl is not what this pack was written with"),
         ("packets.npy", "cut", "packets.npy: cannot be read: .* bytes came for bytes 0 to"),
+        ("packets.npy", "changed", "packets.npy is not what this pack was written with"),
         ("shard-00001.tar", 404, "shard-00001.tar: missing from the pack"),
         ("shard-00001.tar", 503, "shard-00001.tar: cannot be read: .*503"),
     ],
 )
 def test_a_pack_that_is_not_whole_is_refused_before_anything_starts(server, name, fault, words):
     server.does = {name: fault}
-    with pytest.raises(DataError, match=words):
-        read_index(server.url)
+    for _ in range(2):
+        with pytest.raises(DataError, match=words):
+            read_index(server.url)
     server.does = {}
     assert len(read_index(server.url)) == 5  # nothing half is kept
 
