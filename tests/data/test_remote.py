@@ -31,8 +31,8 @@ DRAWN = dict(num_frames=8, batch_size=2, seed=3, steps=4)
 
 class Server(ThreadingHTTPServer):
     """Files of a folder, in parts. `asked` is what was; `does`, a name's fault: an HTTP status,
-    "short" (fewer bytes than it says), "cut" (of fewer bytes), "changed", "whole" (no parts), "gone"
-    (hangs up), or "hang" (says nothing)."""
+    "short" (fewer bytes than it says), "cut" (of fewer bytes), "changed", "whole" (no parts),
+    "gone" (hangs up), or "hang" (says nothing)."""
 
     daemon_threads = True
 
