@@ -8,6 +8,7 @@ import torch
 from ranks import config, drawn, losses, run
 
 from mae_fast import checkpoint, sharded
+from mae_fast.distributed import World
 from mae_fast.errors import CheckpointError
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.optim import make_optimizer
@@ -64,6 +65,20 @@ def test_parted_models_learn_what_one_does(kinds):
         row = found[name][0]["row"]
         assert row["val_loss"] == pytest.approx(found["one"][0]["row"]["val_loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(found["one"][0]["row"]["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["full", "optimizer"])
+def test_full_lets_go_of_a_block_s_weights_after_its_forward(how, monkeypatch):
+    model = MaskedAutoencoder(config("", "run").model)
+    kept = {}
+    monkeypatch.setattr(
+        "torch.distributed.fsdp.fully_shard",
+        lambda part, mesh, reshard_after_forward: kept.update({part: reshard_after_forward}),
+    )
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *args: None)
+    sharded.shard(model, World(0, 2, torch.device("cpu")), how)
+    blocks = [*model.blocks, *model.decoder_blocks]
+    assert kept == {**dict.fromkeys(blocks, how == "full"), model: False}
 
 
 def test_what_is_parted_is_not_on_every_rank(kinds):

@@ -403,7 +403,8 @@ def test_a_lost_rank_takes_no_row_along(where, index, tmp_path, monkeypatch):
 
     def lost(*args):
         calls.append(args)
-        if len(calls) == at_call:
+        again = where == "gather" and len(calls) > at_call and args[1] is calls[0][1]
+        if len(calls) == at_call or again:  # whoever is asked with the same ranks
             raise PeerLost("it died") if where == "agree" else RuntimeError("[gloo] closed by peer")
         return true(*args)
 

@@ -111,7 +111,7 @@ def test_crop_resize_has_every_colour(backend, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_crop_resize_rounds_once(backend, dtype):
-    args = make("vit_b")
+    args = make("enlarged")
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         wide, narrow = (crop_resize_patchify_gather(*args[:-1], d) for d in (args[-1], dtype))
     assert torch.equal(narrow, wide.to(dtype))
@@ -185,7 +185,7 @@ def test_colours_are_the_standard_s_within_ffmpeg_s_truncation():
 
 def test_crop_resize_takes_any_table(backend):
     """A slice of a larger one, ids of any strides, and a buffer with room at its end."""
-    args = make("vit_b")
+    args = make("enlarged")
     want = interpolated(*args)
     source = args[0]
     table = torch.cat([source.table, source.table - 1], dim=1)[:, : source.table.shape[1]]
