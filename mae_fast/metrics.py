@@ -101,6 +101,9 @@ def _line(row: dict[str, Any]) -> str:
         if "val_acc1" in row:
             averaged = f", averaged {row['val_ema_acc1']:.1%}" if "val_ema_acc1" in row else ""
             words[-1] += f" (top-1 {row['val_acc1']:.1%}{averaged})"
+    if "val_map" in row:
+        averaged = f" (averaged {row['val_ema_map']:.1%})" if "val_ema_map" in row else ""
+        words.append(f"held out mAP {row['val_map']:.1%}{averaged}")
     words += [f"{key.replace('_', ' ')} {x:.1%}" for key, x in row.items() if key[:6] == "probe_"]
     return "  ".join(words)
 

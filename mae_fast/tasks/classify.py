@@ -47,6 +47,7 @@ class FinetuneRun(train.Run):
 
     cfg: FinetuneConfig
     mixed = True
+    judged_by = "acc1"  # val_... of the averaged weights too
 
     def __init__(self, cfg: FinetuneConfig, world: World, signals: Signals) -> None:
         self.micro = 0  # of this step
@@ -148,24 +149,26 @@ class FinetuneRun(train.Run):
         return "ema" in self.optimizer.state.get(self.model.head.weight, {})
 
     def _held_out(self) -> dict[str, Any]:
-        """Loss and accuracy of one middle view of every held-out video, and of the averaged weights
-        the accuracy; by the writer alone."""
+        """What _scores finds, and of the averaged weights the figure that judges; by the writer
+        alone."""
         if not self.val_rows or not self.world.writer:
             return {}
         row = self._scores()
         if row and self._has_average():
             with averaged(self.optimizer, list(self.model.parameters())):
                 also = self._scores()
-            row |= {"val_ema_acc1": also["val_acc1"]} if also else {}
+            name = self.judged_by
+            row |= {f"val_ema_{name}": also[f"val_{name}"]} if also else {}
         return row
 
     def _scores(self) -> dict[str, Any]:
+        """Loss and accuracy of one middle view of every held-out video."""
         cfg = self.cfg
         short = cfg.test.short_side or cfg.model.img_size
         views = Views(self.val_rows, cfg.data, cfg.model.num_frames, short, 1, 1)
         labels = torch.tensor(numbers_of(self.val_rows, self.classes), device="cpu")
         try:
-            logits, _ = score.logits_of(
+            logits, bad = score.logits_of(
                 self.model, views, range(len(views.rows)), cfg.train.precision,
                 self.signals.look_up,
             )  # fmt: skip
@@ -173,6 +176,9 @@ class FinetuneRun(train.Run):
             return {}
         finally:
             self.model.train()
+        if bad:
+            said = ": ".join(bad[0])
+            log.warning("held out: %d videos do not decode, counted as wrong: %s", len(bad), said)
         logits = logits[:, 0]
         good = logits.isfinite().all(1)
         loss = torch.nn.functional.cross_entropy(logits[good], labels[good])

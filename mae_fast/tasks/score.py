@@ -61,7 +61,7 @@ def test(
             raise ConfigError("--index, --temporal and --spatial are not for AVA: see [ava]")
         if short_side:
             cfg = replace(cfg, test=replace(cfg.test, short_side=short_side))
-        test_ava(path, cfg, model, output)
+        test_ava(path, cfg, model, output, ema)
         return
     rows = labelled(index or cfg.data.val_index)
     t = cfg.test

@@ -7,6 +7,7 @@ from PIL import Image
 from mae_fast.data import VideoRow
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.tasks.ava import files
+from mae_fast.tasks.ava.clips import keyframes
 from mae_fast.tasks.ava.evaluate import Labelled
 from mae_fast.tasks.ava.files import LeftOut, Person
 
@@ -130,6 +131,16 @@ def test_a_clip_lies_around_its_second():
     assert (found[8], found[0]) == (50, round(50 - 25 * 32 / 30))
     with pytest.raises(ConfigError, match=r"second 1000 is not in its 36 s.*ava.begins_at 900"):
         files.around(movie(), 1000, 900, 16, 4, 30.0)
+
+
+def test_a_movie_that_is_a_part_of_its_file_begins_where_the_part_does():
+    frames = {("a", 902): [Person(BOX)]}
+    rule = (16, 4, 30.0)
+    found = keyframes(frames, {"a": movie(start=100, total=2000)}, rule, 900.0, LeftOut())
+    wanted = files.around(movie(), 902, 900.0, *rule) + 100
+    assert found.indices[0].tolist() == wanted.tolist() and found.seconds == [902]
+    row = found.rows[0]
+    assert (row.start, row.start + row.frames - 1) == (wanted[0], wanted[-1])
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16, 17])

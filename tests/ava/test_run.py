@@ -1,6 +1,7 @@
 """A run on a made set in AVA's format: draws, learning, resuming, two processes, the test."""
 
 import csv
+import functools
 import importlib.util
 import json
 import os
@@ -18,16 +19,18 @@ import torch
 from mae_fast import cli
 from mae_fast.checkpoint import checkpoints, read
 from mae_fast.config_file import to_dict
-from mae_fast.data import BadVideo, VideoReader, build_index
+from mae_fast.data import BadVideo, VideoReader, build_index, read_index, write_index
 from mae_fast.data.pack import write_pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
-from mae_fast.tasks.ava import made, score
+from mae_fast.tasks.ava import clips as ava_clips
+from mae_fast.tasks.ava import made, page, score
 from mae_fast.tasks.ava.clips import KeyframeClips, WholeFrames
 from mae_fast.tasks.ava.evaluate import iou
 from mae_fast.tasks.ava.files import LeftOut
 from mae_fast.tasks.ava.run import AvaRun, training_keyframes
 from mae_fast.tasks.classify import finetune
 from mae_fast.tasks.config import RECIPES, from_dict, from_state
+from mae_fast.tasks.score import test as score_run
 
 SMALL = made.MODEL | dict(img_size=32, embed_dim=24, depth=1, num_heads=2)
 
@@ -132,8 +135,6 @@ def test_a_file_and_a_folder_of_pictures_give_the_same_clip(small, tmp_path):
     assert torch.equal(packed.labels, plain.labels) and torch.equal(packed.boxes, plain.boxes)
     from PIL import Image
 
-    from mae_fast.data import read_index
-
     for row in read_index(folder / "set" / "i.jsonl"):
         to = tmp_path / Path(row.path).stem
         to.mkdir()
@@ -184,6 +185,10 @@ def test_whole_frames_are_tested_with_boxes_that_fit_them(small):
     np.testing.assert_allclose(shares, [p.box for p in test.keyframes.people[0]], atol=1e-12)
     # The keyframe's middle shows the persons where the truth has them.
     picture = frames.middle(0).astype(int)
+    assert frames.reader.indices[0].tolist() == [16, 18, 20, 22]  # the third is the keyframe
+    clips = [frames.reader.pixels(i, row.path, 32) for i, row in enumerate(test.keyframes.rows)]
+    assert all(np.array_equal(frames.middle(i), clip[2]) for i, clip in enumerate(clips))
+    assert not all(torch.equal(clip[1], clip[2]) for clip in clips)  # somebody walks
     truth = np.array([r.box for r in test.truth if r.key == ("movie-00", "902.000000")])
     assert len(truth) and picture.shape == (32, 48, 3)
     best = iou(shares, shares).shape
@@ -193,6 +198,57 @@ def test_whole_frames_are_tested_with_boxes_that_fit_them(small):
     assert (
         video.shape[3:] == (40, 60) and not video[..., 32:, :].any() and not video[..., 48:].any()
     )
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["somebody_is_left", "nobody_is"])
+def test_boxes_of_a_mirrored_clip_are_mirrored(small, monkeypatch, left):
+    """The same draws with and without; also where ten crops leave nobody, and the first person has
+    one laid around him."""
+    if not left:
+        monkeypatch.setattr(ava_clips, "alive", lambda boxes: np.zeros(len(boxes), bool))
+    plain, mirrored = (dataset(config(small, data__flip=flip))[1] for flip in (0.0, 1.0))
+    for g in range(12):
+        one, other = plain[g], mirrored[g]
+        assert torch.equal(one.boxes, other.boxes) and other.flips.all() and not one.flips.any()
+        wanted = one.labels.clone()
+        wanted[:, [1, 3]] = 32 - one.labels[:, [3, 1]]
+        torch.testing.assert_close(other.labels, wanted, rtol=0, atol=1e-9)
+        assert (wanted[:, 1] < wanted[:, 3]).all() and (left or len(wanted) == 1)
+
+
+def test_what_the_detector_is_not_sure_of_is_not_read(small):
+    """Neither in training nor in the test; the second of an excluded timestamp in neither."""
+    folder, ava = small
+    alone = training_keyframes(config(small, ava__train_detections=""), LeftOut())
+    assert training_keyframes(config(small, ava__score=1.0), LeftOut()).people == alone.people
+    with open(ava.val_detections) as f:
+        rows = [row for row in csv.reader(f) if row[1] != "0903"]
+    sure = [row for row in rows if float(row[7]) >= 0.92]
+    test = score.TestSet.read(config(small, ava__score=0.92), LeftOut())
+    assert sum(map(len, test.keyframes.people)) == len(sure) < len(rows)
+    (folder / "out.csv").write_text("movie-01,0904\n")
+    found = training_keyframes(
+        config(small, ava__train_excluded=str(folder / "out.csv")), LeftOut()
+    )
+    seconds = [(found.movie(i), found.seconds[i]) for i in range(len(found))]
+    assert len(seconds) == 11 and ("movie-01", 904) not in seconds and ("movie-02", 904) in seconds
+
+
+def test_scores_that_are_right_have_a_map_of_one(small):
+    """Over the four classes of the list, without the excluded second; and each box counts once."""
+    test = score.TestSet.read(config(small), LeftOut())
+    assert set(test.names) == {1, 2, 3, 10} and len(test.excluded) == 1
+    scores = [np.zeros((len(persons), 12), np.float32) for persons in test.keyframes.people]
+    for i, persons in enumerate(test.keyframes.people):
+        for row, person in zip(scores[i], persons, strict=True):
+            for box, classes in page.truth_of(test, i):
+                if iou(np.array([person.box]), np.array([box]))[0, 0] >= 0.5:
+                    row[[c - 1 for c in classes]] = 1
+    assert test.papers(scores).mean_ap == 1.0 > test.chance(3)
+    assert replace(test, excluded=set()).papers(scores).mean_ap < 1.0
+    rows = test.labelled(scores)
+    assert len(set(rows)) == len(rows) == 4 * sum(map(len, test.keyframes.people))
+    assert {row.class_id for row in rows} == {1, 2, 3, 10}
 
 
 @needs_torchvision
@@ -221,6 +277,147 @@ def test_a_run_resumed_is_the_same_to_the_bit(small, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="other labels"):
         finetune(config(small, tmp_path / "cut", **how | color,
                         ava__train_csv=str(tmp_path / "other.csv")))  # fmt: skip
+
+
+KILLED = """
+import os, pickle, sys, unittest.mock
+from mae_fast.tasks.ava.clips import WholeFrames
+from mae_fast.tasks.ava.run import AvaRun
+from mae_fast.tasks.classify import finetune
+from mae_fast.tasks.score import test
+
+def killed(kind, name, call, work, *args):
+    "In a process of its own, which dies by SIGKILL when kind.name is called for that time."
+    if (child := os.fork()) == 0:
+        own, calls = getattr(kind, name), []
+        def last(*given):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), 9)
+            return own(*given)
+        setattr(kind, name, last)
+        work(*args)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    print(sorted(os.listdir(cfg.output)))
+
+cfg = pickle.load(open(sys.argv[1], "rb"))
+killed(AvaRun, "_inputs", 4, finetune, cfg)
+finetune(cfg)
+killed(WholeFrames, "video", 3, test, cfg.output)
+test(cfg.output)
+"""
+
+
+@needs_torchvision
+def test_a_run_and_a_test_that_are_killed_end_as_undisturbed_ones(small, tmp_path):
+    """kill -9 in step 4 of 5, of which 2 are saved, and in the test after 2 of its 5 keyframes:
+    every weight, moment and averaged weight, every score and the mAP are the same to the bit."""
+    how = dict(classifier__drop_path=0.2, classifier__dropout=0.1, train__ema=0.7)
+    how |= dict(ava__color=(20.0, 0.1, 0.1), ava__box_jitter=(0.2, 0.1, 0.1, 0.05))
+    how |= dict(ava__val_every=0, train__save_every=2, steps=5)
+    whole, cut = (config(small, tmp_path / name, **how) for name in ("whole", "cut"))
+    (tmp_path / "cut.pickle").write_bytes(pickle.dumps(cut))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "cut.pickle")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    after_training, after_test = run.stdout.splitlines()[0], run.stdout.split("]")[1]
+    assert "checkpoint-00000002" in after_training and "-00000004" not in after_training
+    assert "checkpoint-00000005" in after_test and "'test'" not in after_test
+    finetune(whole)
+    score_run(whole.output)
+    ends = [read(checkpoints(tmp_path / name)[-1])[1] for name in ("whole", "cut")]
+    assert ends[0].keys() == ends[1].keys() and any("optim.ema" in name for name in ends[0])
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+    for name in ("detections.csv", "results.json"):
+        one, other = ((tmp_path / f / "test" / name).read_text() for f in ("whole", "cut"))
+        assert one == other.replace(str(tmp_path / "cut"), str(tmp_path / "whole"))
+
+
+@needs_torchvision
+def test_averaged_weights_are_judged_and_tested(small, tmp_path, capsys):
+    """What the row says of them is what `test --ema` finds, and that they are not the last."""
+    out = tmp_path / "run"
+    row = finetune(config(small, out, train__ema=0.9, train__blr=3.0, ava__val_every=1))
+    assert (
+        f"held out mAP {row['val_map']:.1%} (averaged {row['val_ema_map']:.1%})"
+        in capsys.readouterr().err
+    )
+    found = {}
+    for ema in (False, True):
+        assert cli.main(["test", str(out), *(["--ema"] if ema else [])]) == 0
+        found[ema] = json.loads((out / "test" / "results.json").read_text())
+    assert found[False]["mAP"] == row["val_map"] != row["val_ema_map"] == found[True]["mAP"]
+    assert found[True]["weights"] == "averaged" and "weights" not in found[False]
+
+
+@needs_torchvision
+def test_a_movie_that_is_corrupted_in_its_middle_is_counted_and_listed(
+    small, tmp_path, caplog, capsys
+):
+    """Bytes that went bad after the index: training takes another keyframe and lists the movie
+    once, held-out and tested keyframes of it score 0 and are said in one line."""
+    rows = []
+    for row in read_index(small[0] / "set" / "i.jsonl"):
+        data, to = bytearray(Path(row.path).read_bytes()), tmp_path / Path(row.path).name
+        if to.stem != "movie-02":
+            middle = len(data) // 2
+            data[middle - 400 : middle + 800] = bytes(range(256)) * 4 + bytes(176)
+        to.write_bytes(data)
+        rows.append(replace(row, path=str(to)))
+    write_index(rows, tmp_path / "i.jsonl")
+    out = tmp_path / "run"
+    how = dict(data__index=str(tmp_path / "i.jsonl"), data__max_bad_share=0.5, steps=6)
+    row = finetune(config(small, out, ava__val_every=1, **how))
+    assert row["bad_videos"] == 1
+    listed = [json.loads(x) for x in (out / "bad_videos.jsonl").read_text().splitlines()]
+    assert [Path(x["path"]).name for x in listed] == ["movie-01.mp4"]
+    assert caplog.text.count("bad video, replaced by another") == 1
+    held_out = [x for x in caplog.messages if x.startswith("held out: ")]
+    assert cli.main(["test", str(out)]) == 0
+    results = json.loads((out / "test" / "results.json").read_text())
+    count = results["bad_clips"]
+    assert 1 <= count < results["keyframes"] == 5 and results["mAP"] == row["val_map"]
+    assert held_out and all(
+        f"{count} clips that do not decode, their scores are 0: " in x for x in held_out
+    )
+    said = [x for x in capsys.readouterr().out.splitlines() if "do not decode" in x]
+    assert len(said) == 1
+    assert said[0].startswith(f"left out: {count} clips that do not decode, their scores are 0: ")
+    left = json.loads((out / "test" / "left_out.json").read_text())
+    assert len(left["lines"]) == count and all("movie-00.mp4 at second" in x for x in left["lines"])
+    with open(out / "test" / "detections.csv") as f:
+        scores = [float(x[7]) for x in csv.reader(f)]
+    assert len(scores) == 4 * results["boxes"] and 0 < scores.count(0.0) < len(scores)
+
+
+@needs_torchvision
+def test_demo_ava_says_what_training_made_of_it(tmp_path, monkeypatch, capsys):
+    from mae_fast import demo
+
+    monkeypatch.setattr(demo, "fetch_footage", lambda folder: pytest.fail("it needs no footage"))
+    for name, value in dict(TRAIN_MOVIES=1, TEST_MOVIES=1).items():
+        monkeypatch.setattr(made, name, value)
+    smaller = dict(embed_dim=24, depth=1, num_heads=2)
+    monkeypatch.setattr(made, "MODEL", made.MODEL | smaller)
+    monkeypatch.setattr(made, "make", functools.partial(made.make, seconds=4))
+    monkeypatch.setattr(made, "build_index", functools.partial(build_index, workers=1))
+    own = made.config
+    fewer = lambda c: replace(c, data=replace(c.data, workers=0))  # noqa: E731
+    monkeypatch.setattr(made, "config", lambda *given: fewer(own(*given)))
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--ava", "--output", str(out), "--steps", "2"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    rows = [json.loads(x) for x in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    tested = json.loads((out / "test" / "results.json").read_text())
+    assert results["mAP_before"] == rows[0]["val_map"] and rows[0]["step"] == 0
+    assert results["mAP_after"] == tested["mAP"] == rows[-1]["val_map"]
+    assert results["mAP_chance"] == tested["mAP_chance"] and results["steps"] == 2
+    assert (out / "test" / "index.html").read_text().count("<figure") == 3  # of four, one excluded
+    said = capsys.readouterr().out
+    assert f"mAP_after: {results['mAP_after']:.1%}" in said
+    assert said.splitlines()[-1] == str(out / "test" / "index.html")
 
 
 @needs_torchvision
@@ -271,8 +468,8 @@ def test_the_whole_way_from_the_command_line(small, tmp_path, capsys):
     assert "left out: 1 bad rows: val.csv: line" in said
     found = json.loads((tmp_path / "run" / "test" / "results.json").read_text())
     assert found["mAP_of_movies_here"] > found["mAP"] > found["mAP_chance"]
-    page = (tmp_path / "run" / "test" / "index.html").read_text()
-    assert page.count("<figure") == 12 and "walk" in page and "left out" in page.lower()
+    said = (tmp_path / "run" / "test" / "index.html").read_text()
+    assert said.count("<figure") == 12 and "walk" in said and "left out" in said.lower()
     assert cli.main(["test", str(path), "--temporal", "3"]) == 2
     assert "not for AVA" in capsys.readouterr().err
     with pytest.raises(DataError, match="cannot be read"):

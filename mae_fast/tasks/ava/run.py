@@ -57,6 +57,8 @@ def training_keyframes(cfg: FinetuneConfig, left: LeftOut) -> Keyframes:
 class AvaRun(FinetuneRun):
     """A run that learns what persons do. What is not here is every fine-tuning's."""
 
+    judged_by = "map"
+
     def _read_rows(self) -> tuple[list[VideoRow], list[VideoRow]]:
         cfg, left = self.cfg, LeftOut()
         if cfg.data.val_index:
@@ -138,19 +140,19 @@ class AvaRun(FinetuneRun):
     def _labels(self) -> bytes:
         return (self.train_keyframes.digest() + repr(sorted(self.names.items()))).encode()
 
-    def _held_out(self) -> dict[str, Any]:
-        """mAP of the seconds that are multiples of ava.val_every; by the writer alone."""
-        if self.test_set is None or not self.world.writer:
-            return {}
+    def _scores(self) -> dict[str, Any]:
+        """mAP of the seconds that are multiples of ava.val_every."""
+        numbers = range(len(self.test_set.keyframes))
         try:
-            numbers = range(len(self.test_set.keyframes))
-            found = score.scores_of(
+            found, bad = score.scores_of(
                 self.model, self.test_set, self.cfg, numbers, self.signals.look_up
-            )[0]
+            )
         except Told:
             return {}
         finally:
             self.model.train()
+        if bad:
+            log.warning("held out: %d %s: %s", len(bad), score.BAD_CLIPS, ": ".join(bad[0]))
         return {"val_map": self.test_set.papers(found).mean_ap}
 
 

@@ -24,6 +24,7 @@ from mae_fast.tasks.ava.model import BoxClassifier
 from mae_fast.tasks.config import FinetuneConfig
 
 log = logging.getLogger("mae_fast")
+BAD_CLIPS = "clips that do not decode, their scores are 0"
 
 
 def rule(cfg: FinetuneConfig) -> tuple[int, int, float]:
@@ -127,12 +128,13 @@ def scores_of(
 
 
 def test(
-    path: Path, cfg: FinetuneConfig, model: BoxClassifier, output: str, every: int = 1
+    path: Path, cfg: FinetuneConfig, model: BoxClassifier, output: str, ema: bool = False
 ) -> dict[str, Any]:
     """Test a checkpoint on all keyframes; leaves detections.csv, results.json and index.html in
-    `output`. Under torchrun each keyframe is one process's, none twice."""
+    `output`. Under torchrun each keyframe is one process's, none twice. `ema`: the model's weights
+    are the averaged ones, which the results say."""
     left = LeftOut()
-    found = TestSet.read(cfg, left, every)
+    found = TestSet.read(cfg, left)
     world = distributed.start(cfg.train.device)
     try:
         model.to(world.device)
@@ -145,20 +147,22 @@ def test(
     scores: list[np.ndarray] = [np.empty(0)] * len(found.keyframes)
     for rank, (part, _) in enumerate(parts):
         scores[rank :: world.size] = part
-    bad = [x for _, some in parts for x in some]
-    return report(Path(output or path.parent / "test"), path, cfg, found, scores, bad, left)
+    for name, reason in (x for _, some in parts for x in some):
+        left.add(name, f"{BAD_CLIPS}: {reason}")
+    said = {"checkpoint": str(path), **({"weights": "averaged"} if ema else {})}
+    return report(Path(output or path.parent / "test"), said, cfg, found, scores, left)
 
 
 def report(
     folder: Path,
-    path: Path,
+    said: dict[str, str],
     cfg: FinetuneConfig,
     found: TestSet,
     scores: Sequence[np.ndarray],
-    bad: list[tuple[str, str]],
     left: LeftOut,
 ) -> dict[str, Any]:
-    """Write and print what a test found; returns what results.json holds."""
+    """Write and print what a test found, after what is `said` of it; returns what results.json
+    holds."""
     from mae_fast.tasks.ava.page import page
 
     detections = found.labelled(scores)
@@ -168,13 +172,13 @@ def report(
     truth = [row for row in found.truth if row.movie in here]
     present = evaluate.papers(truth, detections, found.names, found.excluded)
     results = {
-        "checkpoint": str(path),
+        **said,
         "keyframes": len(found.keyframes),
         "movies": len(here),
         "boxes": sum(map(len, found.keyframes.people)),
         "boxes_of": cfg.ava.val_detections or f"the truth ({cfg.ava.val_csv}): not comparable",
         "short_side": cfg.test.short_side or cfg.model.img_size,
-        "bad_clips": len(bad),
+        "bad_clips": left.counts.get(BAD_CLIPS, 0),
         "mAP": papers.mean_ap,
         "mAP_activitynet": challenge.mean_ap,
         "mAP_chance": found.chance(3),
@@ -186,18 +190,15 @@ def report(
         found.names[c]: {"ap": papers.ap[c], "activitynet": challenge.ap[c], "boxes": n}
         for c, n in papers.boxes.items()
     }
-    said = json.dumps({**results, "by_class": table}, indent=1).replace("NaN", "null")
-    write(folder / "results.json", said)
-    write(folder / "left_out.json", json.dumps({**vars(left), "bad_clips": bad}, indent=1))
+    text = json.dumps({**results, "by_class": table}, indent=1).replace("NaN", "null")
+    write(folder / "results.json", text)
+    write(folder / "left_out.json", json.dumps(vars(left), indent=1))
     write(folder / "detections.csv", as_csv(detections))
-    unused = [*left.lines, *map(": ".join, bad)]
-    write(folder / "index.html", page(results, table, found, scores, cfg, unused).html())
+    write(folder / "index.html", page(results, table, found, scores, cfg, left.lines).html())
     for key, value in results.items():
         print(f"{key}: {value:.2%}" if isinstance(value, float) else f"{key}: {value}")
     for line in left.say():
         print(f"left out: {line}")
-    for name, reason in bad[:20]:
-        print(f"bad clip, its scores are 0: {name}: {reason}")
     print(folder / "index.html")
     return results
 
