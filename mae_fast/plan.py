@@ -104,6 +104,8 @@ def plan(
         if task == "ava":
             from mae_fast.tasks.ava import plan as ava
 
+            if ratio:
+                raise ConfigError(f"--task ava sees every token, got --ratio {ratio}")
             found = ava.plan(cfg, where, gpus, gpus_per_node, batch or 16, epochs)
             print(jsonlib.dumps(found, indent=2) if json else ava.tell(model, found))
             return
