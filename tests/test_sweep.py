@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from mae_fast import cli, evaluate, metrics, sweep, sweep_page
+from mae_fast.checkpoint import read
 from mae_fast.config import ConfigError
 from mae_fast.data import build_index
 from mae_fast.errors import Interrupted
@@ -124,6 +128,54 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(made, tmp_path, monkeypatc
     run.write_text(run.read_text().replace("blr = 0.1", "blr = 0.2"))
     assert cli.main(["sweep", str(other)]) == 2
     assert "result.json is of other settings" in capsys.readouterr().err
+
+
+KILLED = """
+import os, sys
+from mae_fast import cli, evaluate, metrics, sweep, train
+
+sweep.plan.this_device = lambda: sweep.cost.DEVICES["h100"]
+metrics.draw_curves = lambda *args: None
+evaluate.CLIPS = 8
+
+def killed(kind, name, call):
+    "A sweep in a process of its own, which dies by SIGKILL when kind.name is called that time."
+    if (child := os.fork()) == 0:
+        own, calls = getattr(kind, name), []
+        def last(*given, **options):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), 9)
+            return own(*given, **options)
+        setattr(kind, name, last)
+        os._exit(cli.main(["sweep", sys.argv[1]]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+
+killed(train.Run, "_inputs", 6)  # the second run's third step
+killed(sweep.sweep_judge, "judged", 1)  # that run's end, which is trained and not judged
+sys.exit(cli.main(["sweep", sys.argv[1]]))
+"""
+
+
+def test_a_sweep_that_is_killed_goes_on_and_ends_as_an_undisturbed_one(made, tmp_path):
+    """kill -9 in the middle of the second run, and again before its judge has said anything."""
+    run = tmp_path / "run.toml"
+    run.write_text(run.read_text().replace("steps = 3", "steps = 3\nsave_every = 1"))
+    file = made("[arms.half]\n[arms.more]\n'mask.ratio' = 0.75\n")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("(2 of 2)") == 3 and done.stderr.count("step 1/3") == 2  # each once
+    file.write_text(file.read_text().replace("/out", "/whole"))
+    assert cli.main(["sweep", str(file)]) == 0
+    tables = [json.loads((tmp_path / f / "sweep.json").read_text()) for f in ("out", "whole")]
+    for row in (row for table in tables for row in table):
+        assert row.pop("seconds")[0] > 0 and row.pop("step_seconds") > 0
+    assert json.dumps(tables[0]) == json.dumps(tables[1]) and len(tables[0]) == 2
+    weights = [read(tmp_path / f / "more/seed-0/checkpoint-00000003.safetensors")[1]
+               for f in ("out", "whole")]  # fmt: skip
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[1])
 
 
 def test_parts_are_all_runs_once_and_the_last_writes_the_table(made, tmp_path, capsys):
