@@ -29,20 +29,26 @@ def ours(name):
     return name.removeprefix("xattn.")
 
 
+def renamed(golden, kind):
+    """What lies under `kind` in V-JEPA 2's figures, by our names."""
+    table = {}
+    for key, value in golden.items():
+        if not key.startswith(kind):
+            continue
+        name = ours(key.removeprefix(kind))
+        stem, _, end = name.rpartition(".")
+        if stem.endswith("attn.qkv"):
+            parts = zip("qkv", value.chunk(3), strict=True)
+            table |= {f"{stem[:-3]}{x}.{end}": t for x, t in parts}
+        else:
+            table[name] = value
+    return table
+
+
 def test_attentive_probe_is_v_jepa_2s_to_every_gradient():
     golden = load_file(GOLDEN)
     head = probe.AttentiveHead(16, 5, heads=4, depth=3).double()
-    tables = {"state.": {}, "grad.": {}}
-    for key, value in golden.items():
-        for kind, table in tables.items():
-            if key.startswith(kind):
-                name = ours(key.removeprefix(kind))
-                stem, _, end = name.rpartition(".")
-                if stem.endswith("attn.qkv"):
-                    parts = zip("qkv", value.chunk(3), strict=True)
-                    table |= {f"{stem[:-3]}{x}.{end}": t for x, t in parts}
-                else:
-                    table[name] = value
+    tables = {kind: renamed(golden, kind) for kind in ("state.", "grad.")}
     head.load_state_dict(tables["state."])
     logits = head(golden["x"])
     loss = -(golden["target"] * logits.log_softmax(-1)).sum(-1).mean()
