@@ -240,14 +240,14 @@ def test_a_server_that_says_nothing_is_waited_for_so_long(server, monkeypatch):
 def test_a_server_that_went_away_ends_a_run_in_one_line(server, tmp_path, tiny_cfg):
     rows = read_index(server.url)
     server.gone()
-    for words in ("Server disconnected", "Cannot connect"):  # of an open connection, and of a new
-        with pytest.raises(BadVideo, match=f"cannot be read: .*: {words}"):
-            PackReader()._bytes(place_of(rows[0]), 0, 100)
-    with pytest.raises(
-        DataError, match=r"20 bad videos in a row:\n.*cannot be read: .*Cannot conn"
-    ):
+    words = (
+        "cannot be read: .*(Server disconnected|Cannot connect)"  # an open connection, a new one
+    )
+    with pytest.raises(BadVideo, match=words):
+        PackReader()._bytes(place_of(rows[0]), 0, 100)
+    with pytest.raises(DataError, match="20 bad videos in a row:\n.*" + words):
         batches(rows)
-    with pytest.raises(DataError, match=rf"{server.url}/{HOW}: cannot be read: .*Cannot connect"):
+    with pytest.raises(DataError, match=f"{server.url}/{HOW}: {words}"):
         read_index(server.url)
 
 
