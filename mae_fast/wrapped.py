@@ -1,13 +1,14 @@
 """Forwards that others wrapped: accelerate's prepare, autocast, convert_outputs_to_fp32 ...
 
-They hold the forward that they call in a closure, as `__wrapped__` or in an attribute. Where they
-came after us, ours is what they hold. Where they came before, ours takes the place of the class's.
+They hold the forward that they call in a closure or in an attribute, and name it in `__wrapped__`,
+which a function need not call. Where they came after us, ours is what they hold. Where they came
+before, ours takes the place of the class's.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator
-from types import CellType, MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -20,16 +21,20 @@ def find(model: nn.Module) -> Any:
 
 def leads_to_own(model: nn.Module) -> bool:
     """The model's forward is its class's, or calls that."""
-    return any(_is_own(f, model) for f, _, _ in _held(model))
+    return any(_is_own(f, model) for f, _, _ in _held(model, called=True))
 
 
 def put_inside(model: nn.Module, ours: Any) -> bool:
     """Ours in place of the class's own forward, wherever a wrapper holds that; False: nowhere."""
-    held = list(_held(model))
-    places = [(holder, key) for f, holder, key in held if holder is not None and _is_own(f, model)]
-    for holder, key in places:
-        setattr(holder, key, ours)
-    return any(isinstance(holder, CellType) or key != "__wrapped__" for holder, key in places)
+
+    def places(called: bool) -> list[tuple[Any, str]]:
+        found = _held(model, called)
+        return [(where, key) for f, where, key in found if where is not None and _is_own(f, model)]
+
+    inside = bool(places(called=True))
+    for where, key in places(called=False):
+        setattr(where, key, ours)
+    return inside
 
 
 def _is_ours(forward: Any, model: nn.Module) -> bool:
@@ -43,9 +48,9 @@ def _is_own(forward: Any, model: nn.Module) -> bool:
     )
 
 
-def _held(model: nn.Module) -> Iterator[tuple[Any, Any, str]]:
+def _held(model: nn.Module, called: bool = False) -> Iterator[tuple[Any, Any, str]]:
     """(a callable, what holds it, under which attribute) of all that the forward on the instance
-    leads to, as far as the class's own and ours."""
+    leads to, as far as the class's own and ours. `called`: not what functions only name."""
     left, seen = [(vars(model).get("forward", type(model).forward), None, "")], set()
     while left:
         found, holder, key = left.pop(0)
@@ -63,4 +68,7 @@ def _held(model: nn.Module) -> Iterator[tuple[Any, Any, str]]:
         for cell in getattr(found, "__closure__", None) or ():
             with contextlib.suppress(ValueError):  # it is not filled yet
                 left.append((cell.cell_contents, cell, "cell_contents"))
-        left += [(f, found, name) for name, f in list(getattr(found, "__dict__", {}).items())]
+        attributes = dict(getattr(found, "__dict__", {}))
+        if called and isinstance(found, FunctionType):
+            attributes.pop("__wrapped__", None)
+        left += [(f, found, name) for name, f in attributes.items()]

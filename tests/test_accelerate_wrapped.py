@@ -122,6 +122,22 @@ def test_a_forward_that_calls_another_is_refused(tiny_cfg):
         mae_fast.accelerate(model)
 
 
+def test_a_wrapper_that_only_names_what_it_wraps_is_refused(tiny_cfg):
+    """Its own is found nowhere else, and what it does around that would be lost."""
+    model = make(tiny_cfg)
+    name = type(model)
+
+    def twice(imgs, mask_ratio=0.75):
+        loss, *rest = name.forward(model, imgs, mask_ratio)
+        return 2 * loss, *rest
+
+    model.forward = functools.wraps(model.forward)(twice)
+    inner = model.forward
+    model.forward = functools.wraps(inner)(lambda *args: inner(*args))
+    with pytest.raises(AccelerateError, match="forward: was replaced on this instance"):
+        mae_fast.accelerate(model)
+
+
 def test_a_replica_of_data_parallel_runs_its_own_weights(tiny_cfg, fused):
     model, video = make(tiny_cfg), clips(tiny_cfg)
     mae_fast.accelerate(model)
