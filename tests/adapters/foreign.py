@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import mae_fast
+from mae_fast.adapters import own
 from mae_fast.bench.baselines import OfficialMAE
 from mae_fast.config import ModelConfig
 
@@ -119,6 +120,7 @@ def _losses(rank: int, how: str, cfg: ModelConfig, line: bool) -> list[float]:
     if how == "fsdp2_blocks":
         for block in (*model.blocks, *model.decoder_blocks):
             _shard(block)
+            assert own.why_itself(block) is None  # it is fused, between its hooks
     if how == "fsdp1":
         blocks = ModuleWrapPolicy({type(model.blocks[0])})
         on = dict(device_id=torch.device("cpu"), use_orig_params=True)
