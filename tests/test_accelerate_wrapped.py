@@ -167,6 +167,14 @@ def test_a_replica_of_data_parallel_runs_its_own_weights(tiny_cfg, fused):
         model._replicate_for_data_parallel()
 
 
+def test_a_replica_of_a_wrapped_model_is_refused(tiny_cfg):
+    """The wrapper would call the original, with its weights."""
+    model = mae_fast.accelerate(make(tiny_cfg))
+    _by_wraps(model, [])
+    with pytest.raises(AccelerateError, match="DataParallel after another has wrapped"):
+        model._replicate_for_data_parallel()
+
+
 def _checkpointed(block):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
