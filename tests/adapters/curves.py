@@ -114,6 +114,7 @@ Loop = Callable[[nn.Module, str], list[float]]
 LOOPS: dict[str, tuple[str, Callable, dict]] = {
     "Trainer fp32": ("accelerate", trainer, {}),
     "Trainer bf16": ("accelerate", trainer, dict(bf16=True)),
+    "Trainer fp16": ("accelerate", trainer, dict(fp16=True)),
     "Trainer bf16, accumulation": (
         "accelerate",
         trainer,
@@ -132,6 +133,7 @@ LOOPS: dict[str, tuple[str, Callable, dict]] = {
     "Trainer bf16, resumed": ("accelerate", trainer, dict(bf16=True, resumed=True)),
     "Accelerator no": ("accelerate", accelerator, dict(precision="no")),
     "Accelerator bf16": ("accelerate", accelerator, dict(precision="bf16")),
+    "Accelerator fp16": ("accelerate", accelerator, dict(precision="fp16")),
     "Lightning 32-true": ("lightning", lightning, dict(precision="32-true")),
     "Lightning bf16-mixed": ("lightning", lightning, dict(precision="bf16-mixed")),
     "Lightning bf16-true": ("lightning", lightning, dict(precision="bf16-true")),
