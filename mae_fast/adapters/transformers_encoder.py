@@ -67,6 +67,8 @@ def forward(
         raise Unfused("output_attentions is asked for")
     if not isinstance(asked["output_hidden_states"], bool | None):
         raise Unfused("output_hidden_states names layers")
+    if asked["return_dict"] is None:
+        raise Unfused("return_dict is None, which versions of transformers read differently")
     pretraining.nothing_else(head_mask=head_mask, **kwargs)
     pretraining.same_size(model, pixel_values)
     device, layers = pixel_values.device, model.encoder.layer
@@ -90,10 +92,7 @@ def forward(
     output = _output_class(model)(last_hidden_state=last)
     if asked["output_hidden_states"]:
         output["hidden_states"] = tuple(states)
-    plain = asked["return_dict"] is False or (
-        asked["return_dict"] is None and not config.return_dict
-    )
-    return output.to_tuple() if plain else output
+    return output if asked["return_dict"] else output.to_tuple()
 
 
 def _watched(states: list[Tensor], p: Block | OwnBlock, x, y, first: int, fused):

@@ -97,6 +97,31 @@ def test_what_is_its_own_forwards(make, caplog):
         model(CLIPS.float()[..., :8])
 
 
+def test_arguments_that_the_fused_forward_does_not_know(make, caplog):
+    own, model = make(), mae_fast.accelerate(make())
+    heads = own.config.num_hidden_layers, own.config.num_attention_heads
+    for given, why in (
+        (dict(head_mask=torch.ones(heads)), "head_mask is given"),
+        (dict(output_hidden_states=[0]), "output_hidden_states names layers"),
+    ):
+        try:
+            want = own(CLIPS.float(), **given).last_hidden_state
+        except (TypeError, ValueError) as e:
+            with pytest.raises(type(e)):
+                model(CLIPS.float(), **given)
+        else:
+            assert torch.equal(model(CLIPS.float(), **given).last_hidden_state, want)
+        assert f"its own forward runs: {why}" in caplog.text
+
+
+@pytest.mark.parametrize("asked", [{}, dict(return_dict=None), dict(return_dict=True)])
+def test_a_configuration_without_dicts_is_asked(make, asked):
+    """What None says differs between versions."""
+    own, model = make(), mae_fast.accelerate(make())
+    own.config.return_dict = model.config.return_dict = False
+    assert type(model(CLIPS.float(), **asked)) is type(own(CLIPS.float(), **asked))
+
+
 def test_uint8_clips(make):
     model = make()
     clips = torch.randint(0, 256, (3, 4, 3, 16, 16), dtype=torch.uint8)
