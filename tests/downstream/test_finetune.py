@@ -440,6 +440,7 @@ def test_every_key_has_its_help_and_its_refusal(tmp_path, capsys):
 def test_views_of_a_pack_are_held_to_their_own_size(tmp_path):
     """Not to that of training, which a test on a smaller pack does without."""
     how = {"short_side": 256, "copy": False, "index_crc": 0, "shards": {}}
+    how |= {"table_bytes": 0, "table_crc": 0}
     (tmp_path / "pack.json").write_text(json.dumps(how))
     rows = [VideoRow(str(tmp_path / "shard-00000.tar/a.mp4"), frames=40, fps=30.0, at=512)]
     clips.Views(rows, ClipsConfig(short_side=320), 4, 224, 1, 1)
