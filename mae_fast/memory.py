@@ -101,7 +101,7 @@ def memory(
         making = ((4 + p) * cfg.embed_dim + 2 * p * hidden) * r.every
         encoder += 4 * cfg.embed_dim * cfg.num_patches  # the targets
     if cfg.target in ("tokens", "features"):
-        # The error in fp32; under autocast a copy before it, and its gradient, which else is pred's.
+        # The error in fp32; under autocast a copy before it and its gradient, which else is pred's.
         decoder += (4 if p == 4 else 12) * r.masked * cfg.pred_dim
     # The last block's backward begins with g made again and dg, when the head's are gone.
     begins = p * int(cfg.mlp_ratio * cfg.decoder_embed_dim) * r.masked
