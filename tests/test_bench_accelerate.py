@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from mae_fast.bench.engines import label, twin
 from mae_fast.bench.ratio import ratio
@@ -60,3 +61,13 @@ def test_nothing_is_timed_of_other_losses(tmp_path, monkeypatch, capsys):
     assert [c["engine"] for c in told["cells"]] == ["transformers_sdpa"]
     (reason,) = told["skipped"].values()
     assert "not timed" in reason
+
+
+def test_noise_that_is_given_is_of_the_clips_that_are_asked_for():
+    """accelerate compares one clip of the first batch."""
+    from benchmarks.baselines.official_repository import given_noise
+
+    noise = torch.rand(2, 5)
+    with given_noise(noise):
+        one, two = (torch.rand(n, 5, device="cpu") for n in (1, 2))
+    assert torch.equal(one, noise[:1]) and torch.equal(two, noise)

@@ -71,10 +71,11 @@ class OfficialRepository:
 
 
 def given_noise(noise: Tensor | None) -> contextlib.AbstractContextManager:
-    """Inside, the only random number of its forward is this one; None: drawn anew."""
+    """Inside, the only random number of its forward is this one, of as many clips as are asked for
+    (accelerate compares one first); None: drawn anew."""
     if noise is None:
         return contextlib.nullcontext()
-    return mock.patch.object(torch, "rand", lambda *size, device: noise.to(device))
+    return mock.patch.object(torch, "rand", lambda n, *size, device: noise[:n].to(device))
 
 
 def import_models(path: str) -> ModuleType:
