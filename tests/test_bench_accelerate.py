@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mae_fast.bench.baselines.official_repository import given_noise
 from mae_fast.bench.engines import label, twin
 from mae_fast.bench.ratio import ratio
 
@@ -65,8 +66,6 @@ def test_nothing_is_timed_of_other_losses(tmp_path, monkeypatch, capsys):
 
 def test_noise_that_is_given_is_of_the_clips_that_are_asked_for():
     """accelerate compares one clip of the first batch."""
-    from benchmarks.baselines.official_repository import given_noise
-
     noise = torch.rand(2, 5)
     with given_noise(noise):
         one, two = (torch.rand(n, 5, device="cpu") for n in (1, 2))
