@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mae_fast import distributed, sharded
 from mae_fast.distributed import World
 from mae_fast.errors import CheckpointError, NonFiniteError
+from mae_fast.files import sync
 
 log = logging.getLogger("mae_fast")
 _NAME = "checkpoint-{:08d}.{}"
@@ -172,15 +173,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     except (OSError, SafetensorError):
         tmp.unlink(missing_ok=True)
         raise
-
-
-def sync(path: Path) -> None:
-    """fsync a file, or a folder so that a rename in it lasts."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_text(path: str | Path, text: str) -> None:

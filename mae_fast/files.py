@@ -48,3 +48,12 @@ def write_figure(path: str | Path, figure: Any, dpi: int) -> None:
     except ValueError as e:  # no such format
         raise ConfigError(f"{path}: {e}") from e
     write(path, content.getvalue())
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder so that a rename in it lasts."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mae_fast.distributed import World, gather
+from mae_fast.files import sync
 
 STATE = "state.json"
 
@@ -79,7 +80,7 @@ def write(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], world: 
         if world.writer:
             _synced(tmp / STATE, json.dumps({"mae_fast": state, "crc32": sums}))
             os.replace(tmp, path)
-            _sync(path.parent)
+            sync(path.parent)
 
     _together(end, world)
 
@@ -131,12 +132,4 @@ def _crc(path: Path) -> str:
 
 def _synced(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync(path)

@@ -5,17 +5,15 @@
 import contextlib
 import os
 import random
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
-from accidents import children, command, prepare, rows, same, start, wait_for
+from accidents import children, command, main, rows, same, start, wait_for
 
 from mae_fast import metrics
 
@@ -167,19 +165,5 @@ def nodes(folder: Path, seed: int) -> Iterator[tuple[str, bool]]:
 CASES = {f.__name__: f for f in (kills, hung, nodes)}
 
 
-def main(seed: int = 0, *names: str) -> int:
-    bad, began = 0, time.monotonic()
-    print(f"seed {seed}", flush=True)
-    for name in names or CASES:
-        folder = Path(tempfile.mkdtemp(prefix="accidents-"))
-        prepare(folder)
-        for words, good in CASES[name](folder, seed):
-            bad += not good
-            print("ok  " if good else "BAD ", words, flush=True)
-        shutil.rmtree(folder)
-    print(f"{bad} bad, {time.monotonic() - began:.0f} s")
-    return bool(bad)
-
-
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:2]), *sys.argv[2:]))
+    sys.exit(main(CASES, *map(int, sys.argv[1:2]), *sys.argv[2:]))

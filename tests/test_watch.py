@@ -126,13 +126,17 @@ def test_ranks_that_come_late_but_come_are_not_lost(pair, monkeypatch):
 def test_a_store_that_is_gone_ends_the_thread_quietly(pair):
     zero = pair(0)
 
+    asked = []
+
     class Gone:
         def set(self, *args):
+            asked.append(args)
             raise dist.DistNetworkError("gone")
 
     zero.store = type("S", (), {"clone": lambda self: Gone()})()
     zero.thread.join(0.1)
     zero._beat()
+    assert len(asked) == 1  # and never again
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])

@@ -21,6 +21,7 @@ import by_hand
 import numpy as np
 import pytest
 import torch
+from small_runs import Poisoned
 
 from mae_fast import checkpoint, distributed, metrics, train
 from mae_fast.config import Config, EvalConfig
@@ -421,16 +422,6 @@ def test_max_bad_share_is_a_share_of_the_videos(rows, tmp_path):
         pretrain(strict)
 
 
-class _NaN(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * float("nan")
-
-
 def _poison(monkeypatch, micros):
     """The gradients of these forward passes of the model, counted from 0, are not finite."""
     from mae_fast import model
@@ -439,7 +430,7 @@ def _poison(monkeypatch, micros):
 
     def forward(self, *args, **kwargs):
         loss, *rest = true(self, *args, **kwargs)
-        return (_NaN.apply(loss) if next(count) in micros else loss), *rest
+        return (Poisoned.apply(loss) if next(count) in micros else loss), *rest
 
     monkeypatch.setattr(model.MaskedAutoencoder, "forward", forward)
 

@@ -89,7 +89,7 @@ def saved(folder) -> int:
     return checkpoint.latest(folder)[0]["step"]
 
 
-class _Poisoned(torch.autograd.Function):
+class Poisoned(torch.autograd.Function):
     """Identity whose gradient is NaN."""
 
     @staticmethod
@@ -107,6 +107,6 @@ def poison(monkeypatch, at):
     def loss(self, *inputs):
         calls.append(self.step)
         value = true(self, *inputs)
-        return _Poisoned.apply(value) if self.step in at else value
+        return Poisoned.apply(value) if self.step in at else value
 
     monkeypatch.setattr(train.Run, "_loss", loss)
