@@ -6,6 +6,7 @@
 #include "cpu/crop_resize_patchify_gather.h"
 #include "cpu/decoder_tokens.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear_amx.h"
 #include "cpu/masked_hog_mse.h"
 #include "cpu/masked_mse.h"
 #include "cpu/patch_embed.h"
@@ -19,6 +20,8 @@ TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
     m.impl("add_layer_norm_bwd", mae_fast::add_layer_norm_bwd);
     m.impl("attention_fwd", mae_fast::attention_fwd);
     m.impl("attention_bwd", mae_fast::attention_bwd);
+    m.impl("attention_qkv_fwd", mae_fast::attention_qkv_fwd);
+    m.impl("attention_qkv_bwd", mae_fast::attention_qkv_bwd);
     m.impl("bias_gelu_fwd", mae_fast::bias_gelu_fwd);
     m.impl("bias_gelu_bwd", mae_fast::bias_gelu_bwd);
     m.impl("crop_resize_patchify_gather_fwd", mae_fast::crop_resize_patchify_gather_fwd);
@@ -26,6 +29,7 @@ TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
     m.impl("decoder_tokens_bwd", mae_fast::decoder_tokens_bwd);
     m.impl("layer_norm_fwd", mae_fast::layer_norm_fwd);
     m.impl("layer_norm_bwd", mae_fast::layer_norm_bwd);
+    m.impl("linear_grads", mae_fast::linear_grads);
     m.impl("masked_hog_mse_fwd", mae_fast::masked_hog_mse_fwd);
     m.impl("masked_hog_mse_bwd", mae_fast::masked_mse_bwd);
     m.impl("masked_mse_fwd", mae_fast::masked_mse_fwd);
@@ -44,4 +48,9 @@ TORCH_LIBRARY_IMPL(mae_fast, CPU, m) {
 TORCH_LIBRARY(mae_fast_clips, m) {
   m.def("randaugment(Tensor frames, str operation, float[] numbers) -> Tensor",
         mae_fast::randaugment);
+}
+
+// What this build and this CPU can do: "", or why not.
+TORCH_LIBRARY(mae_fast_cpu, m) {
+  m.def("why_not_amx() -> str", [] { return std::string(mae_fast::amx::why_not()); });
 }

@@ -2,24 +2,29 @@
 #pragma once
 
 #include "common.h"
+#include "exponential.h"
 
 MAE_FAST_BEGIN
 
-// Phi(h), the normal distribution, where e is exp(-h^2 / 2). In fp32 by Abramowitz and Stegun
-// 7.1.26, error 1.5e-7, as in torch's own vectors; the exponential is all it costs.
-template <typename V>
-inline V normal_cdf(const V& h, const V& e) {
-  using A = typename V::value_type;
+// Phi(h), the normal distribution, and e^(-h^2 / 2). In fp32 by Abramowitz and Stegun 7.1.26, error
+// 1.5e-7, as in torch's own vectors.
+template <typename T>
+inline std::pair<Vec<T>, Vec<T>> normal(const Vec<T>& h) {
+  using V = Vec<T>;
+  using A = acc_t<T>;
   if constexpr (std::is_same_v<A, double>) {
-    return V(0.5) * (V(1) + (h * V(M_SQRT1_2)).erf());
+    return {V(0.5) * (V(1) + (h * V(M_SQRT1_2)).erf()), (h * h * V(-0.5)).exp()};
   } else {
-    const V t = V(1) / at::vec::fmadd(h.abs(), V(A(0.3275911 * M_SQRT1_2)), V(1));
+    constexpr bool PRECISE = std::is_same_v<T, float>;
+    const V e = exp2<PRECISE>(h * h * V(A(-0.5 * M_LOG2E)));
+    const V t =
+        reciprocal<PRECISE>(at::vec::fmadd(h.abs(), V(A(0.3275911 * M_SQRT1_2)), V(A(1))));
     V p = at::vec::fmadd(V(1.061405429f), t, V(-1.453152027f));
     p = at::vec::fmadd(p, t, V(1.421413741f));
     p = at::vec::fmadd(p, t, V(-0.284496736f));
     p = at::vec::fmadd(p, t, V(0.254829592f));
     const V tail = V(0.5f) * p * t * e;  // Phi(-|h|)
-    return V::blendv(V(1) - tail, tail, h < V(0));
+    return {V::blendv(V(1) - tail, tail, h < V(0)), e};
   }
 }
 
@@ -42,12 +47,11 @@ inline Tensor bias_gelu_fwd(const Tensor& x_, const Tensor& bias_) {
     const auto* xp = x.const_data_ptr<scalar_t>();
     const A* bp = bias.const_data_ptr<A>();
     auto* op = out.mutable_data_ptr<scalar_t>();
-    const V minus_half(A(-0.5));
     at::parallel_for(0, rows, 1 + 4096 / (size + 1), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         each<scalar_t>(size, [&](int64_t i, auto n) {
           const V h = load(xp + r * size + i, n) + load(bp + i, n);
-          store(op + r * size + i, h * normal_cdf(h, (h * h * minus_half).exp_u20()), n);
+          store(op + r * size + i, h * normal<scalar_t>(h).first, n);
         });
       }
     });
@@ -74,15 +78,14 @@ inline std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout_, const Tenso
     const A* bp = bias.const_data_ptr<A>();
     auto* dp = dx.mutable_data_ptr<scalar_t>();
     A* pp = parts.mutable_data_ptr<A>();
-    const V minus_half(A(-0.5));
     const V density(A(M_2_SQRTPI * M_SQRT1_2 * 0.5));  // 1 / sqrt(2 pi)
     parallel_blocks(rows, [&](int64_t block, int64_t begin, int64_t end) {
       A* dbias = pp + block * size;
       for (int64_t r = begin; r < end; ++r) {
         each<scalar_t>(size, [&](int64_t i, auto n) {
           const V h = load(xp + r * size + i, n) + load(bp + i, n);
-          const V e = (h * h * minus_half).exp_u20();
-          const V slope = at::vec::fmadd(h * density, e, normal_cdf(h, e));
+          const auto [cdf, e] = normal<scalar_t>(h);
+          const V slope = at::vec::fmadd(h * density, e, cdf);
           const V d = load(gp + r * size + i, n) * slope;
           store(dp + r * size + i, d, n);
           store(dbias + i, load(dbias + i, n) + d, n);

@@ -30,13 +30,62 @@ using acc_t = at::opmath_type<T>;
 template <typename T>
 using Vec = at::vec::Vectorized<acc_t<T>>;
 
+// A vector of fp32 from as many 16-bit numbers, and back: half of a vector of those.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+template <typename T>
+inline Vec<T> widened(const T* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  __m512 wide;
+#else
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  __m256 wide;
+#endif
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    at::vec::cvtbf16_fp32(half, wide);
+  } else {
+    at::vec::cvtfp16_fp32(half, wide);
+  }
+  return wide;
+}
+
+template <typename T>
+inline void store_narrowed(T* p, const Vec<T>& v) {
+  const auto half = [&] {
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+      return at::vec::cvtfp32_bf16(v);
+    } else {
+      return at::vec::cvtfp32_fp16(v);
+    }
+  }();
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+#endif
+}
+#else
+template <typename T>
+inline Vec<T> widened(const T* p) {
+  constexpr int64_t V = Vec<T>::size();
+  return std::get<0>(at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, V)));
+}
+
+template <typename T>
+inline void store_narrowed(T* p, const Vec<T>& v) {
+  at::vec::convert_from_float<T>(v, v).store(p, Vec<T>::size());
+}
+#endif
+
 // n elements at p, n <= Vec<T>::size(), the rest zero.
 template <typename T>
 inline Vec<T> load(const T* p, int64_t n = Vec<T>::size()) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     return n == Vec<T>::size() ? Vec<T>::loadu(p) : Vec<T>::loadu(p, n);
   } else {
-    return std::get<0>(at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, n)));
+    return n == Vec<T>::size()
+               ? widened(p)
+               : std::get<0>(at::vec::convert_to_float<T>(at::vec::Vectorized<T>::loadu(p, n)));
   }
 }
 
@@ -44,6 +93,8 @@ template <typename T>
 inline void store(T* p, Vec<T> v, int64_t n = Vec<T>::size()) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     v.store(p, n);
+  } else if (n == Vec<T>::size()) {
+    store_narrowed(p, v);
   } else {
     at::vec::convert_from_float<T>(v, v).store(p, n);
   }

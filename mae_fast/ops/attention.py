@@ -1,8 +1,9 @@
 """attention: softmax(q k^T / sqrt(d)) v for each head, no mask, no dropout.
 
 q [B, Sq, H, d]; k, v [B, Sk, H, d], any strides whose last is 1 (they come as projections leave
-them) -> [B, Sq, H, d]. Statistics in fp32 (fp64 for double). `cpp` keeps no scores: backward saves
-q, k, v, out and each row's log-sum-exp, and computes them again.
+them) -> [B, Sq, H, d]. Statistics in fp32 (fp64 for double). `cpp` and `amx`, its way in bf16 where
+the CPU multiplies tiles, keep no scores: backward saves q, k, v, out and each row's log-sum-exp,
+and computes them again.
 """
 
 import json
@@ -28,46 +29,51 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).to(dtype)
 
 
-dispatch.LIBRARY.define("attention_fwd(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 dispatch.LIBRARY.define(
-    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse)"
-    " -> (Tensor, Tensor, Tensor)"
+    "attention_fwd(Tensor q, Tensor k, Tensor v, bool amx=False) -> (Tensor, Tensor)"
+)
+dispatch.LIBRARY.define(
+    "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " bool amx=False) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("mae_fast::attention_fwd")
-def _(q, k, v):
+def _(q, k, v, amx=False):
     batch, queries, heads, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=dtype)
 
 
 @torch.library.register_fake("mae_fast::attention_bwd")
-def _(dout, q, k, v, out, lse):
+def _(dout, q, k, v, out, lse, amx=False):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
+    *tensors, ctx.amx = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, out, lse)
+    ctx.save_for_backward(*tensors, out, lse)
 
 
 @dispatch.once_differentiable
 def _backward(ctx, dout, _):
     if dout is None:
-        return None, None, None
-    return torch.ops.mae_fast.attention_bwd(dout, *ctx.saved_tensors)
+        return None, None, None, None
+    return *torch.ops.mae_fast.attention_bwd(dout, *ctx.saved_tensors, ctx.amx), None
 
 
 torch.library.register_autograd("mae_fast::attention_fwd", _backward, setup_context=_save)
 
 # The same of q, k and v in one tensor [B, S, 3, H, d], whose gradient is one too: what comes from
 # one product goes back into one. Queries are those of the tokens from `first` on.
-dispatch.LIBRARY.define("attention_qkv_fwd(Tensor qkv, int first) -> (Tensor, Tensor)")
 dispatch.LIBRARY.define(
-    "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor"
+    "attention_qkv_fwd(Tensor qkv, int first, bool amx=False) -> (Tensor, Tensor)"
+)
+dispatch.LIBRARY.define(
+    "attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, bool amx=False) -> Tensor"
 )
 
 
@@ -78,7 +84,7 @@ def split_qkv(qkv: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("mae_fast::attention_qkv_fwd")
-def _(qkv, first):
+def _(qkv, first, amx=False):
     batch, tokens, _, heads, width = qkv.shape
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     out = qkv.new_empty(batch, tokens - first, heads, width)
@@ -86,33 +92,20 @@ def _(qkv, first):
 
 
 @torch.library.register_fake("mae_fast::attention_qkv_bwd")
-def _(dout, qkv, out, lse):
+def _(dout, qkv, out, lse, amx=False):
     return qkv.new_empty(qkv.shape)
 
 
-@torch.library.impl("mae_fast::attention_qkv_fwd", "CPU", lib=dispatch.LIBRARY)
-def _(qkv, first):
-    return torch.ops.mae_fast.attention_fwd(*split_qkv(qkv, first))
-
-
-@torch.library.impl("mae_fast::attention_qkv_bwd", "CPU", lib=dispatch.LIBRARY)
-def _(dout, qkv, out, lse):
-    dqkv, first = torch.zeros_like(qkv), qkv.shape[1] - out.shape[1]
-    given = torch.ops.mae_fast.attention_bwd(dout, *split_qkv(qkv, first), out, lse)
-    for place, gradient in zip(split_qkv(dqkv, first), given, strict=True):
-        place.copy_(gradient)
-    return dqkv
-
-
 def _save_qkv(ctx, inputs, output):
-    _save(ctx, inputs[:1], output)
+    qkv, _, amx = inputs
+    _save(ctx, (qkv, amx), output)
 
 
 @dispatch.once_differentiable
 def _qkv_backward(ctx, dout, _):
     if dout is None:
-        return None, None
-    return torch.ops.mae_fast.attention_qkv_bwd(dout, *ctx.saved_tensors), None
+        return None, None, None
+    return torch.ops.mae_fast.attention_qkv_bwd(dout, *ctx.saved_tensors, ctx.amx), None, None
 
 
 torch.library.register_autograd(
@@ -124,6 +117,17 @@ def _why_not_cpp(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     return dispatch.why_not_cpp(q, k, v) or dispatch.why_not_dtype(q.dtype)
+
+
+def _why_not_amx(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    reason = _why_not_cpp(q, k, v) or dispatch.load_amx()
+    if reason:
+        return reason
+    if q.dtype != torch.bfloat16:
+        return f"dtype {q.dtype} is not bfloat16"
+    if q.shape[-1] % 2 or not 16 <= q.shape[-1] <= 128:
+        return f"head dim {q.shape[-1]} is not even, from 16 to 128"
+    return None
 
 
 def _why_not_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -194,6 +198,7 @@ OP = _Attention(
     "attention",
     "attention that keeps no scores",
     {
+        "amx": _why_not_amx,
         "cpp": _why_not_cpp,
         "triton": _why_not_triton,
         **{name: libraries.why_not(name) for name in libraries.LIBRARIES},
@@ -202,6 +207,9 @@ OP = _Attention(
         "reference": dispatch.anything,
     },
 )
+
+
+OURS = ("amx", "cpp", "triton")
 
 
 @spanned(op="attention")
@@ -217,8 +225,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _by(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if backend in ("cpp", "triton"):
-        return torch.ops.mae_fast.attention_fwd(q, k, v)[0]
+    if backend in OURS:
+        return torch.ops.mae_fast.attention_fwd(q, k, v, backend == "amx")[0]
     if backend == "reference":
         return attention_ref(q, k, v)
     return libraries.compute(backend, q, k, v)
@@ -231,6 +239,6 @@ def attention_qkv(qkv: Tensor, first: int = 0) -> Tensor:
         raise ValueError(f"attention_qkv: {list(qkv.shape)} is not [B, S, 3, H, d], S >= {first}")
     q, k, v = split_qkv(qkv, first)
     backend = OP.choose(q, k, v)
-    if backend in ("cpp", "triton"):
-        return torch.ops.mae_fast.attention_qkv_fwd(qkv, first)[0]
+    if backend in OURS:
+        return torch.ops.mae_fast.attention_qkv_fwd(qkv, first, backend == "amx")[0]
     return _by(backend, q, k, v)

@@ -311,6 +311,12 @@ load_cpp = constant(_load_cpp)
 
 
 @constant
+def load_amx() -> str | None:
+    """Why the C++ kernels multiply no bf16 tiles on this CPU, or None."""
+    return load_cpp() or torch.ops.mae_fast_cpu.why_not_amx() or None
+
+
+@constant
 def _miss_cpp() -> str | None:
     """As load_cpp, with a warning: tensors are on the CPU, where it matters."""
     reason = load_cpp()
@@ -321,6 +327,7 @@ def _miss_cpp() -> str | None:
 
 load_triton = constant(_load_triton)
 MACHINE["cpp"] = load_cpp
+MACHINE["amx"] = load_amx
 MACHINE["triton"] = load_triton
 MACHINE["cuda"] = load_cuda
 

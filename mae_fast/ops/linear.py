@@ -4,8 +4,9 @@ onednn: torch multiplies fp32 matrices on a CPU with MKL, which runs at half spe
 not Intel's: 185 against 390 GFLOP/s for oneDNN, also inside torch, on two cores of an AMD EPYC with
 AVX-512 (shapes of ViT-B at batch 2, forward and both products of backward).
 
-half: on a GPU under autocast, with weights in fp32. Several layers of one input are one product,
-weights' gradients come from it in fp32, biases' from a pass of their own over rows.
+half: under autocast, with weights in fp32, on a GPU and in bf16 on a CPU that multiplies tiles.
+Several layers of one input are one product; gradients of weights and biases are summed in fp32 and
+stay so.
 
 reference: torch.nn.functional.linear, for everything else.
 """
@@ -79,6 +80,16 @@ class _OneDNNLinear(torch.autograd.Function):
         )
 
 
+# g [M, N], x [M, K] of 16 bits -> in fp32 g^T x [N, K], as it is summed, and g's columns' sums [N].
+dispatch.LIBRARY.define("linear_grads(Tensor g, Tensor x) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("mae_fast::linear_grads")
+def _(g, x):
+    wide = dict(dtype=torch.float32)
+    return g.new_empty(g.shape[1], x.shape[1], **wide), g.new_empty(g.shape[1], **wide)
+
+
 # x float [M, N] -> its columns' sums in fp32, [N].
 dispatch.LIBRARY.define("linear_sums(Tensor x) -> Tensor")
 
@@ -119,10 +130,15 @@ class _HalfLinear(torch.autograd.Function):
         count = len(ctx.rows)
         dx = (g @ weight).view(x.shape).to(ctx.dtype) if need_x else None
         dweights = dbiases = (None,) * count
-        if any(needs[:count]):
-            dweights = _wide_product(g.t(), x2).split(ctx.rows)
-        if any(needs[count:]):
-            dbiases = torch.ops.mae_fast.linear_sums(g).split(ctx.rows)
+        if not g.is_cuda and not dispatch.interpreting():
+            if any(needs):
+                dweight, dbias = torch.ops.mae_fast.linear_grads(g, x2)
+                dweights, dbiases = dweight.split(ctx.rows), dbias.split(ctx.rows)
+        else:
+            if any(needs[:count]):
+                dweights = _wide_product(g.t(), x2).split(ctx.rows)
+            if any(needs[count:]):
+                dbiases = torch.ops.mae_fast.linear_sums(g).split(ctx.rows)
         grads = (t if need else None for t, need in zip((*dweights, *dbiases), needs, strict=True))
         return dx, None, None, *grads
 
@@ -180,7 +196,18 @@ def _why_not_half(x: Tensor, weight: Tensor) -> str | None:
         return "there is no autocast"
     if weight.dtype != torch.float32 or x.dtype == torch.float64:
         return f"x is {x.dtype} and the weight {weight.dtype}"
+    if x.device.type == "cpu" and not dispatch.interpreting():
+        if dispatch.autocast_dtype("cpu") != torch.bfloat16:
+            return "tiles are of bfloat16, autocast is not"
+        return dispatch.why_not_cpp(x, weight) or dispatch.load_amx()
     return dispatch.why_not_triton(x, weight)
+
+
+@dispatch.constant
+def why_no_half() -> str | None:
+    """Why nothing here multiplies 16-bit numbers fast, or None."""
+    gpu, cpu = dispatch.load_triton(), dispatch.load_amx()
+    return f"{gpu}; {cpu}" if gpu and cpu else None
 
 
 def _why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
@@ -194,10 +221,10 @@ def _why_not_onednn(x: Tensor, weight: Tensor) -> str | None:
 
 
 dispatch.MACHINE["onednn"] = why_not_onednn
-dispatch.MACHINE["half"] = dispatch.load_triton
+dispatch.MACHINE["half"] = why_no_half
 OP = dispatch.Op(
     "linear",
-    "products: fp32 by the faster CPU library, under autocast on a GPU several in one",
+    "products: fp32 by the faster CPU library, under autocast several in one",
     {"onednn": _why_not_onednn, "half": _why_not_half, "reference": dispatch.anything},
 )
 

@@ -33,6 +33,13 @@ def cpp():
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="session")
+def amx(cpp):
+    """Skips a test where the C++ kernels multiply no tiles."""
+    if dispatch.load_amx():
+        pytest.skip(dispatch.load_amx())
+
+
 @pytest.fixture(params=BACKENDS if DEVICE == "cpu" else [*BACKENDS, "cuda"])
 def backend(request):
     """Each backend by name; a test forces it with `dispatch.backends`."""

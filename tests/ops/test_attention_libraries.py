@@ -403,7 +403,7 @@ def _order(gradients=True, keys=1569):
 def test_the_measured_order_is_the_table(table):
     table({"d32-s2048-bfloat16-both": {"sdpa_cudnn": 0.9, "triton": 0.5, "gone": 0.1}})
     order = _order()
-    assert order[:3] == ["triton", "sdpa_cudnn", "cpp"]
+    assert order[:3] == ["triton", "sdpa_cudnn", "amx"]
     assert sorted(order) == sorted(OP.backends)
     assert _order(gradients=False) == _order(keys=2049) == list(OP.backends)
 

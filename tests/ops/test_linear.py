@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from op_checks import DEVICE, assert_as_good_as_torch
 
 import mae_fast
+from mae_fast.errors import BackendError
 from mae_fast.ops import dispatch
 from mae_fast.ops import linear as module
 from mae_fast.ops.linear import Copies, linear, linears
@@ -120,22 +121,25 @@ def test_linear_checks_shapes(form):
 
 @pytest.fixture
 def half():
-    """The way of a GPU under autocast, which Triton's interpreter takes too."""
-    reason = dispatch.MACHINE["triton"]()
+    """The way of a GPU under autocast, which Triton's interpreter takes too, and of a CPU that
+    multiplies tiles."""
+    reason = dispatch.MACHINE["half"]()
     if reason:
         pytest.skip(reason)
     with mae_fast.backends(linear="half"):
         yield
 
 
-HALF = torch.bfloat16, torch.float16
+HALF = [torch.bfloat16, torch.float16]
+if DEVICE == "cpu" and not dispatch.interpreting():
+    HALF.remove(torch.float16)  # tiles are of bf16: test_half_of_tiles_declines
 
 
 def _autocast(dtype):
     return torch.autocast(DEVICE, dtype, enabled=dtype != torch.float64)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "f16"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "one_element"])  # luck of one rounding
 @pytest.mark.parametrize("biases", ["all", "none", "q_and_v"])
 def test_layers_of_one_input_match_fp64(half, shape, dtype, biases):
@@ -192,12 +196,47 @@ def test_layers_stay_apart(case):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (40, 700), (3000, 33)])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_linear_sums(half, size, dtype):
     x = torch.randn(size).to(dtype)
     sums = torch.ops.mae_fast.linear_sums(x)
     assert sums.dtype == torch.float32
     assert_as_good_as_torch([sums], [x.float().sum(0)], [x.double().sum(0)])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1), (2, 3, 50), (33, 191, 385), (157, 193, 383), (513, 400, 17), (1030, 20, 770)],
+)
+def test_linear_grads_of_tiles(cpp, sizes):
+    """Sums in fp32 of products of bf16: rounded once, not twice. Around the blocks of a task, and
+    of rows that lie apart; without tiles by plain products."""
+    rows, out, inside = sizes
+    g, x = torch.randn(rows, out + 3).bfloat16()[:, :out], torch.randn(rows, inside).bfloat16()
+    dweight, dbias = torch.ops.mae_fast.linear_grads(g, x)
+    exact = [g.double().t() @ x.double(), g.double().sum(0)]
+    plain = [g.float().t() @ x.float(), g.float().sum(0)]
+    assert_as_good_as_torch([dweight, dbias], plain, exact)
+
+
+def test_linear_grads_refuses_what_does_not_fit(cpp):
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.mae_fast.linear_grads(torch.ones(3, 4), torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match="gradient of BFloat16, input of Float"):
+        torch.ops.mae_fast.linear_grads(torch.ones(3, 4).bfloat16(), torch.ones(3, 4))
+
+
+def test_half_of_tiles_declines(amx):
+    x, w = torch.randn(3, 16), torch.randn(8, 16)
+    with mae_fast.backends(linear="half"):
+        for how, reason in (
+            (dict(dtype=torch.float16), "tiles are of bfloat16"),
+            (dict(dtype=torch.bfloat16, enabled=False), "there is no autocast"),
+        ):
+            with torch.autocast("cpu", **how), pytest.raises(BackendError, match=reason):
+                linear(x, w)
+        with torch.autocast("cpu"), pytest.raises(BackendError, match="the weight torch.bfloat16"):
+            linear(x, w.bfloat16())
 
 
 def test_copies_are_as_old_as_the_step(half):
