@@ -1,11 +1,13 @@
 """One process or several: torchrun's environment, and what ranks tell each other."""
 
+import ctypes
 import datetime
 import gc
 import itertools
 import logging
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ PATIENCE = 10.0
 GIVE_UP = 1800.0
 # How often a rank that waits looks whether another is gone.
 _LOOK = 1.0
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h, bytes
 
 
 class PeerLost(Exception):
@@ -64,6 +67,7 @@ def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
         where = torch.device("cuda", torch.cuda.current_device())
     else:
         where = torch.device("cpu")
+        _keep_memory()
     world = World(int(os.environ.get("RANK", 0)), size, where)
     if size > 1 and not dist.is_initialized():
         # NCCL ends a process whose collective is late: later than the rank gives up by itself.
@@ -73,6 +77,16 @@ def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
         dist.init_process_group(kind, store=store, **how)
         _tell_others(world, give_up)
     return world
+
+
+def _keep_memory() -> None:
+    """Have the C library keep what a step frees. It gives most back to the system, and the next
+    step's first touch of each page takes a tenth of its time (ViT-B, bf16)."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        for parameter, least in ((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_THRESHOLD, 2**30)):
+            if mallopt:
+                mallopt(parameter, least)
 
 
 def _store(world: World, give_up: float) -> dist.Store:

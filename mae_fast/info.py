@@ -89,18 +89,26 @@ def _reasons() -> dict[str, str | None]:
 
 
 def _ops() -> dict[str, str]:
-    """The backend that each op takes on this CPU, and why those before it do not run."""
+    """The backends that each op takes on this CPU, and why others before them do not run."""
     try:
         from mae_fast.ops import OPS
+        from mae_fast.ops.dispatch import PARTIAL
 
         reasons = _reasons()
     except Exception as e:
         return {"error": f"{type(e).__name__}: {e}"}
     found = {}
     for op in OPS.values():
-        taken = next(b for b in op.backends if not reasons.get(b))
-        before = list(op.backends)[: list(op.backends).index(taken)]
-        found[op.name] = "; ".join([taken, *(f"not {b}: {reasons[b]}" for b in before)])
+        taken, declined = [], []
+        for backend in op.backends:
+            if reasons.get(backend):
+                declined.append(f"not {backend}: {reasons[backend]}")
+            elif backend in PARTIAL:
+                taken.append(f"{backend} {PARTIAL[backend]}")
+            else:
+                taken.append(backend)
+                break
+        found[op.name] = "; ".join([", else ".join(taken), *declined])
     return found
 
 

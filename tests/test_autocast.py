@@ -7,6 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mae_fast
 import mae_fast.forward
 from mae_fast import MaskedAutoencoder, ModelConfig
 from mae_fast.adapters.videomae import product_dtype
@@ -108,11 +109,16 @@ def test_gradients_are_as_good_as_those_of_a_norm_cast_by_each(cfg, apart):
         assert error <= allowed, f"{name}: {error} > {allowed}"
 
 
-def test_no_product_casts_a_norm(cfg, apart, operators):
-    one = step(cfg, torch.float32, autocast=True).watch
-    apart()
-    each = step(cfg, torch.float32, autocast=True).watch
-    assert (each.casts_of_norms, each.casts, each.gradients) == (25, 45, {torch.float32})
+@pytest.mark.parametrize(("products", "casts"), [("reference", (25, 45)), ("half", (13, 25))])
+def test_no_product_casts_a_norm(cfg, apart, operators, products, casts):
+    """Where q, k and v are products of their own, and where they are one (`half`)."""
+    if products == "half" and dispatch.load_amx():
+        pytest.skip(dispatch.load_amx())
+    with mae_fast.backends(**({} if products == "half" else {"linear": products})):
+        one = step(cfg, torch.float32, autocast=True).watch
+        apart()
+        each = step(cfg, torch.float32, autocast=True).watch
+    assert (each.casts_of_norms, each.casts, each.gradients) == (*casts, {torch.float32})
     # A norm's backward gives the gradient of the product added to the sum. Left is that of latents.
     assert (one.casts_of_norms, one.casts, one.gradients) == (0, 1, {torch.bfloat16})
 

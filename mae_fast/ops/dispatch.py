@@ -27,6 +27,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS: dict[str, "Op"] = {}
 # Backends that not every machine has: why this one has not, or None.
 MACHINE: dict[str, Callable[[], str | None]] = {}
+# Those that take few calls by their nature: the others' are the next backend's.
+PARTIAL = {"amx": "in bf16", "half": "under autocast", "onednn": "in fp32"}
 _forced: dict[str, str] = {}
 _logged: set[tuple] = set()
 
