@@ -64,10 +64,11 @@ def devices() -> dict[str, str]:
 
         capability = torch.backends.cpu.get_cpu_capability()
         cores += f", torch uses {torch.get_num_threads()} threads"
-        from mae_fast.ops.dispatch import load_cpp
+        from mae_fast.ops.dispatch import load_amx, load_cpp
         from mae_fast.ops.linear import why_not_onednn
 
         products, kernels = why_not_onednn(), load_cpp()
+        capability += "" if load_amx() else ", AMX"
     except Exception as e:  # a broken torch must still be told of
         return {"cpu": f"{_cpu_model()}, {cores}", "cuda": f"none: torch does not import: {e}"}
     found = {

@@ -13,6 +13,9 @@
 //              its keys stand in the order 0, 16, 1, 17, ..., and k as B is packed to match.
 //              q^T and do^T are packed once for a head; k^T, v^T and k once for a block of keys.
 //
+// Transposed operands (v^T, q^T, do^T) are padded by zeros to a multiple of 32, so that it does not
+// matter what p and ds hold there; of an odd row's partner too.
+//
 // The order of every sum depends on the shapes alone: the bits are the same with any number of
 // threads. brgemm is not a public API: torch says by a macro that it has it. Without AMX it is
 // slower than attention_fma.h (with AVX512-BF16), or throws.
@@ -199,7 +202,6 @@ inline void fwd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
         const int64_t keys = std::min(Sk - key, kb), depth = up_to(32, keys);
         brgemm(keys, n, d, kh.row, n, n, false, kh.at(key), qt, s);
         online_softmax(s, p, ot, m, l, keys, n, d, scale, key == 0);
-        std::fill(p + up_to(2, keys) * n, p + depth * n, BFloat16(0));
         brgemm(d, n, depth, ld_v, n, n, key > 0, vt + key, p, ot);
       }
       for (int64_t j = 0; j < n; j += W) {
@@ -296,7 +298,6 @@ inline void bwd(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k
         pack_rows(kh.at(key), kh.row, kr, keys, d);
         for (int64_t i = 0; i < Sq; i += qb) {
           const int64_t queries = std::min(Sq - i, qb), depth = up_to(32, queries);
-          const int64_t made = up_to(2, queries) * n;
           for (int64_t r = 0; r < queries; r += ROWS) {
             const int64_t rows = std::min(queries - r, ROWS);
             brgemm(rows, n, d, qh.row, n, n, false, qh.at(i + r), kt, s);
@@ -304,8 +305,6 @@ inline void bwd(const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k
             softmax_grad(s, dp, p + r * n, ds_b + r * n, ds_a + r * n, lses + i + r, delta + i + r,
                          rows, keys, n, scale * LOG2E);
           }
-          std::fill(p + made, p + depth * n, BFloat16(0));
-          std::fill(ds_b + made, ds_b + depth * n, BFloat16(0));
           brgemm(d, n, depth, ld_q, n, n, i > 0, dot + i, p, dvt);
           brgemm(d, n, depth, ld_q, n, n, i > 0, qt + i, ds_b, dkt);
           brgemm(queries, d, n, n, d, d, key > 0, ds_a, kr, dqs + i * d);

@@ -28,6 +28,7 @@ from mae_fast.ops.work import Both
 OURS, QUICK = "mae_fast", "quick"
 WITHOUT = OURS + "_without_"  # one exact saving switched off
 REPOSITORY = "official_repository"  # @PATH: a checkout of facebookresearch/mae_st
+FP32 = "_fp32"  # after an engine's name: in fp32, whatever the others compute in
 ALIASES = {"ours": OURS, "transformers": "transformers_sdpa"}
 
 
@@ -79,11 +80,21 @@ def config_of(model: str) -> ModelConfig:
 def name_of(engine: str) -> str:
     """An engine's own name. ConfigError where there is no such engine."""
     name = ALIASES.get(engine, engine)
+    plain = plainly(name)
     known = [OURS, *(WITHOUT + saving for saving in SAVINGS), *BASELINES]
-    if name not in known and ":" not in name and not name.startswith(f"{REPOSITORY}@"):
+    if plain not in known and ":" not in name and not plain.startswith(f"{REPOSITORY}@"):
         known = ", ".join([*known, f"{REPOSITORY}@PATH"])
-        raise ConfigError(f"unknown engine {engine!r} (known: {known}, or MODULE:FUNCTION[@PATH])")
+        raise ConfigError(
+            f"unknown engine {engine!r} (known: {known}, or MODULE:FUNCTION[@PATH]; NAME{FP32} is "
+            "one in fp32, whatever the others compute in)"
+        )
     return name
+
+
+def plainly(name: str) -> str:
+    """An engine without its own precision: NAME[@PATH] of NAME_fp32[@PATH]."""
+    where, at, path = name.partition("@")
+    return where.removesuffix(FP32) + at + path
 
 
 def label(name: str) -> str:
@@ -93,11 +104,12 @@ def label(name: str) -> str:
 
 def model_of(name: str, cfg: ModelConfig) -> ModelConfig:
     """The model that an engine trains where `cfg` is asked for: a peer's is only the nearest."""
-    return nearest(cfg) if name in PEERS else cfg
+    return nearest(cfg) if plainly(name) in PEERS else cfg
 
 
 def why_not(name: str, cfg: ModelConfig, masking: Masking) -> str | None:
     """Why an engine has no step of this kind, or None."""
+    name = plainly(name)
     if name in PEERS and cfg.variant != "mae_st":
         return f"a peer of mae_st, not of {cfg.variant}"
     if (":" in name or name.startswith((WITHOUT, REPOSITORY))) and masking.encode_all:
@@ -112,6 +124,8 @@ def build(name: str, cfg: ModelConfig, device: str = "cpu", precision: str = "fp
     model may be one of mae_fast.accelerate.
     """
     where, _, path = name.partition("@")
+    if where.endswith(FP32):
+        return build(plainly(name), cfg, device, "fp32")
     if where.startswith(OURS):
         ours = Ours([where.removeprefix(WITHOUT)] if where != OURS else ())
         return ours.build(cfg, BASE_RATIO, device, precision)
@@ -137,6 +151,7 @@ def build(name: str, cfg: ModelConfig, device: str = "cpu", precision: str = "fp
 def twin(name: str) -> str | None:
     """The engine whose loss this one's is to be, from the same weights and mask: ours; of another's
     accelerated model, the same as it was."""
+    name = plainly(name)
     if ":" not in name:
         ours = name.startswith((OURS, REPOSITORY)) or name in OFFICIAL
         return OURS if ours else None
@@ -146,7 +161,7 @@ def twin(name: str) -> str | None:
 
 def source_of(name: str) -> str | None:
     """Of the code of an engine that is a checkout, for records."""
-    where, _, path = name.partition("@")
+    where, _, path = plainly(name).partition("@")
     return OfficialRepository(path).source() if where == REPOSITORY else None
 
 
@@ -165,6 +180,7 @@ def work(
 ) -> dict[tuple[str, str], Both] | None:
     """What a step really does at the least; None for a model that is not counted. A baseline does
     what ours does without its savings, at its own number of tokens."""
+    name = plainly(name)
     if ":" in name:
         return None
     ratio, cfg = masking.step_ratio(cfg), model_of(name, cfg)

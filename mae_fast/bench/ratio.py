@@ -79,7 +79,8 @@ def ratio(
             official_sdpa_fused_adamw, official_compile, official_sdpa_compile, transformers
             (VideoMAE of the same sizes), transformers_eager, official_repository@PATH (a checkout
             of facebookresearch/mae_st); or MODULE:FUNCTION[@PATH] that gives (model, loss_of) for
-            a model of yours, accelerated or not (benchmarks/families.py has others').
+            a model of yours, accelerated or not (benchmarks/families.py has others'). NAME_fp32
+            is one in fp32, whatever the precision of the others.
         strategies: random, tube, frame, block, running_cell.
         batch: clips a step; 0: 2 on a CPU, 64 on a GPU. Less where a cell does not fit, and told.
         rounds: timed steps of each cell.

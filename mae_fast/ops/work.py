@@ -154,6 +154,11 @@ def attention_flop(q: torch.Size, k: torch.Size, *_, **__) -> int:
     return 4 * math.prod(q) * k[1]
 
 
+def _attention_qkv_flop(dout: torch.Size, qkv: torch.Size) -> int:
+    """dout or out [B, queries, H, d], qkv [B, S, 3, H, d]."""
+    return 4 * math.prod(dout) * qkv[1]
+
+
 def _product_flop(x: torch.Size, weight: torch.Size, *_, **__) -> int:
     return 2 * math.prod(x) * weight[0]
 
@@ -166,6 +171,11 @@ def register() -> None:
     formulas = {
         ops.attention_fwd: attention_flop,
         ops.attention_bwd: lambda dout, q, k, *_, **__: 2 * attention_flop(q, k),
+        ops.attention_qkv_fwd: lambda qkv, *_, out_shape, **__: _attention_qkv_flop(
+            out_shape[0], qkv
+        ),
+        ops.attention_qkv_bwd: lambda dout, qkv, *_, **__: 2 * _attention_qkv_flop(dout, qkv),
+        ops.linear_grads: lambda g, x, *_, **__: 2 * math.prod(g) * x[1],
         ops.patch_embed_fwd: lambda video, ids, weight, *_, **__: (
             2 * math.prod(ids) * math.prod(weight)
         ),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,8 @@ def test_an_engine_of_ones_own(tiny, tmp_path, monkeypatch):
 
 
 def test_unknown_engine_is_refused():
+    with pytest.raises(ConfigError, match="unknown engine 'officail_fp32'"):
+        engines.name_of("officail_fp32")
     with pytest.raises(ConfigError, match="unknown engine 'officail'"):
         engines.name_of("officail")
 
@@ -301,3 +304,34 @@ def test_engines_that_do_not_fit_together_are_apart(tmp_path, monkeypatch):
         run.log["probe"][cell.key] = {"state_mb": 400.0, "peak_memory_mb": 600.0}
     monkeypatch.setattr(ratio, "free_mb", lambda device: 2000.0)
     assert [[c.engine for c in group] for group in run.groups(cells)] == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize("name", ["official_eager", "mae_fast", "official_repository"])
+def test_an_engine_may_have_a_precision_of_its_own(name, monkeypatch):
+    """official_eager_fp32 beside others in bf16 is what official_eager is in fp32."""
+    cfg, built = engines.config_of(engines.QUICK), []
+    real = engines.build
+
+    def recorded(engine, cfg, device="cpu", precision="fp32"):
+        built.append((engine, precision))
+        return None if "@" in engine else real(engine, cfg, device, precision)
+
+    monkeypatch.setattr(engines, "build", recorded)
+    at = "@somewhere" if name == "official_repository" else ""
+    if at:
+        monkeypatch.setattr(engines, "OfficialRepository", lambda path: SimpleNamespace())
+        real(f"{name}_fp32{at}", cfg, "cpu", "bf16")
+        assert built == [(name + at, "fp32")]
+        return
+    losses = {}
+    for engine, precision in ((name, "fp32"), (f"{name}_fp32", "bf16"), (name, "bf16")):
+        torch.manual_seed(0)
+        made = real(engine, cfg, "cpu", precision)
+        engines.same_weights(made)
+        clips = torch.full((1, 3, cfg.num_frames, cfg.img_size, cfg.img_size), 7).to(torch.uint8)
+        clips[:, :, ::2, ::3] = 200
+        noise = torch.linspace(0, 1, cfg.num_patches)[None]
+        losses[engine, precision] = float(made.step(clips, noise))
+    assert losses[name, "fp32"] == losses[f"{name}_fp32", "bf16"] != losses[name, "bf16"]
+    assert engines.label(f"{name}_fp32") == f"{name}_fp32"
+    assert engines.twin(f"{name}_fp32") == engines.OURS

@@ -151,14 +151,16 @@ def test_attention_takes_a_gradient_of_one_value(backend):
         check_op(lambda *a: attention(*a).sum(), lambda *a: attention_ref(*a).sum(), args)
 
 
-def test_attention_of_great_scores(backend):
+@pytest.mark.parametrize("shape", ["odd", "vit_h"])
+def test_attention_of_great_scores(backend, shape):
     """exp of the scores themselves would overflow; a score of 900 is right to 1e-4 at best."""
-    q, k, v = (t.detach() for t in make("odd", dtype_of(backend)))
-    q, k = q * 30, k * 30
+    q, k, v = (t.detach() for t in make(shape, dtype_of(backend)))
+    args = [t.requires_grad_() for t in (q * 30, k * 30, v)]
     with mae_fast.backends(attention=backend):
-        out = attention(q, k, v)
-    exact = attention_ref(q.double(), k.double(), v.double())
+        out, *grads = gradients(attention, args)
+    exact = attention_ref(*(t.detach().double() for t in args))
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-2 if backend == "amx" else 3e-3)
+    assert all(g.isfinite().all() for g in grads)
 
 
 def test_attention_of_very_negative_scores(backend):
@@ -205,6 +207,21 @@ def test_attention_gives_the_same_bits_with_any_number_of_threads(compiled):
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [37, 300, 557])
+def test_what_is_not_a_number_stays_in_its_head(compiled, tokens):
+    """One thread computes all heads in one memory."""
+    sizes = (2, tokens, 3, 16)
+    args = [torch.randn(sizes).to(dtype_of(compiled)).requires_grad_() for _ in range(3)]
+    poisoned = [t.detach().clone().requires_grad_() for t in args]
+    for t in poisoned:
+        t.data[0, tokens // 2, 0, 3] = float("nan")
+    with mae_fast.backends(attention=compiled):
+        clean, dirty = (gradients(attention, a) for a in (args, poisoned))
+    for whole, some in zip(clean, dirty, strict=True):
+        assert torch.equal(whole[1], some[1]) and torch.equal(whole[0, :, 1:], some[0, :, 1:])
+        assert some[0, :, 0].isnan().any()
+
+
 @pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("width", [16, 18, 30, 72, 80, 88, 126])
 @pytest.mark.parametrize(
@@ -245,7 +262,7 @@ def test_attention_of_tiles_where_scores_rise(scale):
 
 @pytest.mark.usefixtures("amx")
 def test_attention_of_tiles_copies_what_lies_apart():
-    """Pairs of values are read at once: rows that begin in the middle of a pair are copied first."""
+    """Pairs of values are read at once: rows that begin within a pair are copied first."""
     base = torch.randn(2, 41, 3, 67).bfloat16()
     wider = torch.randn(2, 41, 3, 65, 2).bfloat16()
     for view in (base[..., 1:49], base[..., :48], wider[..., :48, 1], base.flip(1)[..., :48]):
