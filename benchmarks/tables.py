@@ -65,6 +65,7 @@ def tables(results: Path) -> str:
         gpu_tables(results / "gpu"),
         targets_table(ladder, timed),
         ladder_tables(ladder),
+        amx_tables(read(results / "amx.jsonl")),
         accelerate_table(read(results / "accelerate.jsonl")),
         ratio_table(ratios),
         ops_table(timed, {r["op"]: r for r in ops if r["kind"] == "call"}),
@@ -92,6 +93,11 @@ def read(path: Path) -> list[dict]:
 def newest(records: Iterable[dict], *keys: str) -> list[dict]:
     """The last record of each combination of these keys' values."""
     return list({tuple(r[k] for k in keys): r for r in records}.values())
+
+
+def cpu(record: dict) -> str:
+    """The maker and make of the CPU that a record was taken on."""
+    return record["environment"]["cpu"].split(",")[0]
 
 
 def where(records: Iterable[dict]) -> str:
@@ -223,15 +229,15 @@ def _share(record: dict) -> float:
 
 
 def ladder_tables(records: list[dict]) -> str:
-    """The newest record of several engines for each model, batch, ratio and precision."""
+    """The newest record of several engines for each model, batch, ratio, precision and CPU."""
     records = [r for r in records if len(r["seconds"]) > 1]
-    found = newest(records, "model", "batch_clips", "ratio", "precision")
+    keys = ("model", "ratio", "precision", "machine")
+    records = [r | {"machine": cpu(r)} for r in records]
+    found = newest(records, *keys, "batch_clips")
     parts = []
-    for model, masked, precision in dict.fromkeys(
-        (r["model"], r["ratio"], r["precision"]) for r in found
-    ):
-        key = (model, masked, precision)
-        group = [r for r in found if (r["model"], r["ratio"], r["precision"]) == key]
+    for key in dict.fromkeys(tuple(r[k] for k in keys) for r in found):
+        model, masked, precision, _ = key
+        group = [r for r in found if tuple(r[k] for k in keys) == key]
         group.sort(key=lambda r: r["batch_clips"])
         rows = [[f"`{name}`", *rest] for r in group for name, *rest in step_rows(r)]
         parts.append(
@@ -240,6 +246,51 @@ def ladder_tables(records: list[dict]) -> str:
             + table("|".join(STEP_HEAD), rows)
         )
     return "\n".join(parts)
+
+
+def amx_tables(records: list[dict]) -> str:
+    """bf16 on a CPU that multiplies tiles: what was to be reached, steps, and attention."""
+    steps = [r for r in records if r["kind"] == "ratio"]
+    ops = newest((r for r in records if r["kind"] == "op"), "model", "shape", "direction")
+    if not steps:
+        return ""
+
+    def step(model: str, engine: str) -> float | None:
+        found = (r for r in reversed(steps) if r["model"] == model and engine in r["seconds"])
+        return _faster(next(found, None), engine)
+
+    def attention(width: int) -> float | None:
+        """Over the vectors' kernel, of the longest calls of this head dim."""
+        found = [r for r in ops if r["shape"].endswith(f", {width}]") and "decoder" in r["shape"]]
+        return ratio(found[-1]["seconds"]["cpp"], found[-1]["seconds"]["amx"]) if found else None
+
+    rows = [
+        ("VideoMAE-B, against transformers' SDPA in bf16", 1.5, step("videomae_base", PEER)),
+        ("the same, in fp32", 2.8, step("videomae_base", f"{PEER}_fp32")),
+        ("ViT-B, against official eager in fp32", 5.0, step("vit_base", "official_eager_fp32")),
+        ("attention d=64, against the vectors' kernel", 3.5, attention(64)),
+        ("attention d=32, against the vectors' kernel", 2.7, attention(32)),
+    ]
+    text = (
+        "**bf16 on a CPU's tiles (AMX)**, 2 clips, 90% masked: steps in bf16 by autocast, `_fp32` "
+        "as the name says, and attention forward + backward on the decoder's tokens, interleaved."
+    )
+    head = "shape|" + "|".join(f"`{b}`, ms" for b in ("amx", "cpp", "sdpa"))
+    times = [
+        [
+            f"{r['model']}, {r['shape']}, {r['direction'].replace('_', ' + ')}",
+            *(f"{1e3 * statistics.median(r['seconds'][b]):.2f}" for b in ("amx", "cpp", "sdpa")),
+        ]
+        for r in ops
+    ]
+    targets = table("target|at least|measured|met", [_target(*row) for row in rows])
+    return "\n".join(
+        [
+            f"{text} {where(records)}.\n\n{targets}",
+            ladder_tables(steps),
+            f"**Attention in bf16**, {where(ops)}.\n\n{table(head, times)}" if times else "",
+        ]
+    )
 
 
 def accelerate_table(records: list[dict]) -> str:
