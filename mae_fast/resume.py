@@ -93,6 +93,8 @@ def check(
                 f"digest {was['digest']} (of names, order, frames, rates and segments). "
                 f"Resume with that index, or choose another output"
             )
+    if old.get("labels") != new.get("labels"):
+        raise ConfigError(f"{folder} holds a run with other labels: choose another output")
     was, now = old.get("tokenizer"), new.get("tokenizer")
     if was != now:
         raise ConfigError(

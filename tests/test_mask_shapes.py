@@ -27,7 +27,7 @@ from mae_fast.masking import (
 )
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.source import Source
-from mae_fast.train import Run
+from mae_fast.train import Pretraining
 
 GRID = (8, 14, 14)
 # (window, ratio, seed of `random`): the hidden cells, packed.
@@ -257,7 +257,7 @@ def test_a_run_takes_each_clip_once_a_mask_and_decodes_a_part():
     flips, samples = torch.zeros(2).bool(), torch.tensor([4, 9])
     batch = Batch.of_rgb(frames, boxes, flips, samples, ["a", "b"], [])
     run = SimpleNamespace(cfg=cfg, step=6, world=World(0, 1, torch.device("cpu")))
-    flat, table, keep, decoded = Run._inputs(run, batch)
+    flat, table, keep, decoded = Pretraining._inputs(run, batch)
     assert torch.equal(table[::3], table[1::3]) and not torch.equal(table[0], table[3])
     assert [len(x) for x in (table, keep, decoded)] == [6] * 3
     video = Source(flat, table, 64)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from small_runs import at, config, poison, same, weights, with_data
 
-from mae_fast import checkpoint, metrics, resume, train
+from mae_fast import checkpoint, metrics, resume
 from mae_fast.config import Config, TrainConfig, preset
 from mae_fast.config_file import to_dict
 from mae_fast.errors import (
@@ -19,6 +19,7 @@ from mae_fast.errors import (
     ConfigError,
 )
 from mae_fast.fields import defaults
+from mae_fast.run import Run
 from mae_fast.tasks.config import FinetuneConfig
 from mae_fast.train import pretrain
 
@@ -142,8 +143,8 @@ def test_a_refused_resumption_leaves_the_folder_as_it_was_and_free(index, tmp_pa
 
 
 def test_a_run_gives_its_folder_back_and_sweeps_what_a_kill_left(index, tmp_path, monkeypatch):
-    folder, runs, init = tmp_path / "run", [], train.Run.__init__
-    monkeypatch.setattr(train.Run, "__init__", lambda self, *a: runs.append(self) or init(self, *a))
+    folder, runs, init = tmp_path / "run", [], Run.__init__
+    monkeypatch.setattr(Run, "__init__", lambda self, *a: runs.append(self) or init(self, *a))
     folder.mkdir()
     (folder / "checkpoint-00000003.safetensors.tmp").touch()
     pretrain(config(index, folder, steps=2))

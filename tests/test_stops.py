@@ -301,12 +301,12 @@ import os, sys
 from pathlib import Path
 from mae_fast import cli, train
 
-def loss(self, *inputs, true=train.Run._loss):
+def loss(self, *inputs, true=train.Pretraining._loss):
     if self.step == 2:
         Path(__file__).with_name("ready" + os.environ["RANK"]).touch()
     return true(self, *inputs)
 
-train.Run._loss = loss
+train.Pretraining._loss = loss
 code = cli.main(sys.argv[1:])
 Path(__file__).with_name("code" + os.environ["RANK"]).write_text(str(code))
 sys.exit(code)

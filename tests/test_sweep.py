@@ -151,7 +151,7 @@ def killed(kind, name, call):
         os._exit(cli.main(["sweep", sys.argv[1]]))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
 
-killed(train.Run, "_inputs", 6)  # the second run's third step
+killed(train.Pretraining, "_inputs", 6)  # the second run's third step
 killed(sweep.sweep_judge, "judged", 1)  # that run's end, which is trained and not judged
 sys.exit(cli.main(["sweep", sys.argv[1]]))
 """

@@ -279,7 +279,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(target, index, tiny_cfg, tmp
     held_out = dataclasses.replace(cfg.data, val_index=index)
     row = train.pretrain(dataclasses.replace(cfg, data=held_out))
     assert "val_loss" in row and "val_mean_patch_loss" not in row
-    real = train.Run._one_step
+    real = train.Pretraining._one_step
 
     def stopped(self, *args):
         if self.step == 2:
@@ -287,10 +287,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(target, index, tiny_cfg, tmp
         real(self, *args)
 
     parts = dataclasses.replace(cfg, output=str(tmp_path / "parts"))
-    monkeypatch.setattr(train.Run, "_one_step", stopped)
+    monkeypatch.setattr(train.Pretraining, "_one_step", stopped)
     with pytest.raises(Interrupted):
         train.pretrain(parts)
-    monkeypatch.setattr(train.Run, "_one_step", real)
+    monkeypatch.setattr(train.Pretraining, "_one_step", real)
     train.pretrain(parts)
     a, b = (load_weights(checkpoints(c.output)[-1])[1] for c in (cfg, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
@@ -332,7 +332,7 @@ def test_the_target_of_a_clip_with_several_masks_is_made_once(
         video = Source(flat, table, tiny_cfg.img_size)
         return self.model(video, ids_keep=keep, ids_mask=masked)[0]
 
-    monkeypatch.setattr(train.Run, "_loss", loss)
+    monkeypatch.setattr(train.Pretraining, "_loss", loss)
     each = train.pretrain(dataclasses.replace(cfg, output=str(tmp_path / "each")))
     assert seen[4:] == [6] * 4 and once["loss"] == pytest.approx(each["loss"], rel=1e-6)
 

@@ -10,7 +10,7 @@ import torch
 from small_runs import at, command, config, poison, same, saved, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mae_fast import checkpoint, graph, metrics, step, train
+from mae_fast import checkpoint, choices, graph, metrics, step
 from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig
 from mae_fast.data import build_index
 from mae_fast.distributed import World
@@ -22,8 +22,10 @@ from mae_fast.errors import (
 )
 from mae_fast.masking import STRATEGIES
 from mae_fast.optim import total_steps
+from mae_fast.run import Run
 from mae_fast.signals import Signals
-from mae_fast.train import Run, Window, pretrain
+from mae_fast.train import Pretraining, pretrain
+from mae_fast.window import Window
 
 
 def test_a_run_leaves_what_it_should(index, tmp_path):
@@ -183,7 +185,7 @@ def test_a_step_makes_no_host_wait(strategy, index, tmp_path):
     cfg = config(index, tmp_path / "run", accum_steps=2, steps=2)
     mask = MaskConfig(strategy=strategy, ratio=0.5)
     world, cfg = World(0, 1, torch.device("cpu")), Config(**{**vars(cfg), "mask": mask})
-    run, waits = Run(cfg, world, Signals(alone=True)), []
+    run, waits = Pretraining(cfg, world, Signals(alone=True)), []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -200,9 +202,10 @@ def test_a_step_makes_no_host_wait(strategy, index, tmp_path):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_model_is_told_what_its_run_keeps(keep, index, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "_keep", lambda self: keep)
+    monkeypatch.setattr(choices, "keep", lambda *a: keep)
     world = World(0, 1, torch.device("cpu"))
-    assert Run(config(index, tmp_path / "run"), world, Signals(alone=True)).model.spec.keep is keep
+    run = Pretraining(config(index, tmp_path / "run"), world, Signals(alone=True))
+    assert run.model.spec.keep is keep
 
 
 def test_a_run_says_why_it_has_no_graph(index, tmp_path, caplog):
@@ -245,8 +248,8 @@ def test_weights_that_are_not_finite_stop_the_run_and_leave_the_good(index, tmp_
         with torch.no_grad():
             runs[0].model.mask_token.fill_(float("nan"))
 
-    runs, init = [], train.Run.__init__
-    monkeypatch.setattr(train.Run, "__init__", lambda self, *a: runs.append(self) or init(self, *a))
+    runs, init = [], Run.__init__
+    monkeypatch.setattr(Run, "__init__", lambda self, *a: runs.append(self) or init(self, *a))
     at(monkeypatch, 12, ruin)
     with pytest.raises(NonFiniteError, match=r"not finite after step 20.*00000010"):
         pretrain(config(index, tmp_path / "run", keep=1, max_nonfinite=100))

@@ -588,7 +588,7 @@ def test_a_lost_peer_leaves_what_is_whole(after, told, index, tmp_path, monkeypa
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_who_saves_says_that_it_is_saved(rank, tmp_path):
     """A rank that lost another may have lost the one that writes."""
-    run = object.__new__(train.Run)
+    run = object.__new__(train.Pretraining)
     run.step, run.world, run.folder = 7, World(rank, 2, torch.device("cpu")), tmp_path
     (tmp_path / "checkpoint-00000004.safetensors").touch()
     assert "7, which is saved" in str(run._interrupted(signal.SIGTERM))

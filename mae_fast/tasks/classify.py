@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae_fast import checkpoint, train
+from mae_fast import checkpoint
 from mae_fast.classifier import VideoClassifier, init_head, param_groups
 from mae_fast.config import num_keep
 from mae_fast.data import Batch, Loader, VideoRow
 from mae_fast.distributed import World
-from mae_fast.errors import ConfigError
 from mae_fast.masking import draw_ids
 from mae_fast.optim import lr_at
+from mae_fast.run import Run, run
 from mae_fast.signals import Signals, Told
 from mae_fast.tasks import score
 from mae_fast.tasks.augment import erase, mix, soft_cross_entropy
 from mae_fast.tasks.clips import LabelledClips, Views, classes_of, normalised, numbers_of
 from mae_fast.tasks.config import FinetuneConfig, as_config
 from mae_fast.weights import classifier as weights
+from mae_fast.window import Window
 
 log = logging.getLogger("mae_fast")
 
@@ -38,11 +39,11 @@ def finetune(cfg: FinetuneConfig | str | Path) -> dict[str, Any]:
     if cfg.task == "ava":
         from mae_fast.tasks.ava.run import AvaRun
 
-        return train.run(AvaRun, cfg)
-    return train.run(FinetuneRun, cfg)
+        return run(AvaRun, cfg)
+    return run(FinetuneRun, cfg)
 
 
-class FinetuneRun(train.Run):
+class FinetuneRun(Run):
     """A run that learns labels. What is not here is every run's."""
 
     cfg: FinetuneConfig
@@ -58,9 +59,6 @@ class FinetuneRun(train.Run):
         self.classes = classes_of(rows, self.cfg.data.classes)
         numbers_of(val_rows, self.classes)
         return rows, val_rows
-
-    def _make_probes(self) -> None:
-        return None  # it has labels of its own
 
     def _make_model(self) -> VideoClassifier:
         cfg = self.cfg
@@ -122,13 +120,6 @@ class FinetuneRun(train.Run):
         """What training learns, which a resumed run must not change."""
         return repr(numbers_of(self.rows, self.classes)).encode()
 
-    def _take_folder(self):
-        found = super()._take_folder()
-        if found and found[0].get("labels") != self._state()["labels"]:
-            self._unlock()
-            raise ConfigError(f"{self.folder} holds a run with other labels: choose another output")
-        return found
-
     def _graph(self) -> bool:
         how = self.cfg.train.cuda_graph
         if how == "off" or not self.cfg.train.mask_ratio:
@@ -137,7 +128,7 @@ class FinetuneRun(train.Run):
             log.warning("train.cuda_graph is not used: masked steps differ in their tokens")
         return False
 
-    def _one_step(self, batches: Iterator[Batch], window: train.Window) -> None:
+    def _one_step(self, batches: Iterator[Batch], window: Window) -> None:
         decay, params = self.cfg.train.ema, list(self.model.parameters())
         first = decay and not self._has_average()
         start = [p.detach().clone() for p in params] if first else None

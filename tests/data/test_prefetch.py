@@ -14,7 +14,8 @@ from mae_fast.data import build_index
 from mae_fast.data.loader import Batch
 from mae_fast.data.prefetch import DevicePrefetch
 from mae_fast.errors import DataError, Interrupted
-from mae_fast.train import Run, pretrain
+from mae_fast.run import Run
+from mae_fast.train import pretrain
 
 COPYING, COMPUTING = "copying", "computing"
 

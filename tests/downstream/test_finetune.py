@@ -434,7 +434,7 @@ def test_every_key_has_its_help_and_its_refusal(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"train\.shard must be none: .*, got 'full'"):
         from_dict({"train": {"shard": "full"}})
     assert FinetuneConfig().train.layer_decay == 0.75
-    assert train.Run._loss is not FinetuneRun._loss
+    assert train.Pretraining._loss is not FinetuneRun._loss
 
 
 def test_views_of_a_pack_are_held_to_their_own_size(tmp_path):

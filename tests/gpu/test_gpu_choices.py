@@ -6,24 +6,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mae_fast import memory
+from mae_fast import choices, memory
 from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig, preset
-from mae_fast.train import Run
+from mae_fast.distributed import World
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-def a_run(device: torch.device, processes: int = 1, apart: bool = False, **train) -> Run:
-    """A run that has read its settings, and nothing else."""
-    run = Run.__new__(Run)
-    settings = TrainConfig(batch_size=16, **{"precision": "bf16", **train})
-    run.cfg = Config("run", preset("vit_large"), data=DataConfig(repeat_aug=4), train=settings)
-    run.world, run.apart = SimpleNamespace(device=device, size=processes), apart
-    return run
+def settings(**train) -> Config:
+    train = TrainConfig(batch_size=16, **{"precision": "bf16", **train})
+    return Config("run", preset("vit_large"), data=DataConfig(repeat_aug=4), train=train)
 
 
 def test_a_parted_model_is_no_graph(caplog):
-    assert not a_run(GPU, 2, apart=True, cuda_graph="on")._graph()
+    assert not choices.cuda_graph(settings(cuda_graph="on"), World(0, 2, GPU), apart=True)
     assert "parted weights" in caplog.text
 
 
@@ -41,7 +37,8 @@ def test_a_parted_model_is_no_graph(caplog):
     ],
 )
 def test_a_gpu_replays_graphs_by_itself(device, processes, how, graph, says, caplog):
-    assert a_run(device, processes, cuda_graph=how)._graph() == graph
+    world = World(0, processes, device)
+    assert choices.cuda_graph(settings(cuda_graph=how), world, apart=False) == graph
     assert says in caplog.text and bool(says) == bool(caplog.text)
 
 
@@ -50,15 +47,12 @@ def test_a_gpu_keeps_activations_where_its_memory_holds_them(monkeypatch):
     for has, kept in ((needs * 1.01, True), (needs * 0.99, False)):
         found = SimpleNamespace(total_memory=has)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, f=found: f)
-        assert a_run(GPU)._keep() is kept
-        assert not a_run(CPU)._keep()
-        run = a_run(GPU)  # each changes how much is needed
+        cfg = settings()
+        assert choices.keep(cfg, GPU) is kept
+        assert not choices.keep(cfg, CPU)
+        # Each changes how much is needed.
         for section, change in (("data", {"repeat_aug": 8}), ("mask", {"per_clip": 2})):
-            wider = dataclasses.replace(getattr(run.cfg, section), **change)
-            more = a_run(GPU)
-            more.cfg = dataclasses.replace(run.cfg, **{section: wider})
-            assert not more._keep(), change
-        assert not a_run(GPU, precision="fp32")._keep()
-        less = a_run(GPU)
-        less.cfg = dataclasses.replace(run.cfg, mask=MaskConfig(ratio=0.95))
-        assert less._keep()
+            wider = dataclasses.replace(getattr(cfg, section), **change)
+            assert not choices.keep(dataclasses.replace(cfg, **{section: wider}), GPU), change
+        assert not choices.keep(settings(precision="fp32"), GPU)
+        assert choices.keep(dataclasses.replace(cfg, mask=MaskConfig(ratio=0.95)), GPU)

@@ -31,7 +31,10 @@ WIRING = "tests/test_wiring.py"
 RUNS = ("tests/test_resume.py", "tests/test_stops.py")
 CONFIG = ("tests/test_config.py", "tests/test_bad_config.py", WIRING, "tests/test_cli.py")
 FILES = {  # file: its tests, those that see most first
+    "mae_fast/run.py": (WIRING, "tests/test_train.py", *RUNS),
     "mae_fast/train.py": (WIRING, "tests/test_train.py", *RUNS),
+    "mae_fast/folder.py": (WIRING, *RUNS),
+    "mae_fast/window.py": (WIRING, "tests/test_train.py", *RUNS),
     "mae_fast/step.py": ("tests/test_step.py", WIRING, "tests/test_train.py"),
     "mae_fast/optim.py": ("tests/test_optim.py", WIRING),
     "mae_fast/distributed.py": ("tests/test_distributed.py", WIRING, *RUNS),

@@ -26,7 +26,7 @@ from mae_fast.ops.source import COLUMNS, Source
 from mae_fast.sharded import local
 from mae_fast.tasks import classify
 
-TASKS = {"pretrain": train.Run, "finetune": classify.FinetuneRun}
+TASKS = {"pretrain": train.Pretraining, "finetune": classify.FinetuneRun}
 
 
 MODEL = dict(

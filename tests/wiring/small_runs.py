@@ -70,7 +70,7 @@ def wait_for(path: Path, seconds=60) -> None:
 
 def at(monkeypatch, step, do):
     """Call do() once, in the middle of the step numbered `step` from 0."""
-    true, done = train.Run._loss, []
+    true, done = train.Pretraining._loss, []
 
     def loss(self, *inputs):
         if self.step == step and not done:
@@ -78,7 +78,7 @@ def at(monkeypatch, step, do):
             do()
         return true(self, *inputs)
 
-    monkeypatch.setattr(train.Run, "_loss", loss)
+    monkeypatch.setattr(train.Pretraining, "_loss", loss)
 
 
 def with_data(cfg: Config, **data) -> Config:
@@ -102,11 +102,11 @@ class Poisoned(torch.autograd.Function):
 
 
 def poison(monkeypatch, at):
-    calls, true = [], train.Run._loss
+    calls, true = [], train.Pretraining._loss
 
     def loss(self, *inputs):
         calls.append(self.step)
         value = true(self, *inputs)
         return Poisoned.apply(value) if self.step in at else value
 
-    monkeypatch.setattr(train.Run, "_loss", loss)
+    monkeypatch.setattr(train.Pretraining, "_loss", loss)

@@ -133,7 +133,7 @@ def one_rank(setting: Setting) -> dict:
         raise Declined(f"torch is built without {backend}")
     stand_ins.install()
     from mae_fast.buckets import Buckets
-    from mae_fast.train import Run
+    from mae_fast.run import Run
 
     made = lambda run: Buckets(run.model)  # noqa: E731
     with tempfile.TemporaryDirectory() as name, mock.patch.object(Run, "_buckets", made):

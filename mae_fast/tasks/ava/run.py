@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mae_fast import checkpoint, train
+from mae_fast import checkpoint
 from mae_fast.classifier import init_head
 from mae_fast.data import BadVideos, Batch, Loader, VideoRow
 from mae_fast.errors import ConfigError
 from mae_fast.files import write
+from mae_fast.run import Run
 from mae_fast.signals import Told
 from mae_fast.tasks.ava import score
 from mae_fast.tasks.ava.clips import (
@@ -112,7 +113,7 @@ class AvaRun(FinetuneRun):
 
     def _loader(self) -> Loader:
         how = dict(keyframes=self.train_keyframes, ava=self.cfg.ava, size=self.cfg.model.img_size)
-        return train.Run._loader(self, functools.partial(KeyframeClips, **how))
+        return Run._loader(self, functools.partial(KeyframeClips, **how))
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """video [B, C, T, H, W], boxes [P, 5], target [P, classes]."""
