@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.randaugment import cpu_time
 from mae_fast import backends
-from mae_fast.bench.timing import interleave
+from mae_fast.bench.timing import cpu_time, interleave
 from mae_fast.masking import draw_ids
 from mae_fast.ops.masked_hog_mse import masked_hog_mse
 

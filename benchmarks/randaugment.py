@@ -7,14 +7,12 @@ the bit.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from mae_fast.bench.records import append
-from mae_fast.bench.timing import interleave
+from mae_fast.bench.timing import cpu_time, interleave
 from mae_fast.environment import environment
 from mae_fast.tasks import randaugment
 
@@ -54,13 +52,6 @@ def main() -> None:
         what = {"what": "RandAugment of 16 x 256 x 340, one core", "op": "randaugment"}
         record = {"kind": "augment", **what, "shape": str(list(SHAPE)), "seconds": seconds}
         append(args.out, {**record, "environment": environment()})
-
-
-def cpu_time(run: Callable[[], object]) -> float:
-    """Of this process, whose one thread does all: others on the machine do not count."""
-    begin = time.process_time()
-    run()
-    return time.process_time() - begin
 
 
 if __name__ == "__main__":

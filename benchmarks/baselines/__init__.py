@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mae_fast.bench.baselines.official import OfficialMAE, normalise
-from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
+from mae_fast.bench.baselines.training import Built, make_built
 from mae_fast.bench.baselines.transformers_videomae import PEERS
 from mae_fast.config import ModelConfig
 from mae_fast.model import init_weights
@@ -42,11 +42,9 @@ class Official:
         """The model, with the variant's starting values, its optimizer, and one training step."""
         model = OfficialMAE(cfg, self.attention)
         init_weights(model)
-        model.to(device).train()
         if self.compiled:
             # In place, so that parameters keep their names; a graph for each shape.
             model.compile(dynamic=False, backend=self.compiler)
-        optimizer = make_optimizer(model, self.fused_adamw)
 
         def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
             if clips.dtype == torch.uint8:
@@ -54,8 +52,7 @@ class Official:
             with span("compiled", "compiled") if self.compiled else contextlib.nullcontext():
                 return model(clips, ratio, noise, encode_all)[0]
 
-        step = make_step(model, optimizer, loss_of, mask_ratio, precision)
-        return Built(model, optimizer, step)
+        return make_built(model, loss_of, mask_ratio, device, precision, self.fused_adamw)
 
 
 OFFICIAL = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast.bench.baselines.official import EPS, normalise
-from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
+from mae_fast.bench.baselines.training import Built, make_built
 from mae_fast.config import ModelConfig
 
 
@@ -50,8 +50,6 @@ class OfficialRepository:
             model = import_models(self.path).MaskedAutoencoderViT(
                 norm_layer=partial(nn.LayerNorm, eps=EPS), **settings
             )
-        model.to(device).train()
-        optimizer = make_optimizer(model)
 
         def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
             if encode_all:
@@ -61,8 +59,7 @@ class OfficialRepository:
             with given_noise(noise):
                 return model(clips, ratio)[0]
 
-        step = make_step(model, optimizer, loss_of, mask_ratio, precision)
-        return Built(model, optimizer, step)
+        return make_built(model, loss_of, mask_ratio, device, precision)
 
     def source(self) -> str:
         """A hash of the files that make the model, for records: a checkout may have no git."""

@@ -35,21 +35,23 @@ def make_optimizer(model: nn.Module, fused: bool = False) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LR, betas=BETAS, foreach=not fused, fused=fused)
 
 
-def make_step(
+def make_built(
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
     loss_of: Callable[[Tensor, Tensor | None, float, bool], Tensor],
     mask_ratio: float,
+    device: str = "cpu",
     precision: str = "fp32",
-) -> Callable[..., float]:
-    """One step of the official loop, its host syncs included. `loss_of(clips, noise, mask_ratio,
-    encode_all)` is forward.
+    fused: bool = False,
+) -> Built:
+    """A model on its device with the official optimizer and one step of the official loop, its host
+    syncs included. `loss_of(clips, noise, mask_ratio, encode_all)` is forward.
 
     precision "bf16" runs forward under autocast; the official code is "fp32".
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-    params = list(model.parameters())
+    params = list(model.to(device).train().parameters())
+    optimizer = make_optimizer(model, fused)
 
     def step(
         clips: Tensor,
@@ -71,4 +73,4 @@ def make_step(
             torch.cuda.synchronize()
         return value
 
-    return step
+    return Built(model, optimizer, step)

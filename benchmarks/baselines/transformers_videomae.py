@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
+from mae_fast.bench.baselines.training import Built, make_built
 from mae_fast.config import ModelConfig, preset
 
 # transformers' VideoMAEConfig(): a decoder of 384, 4 blocks, 6 heads.
@@ -53,8 +53,7 @@ class TransformersVideoMAE:
         settings = _settings(cfg)
         config_class, model_class = _import_videomae()
         config = config_class(**settings, attn_implementation=self.attention)
-        model = model_class(config).to(device).train()
-        optimizer = make_optimizer(model)
+        model = model_class(config)
         mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (_MEAN, _STD))
 
         def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
@@ -67,8 +66,7 @@ class TransformersVideoMAE:
             with _all_seen(model, masked) if encode_all else contextlib.nullcontext():
                 return model(clips.transpose(1, 2), bool_masked_pos=masked).loss
 
-        step = make_step(model, optimizer, loss_of, mask_ratio, precision)
-        return Built(model, optimizer, step)
+        return make_built(model, loss_of, mask_ratio, device, precision)
 
 
 PEERS = {

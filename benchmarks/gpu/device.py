@@ -6,19 +6,14 @@ the clock. Every stage is written against this one interface.
 
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mae_fast.bench.machine import Limit
+from mae_fast.bench.timing import FLUSH_BYTES, event_clock, host_clock
 
-FLUSH_BYTES = 256 << 20  # the L2 of an H100 holds 50 MB, that of a B200 126
-# Busy work before a timed call, so that the host has launched all of it when the clock starts: 8 M
-# cycles are about 4 ms. With 1 ms, forward and backward of small ops told what the host took.
-HEAD_START_CYCLES = 8_000_000
 SMI_FIELDS = (
     "name",
     "driver_version",
@@ -42,9 +37,7 @@ class Cpu:
 
     def time(self, call: Callable[[], object], cold: bool = False) -> float:
         """Seconds of one call."""
-        begin = time.perf_counter()
-        call()
-        return time.perf_counter() - begin
+        return host_clock()(call)
 
     def graphed(self, call: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
         """`call`, as one launch of a captured CUDA graph; here as it is."""
@@ -61,12 +54,6 @@ class Cpu:
         call()
         return 0.0
 
-    def conditions(self) -> dict[str, str]:
-        return smi()
-
-    def limits(self) -> dict[str, Limit]:
-        return limits("cpu", side=128, length=1 << 16)
-
 
 class Cuda:
     """The first CUDA device."""
@@ -80,17 +67,8 @@ class Cuda:
         return torch.cuda.get_device_name()
 
     def time(self, call: Callable[[], object], cold: bool = False) -> float:
-        """Seconds of one call on the device; cold: behind a flush of its L2 cache, and launched
-        ahead of time, so that what the host does is not in it."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if cold:
-            self.flush.zero_()
-            torch.cuda._sleep(HEAD_START_CYCLES)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        """Seconds of one call on the device; cold: with its L2 cache flushed."""
+        return event_clock(self.flush if cold else None)(call)
 
     def graphed(self, call: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
         """`call`, as one launch of a captured CUDA graph, into the same outputs every time."""
@@ -123,27 +101,6 @@ class Cuda:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 2**20
-
-    def conditions(self) -> dict[str, str]:
-        return smi()
-
-    def limits(self) -> dict[str, Limit]:
-        return limits("cuda", side=8192, length=128 << 20)
-
-
-def limits(device: str, side: int, length: int) -> dict[str, Limit]:
-    """`copy`: bytes read and written; `product`: torch's bf16 matrix product."""
-    a, b = (torch.rand(side, side, device=device).bfloat16() for _ in range(2))
-    out = torch.empty_like(a)
-    source = torch.ones(length, device=device)
-    target = torch.zeros_like(source)
-    found = {
-        "copy": Limit(lambda: target.copy_(source), "bytes", 8 * length),
-        "product": Limit(lambda: torch.mm(a, b, out=out), "flop", 2 * side**3),
-    }
-    for limit in found.values():
-        limit.run()
-    return found
 
 
 def smi() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What every stage is given: the device, and the sizes to run at."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from torch import Tensor
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.device import Cpu, Cuda
 from benchmarks.gpu.records import Records, open_records
+from mae_fast.bench import machine
+from mae_fast.bench.machine import Limit
 from mae_fast.config import ModelConfig, preset
+from mae_fast.kernels import configs
 
 T = TypeVar("T")
 # 25 patches, of which 95% masking leaves one; one head of 32.
@@ -73,6 +77,20 @@ class Setting:
     def compiler(self) -> str:
         """torch.compile's backend. Inductor's C++ would take the rehearsal minutes."""
         return "aot_eager" if self.tiny else "inductor"
+
+    def limits(self) -> dict[str, Limit]:
+        """`copy`: bytes read and written; `product`: torch's bf16 matrix product."""
+        found = machine.limits(self.tiny, self.device.type, torch.bfloat16)
+        return {"copy": found["copy"], "product": found["torch_mm"]}
+
+    def write_table(self, name: str, table: dict) -> None:
+        """A table of kernels/, and a copy beside the records; a rehearsal's only there."""
+        paths = [self.records.path.with_name(name)]
+        if not self.tiny:
+            paths.append(configs.MEASURED.with_name(name))
+        for path in paths:
+            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            print(f"wrote {path}", flush=True)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16)

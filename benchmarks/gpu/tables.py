@@ -7,13 +7,12 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.gpu.engines import ENGINES
+from benchmarks.gpu.engines import ENGINES, OURS
 from benchmarks.gpu.records import RESULTS
+from benchmarks.gpu.stages.steps import BAR
 from mae_fast.bench.timing import ratio, spread
 
-OURS, BAR = "mae_fast", "official_sdpa_compile"
 SOURCES = RESULTS / "sources.json"  # hash_of_sources -> commit
-TARGETS = {"vit_base": 1300, "vit_large": 850, "vit_huge16": 550}  # clips/s on one H100
 Tables = list[tuple[str, str, list[list[str]]]]  # (words, head, rows)
 
 

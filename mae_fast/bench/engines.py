@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
 from mae_fast.bench.baselines.official_repository import OfficialRepository
-from mae_fast.bench.baselines.training import Built, make_optimizer, make_step
+from mae_fast.bench.baselines.training import Built, make_built
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, nearest
 from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, forward_flop, step_work
 from mae_fast.bench.ours import Ours
@@ -139,13 +139,11 @@ def build(name: str, cfg: ModelConfig, device: str = "cpu", precision: str = "fp
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"engine {name}: {e}") from e
     model, loss_of, *fused = made(cfg, *([path] if path else []))
-    model.to(device).train()
-    optimizer = make_optimizer(model, *fused or [True])
 
     def loss(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool) -> Tensor:
         return loss_of(clips, noise, ratio)
 
-    return Built(model, optimizer, make_step(model, optimizer, loss, BASE_RATIO, precision))
+    return make_built(model, loss, BASE_RATIO, device, precision, *fused or [True])
 
 
 def twin(name: str) -> str | None:

@@ -26,13 +26,13 @@ from mae_fast.bench.baselines.ops import baseline
 from mae_fast.bench.calls import Call, Run, calls, check
 from mae_fast.bench.engines import QUICK, config_of
 from mae_fast.bench.records import append
-from mae_fast.bench.timing import clock, host_clock, interleave, ratio, share, spread
+from mae_fast.bench.timing import clock, interleave, ratio, share, spread
 from mae_fast.config import ModelConfig, TrainConfig
 from mae_fast.environment import environment
 from mae_fast.errors import BackendError, ConfigError
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch
-from mae_fast.ops.work import ADAMW_BYTES
+from mae_fast.ops.work import ADAMW_BYTES, Work
 from mae_fast.optim import clipped_step, make_optimizer
 
 DIRECTIONS = ("forward", "forward_backward")
@@ -172,17 +172,9 @@ def run_suite(plan: Plan, quiet: bool) -> tuple[list[dict[str, Any]], int]:
     planned = Planned(plan, [])
     stdout, sys.stdout = sys.stdout, sys.stderr if quiet else sys.stdout
     try:
-        options = [
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "--benchmark-disable-gc",
-            "--benchmark-quiet",
-        ]
+        options = "-q -p no:cacheprovider -p no:xdist --benchmark-disable-gc --benchmark-quiet"
         suite = str(Path(__file__).with_name("bench_ops.py"))
-        code = pytest.main([suite, *options], plugins=[planned])
+        code = pytest.main([suite, *options.split()], plugins=[planned])
     finally:
         sys.stdout = stdout
     return planned.records, int(code)
@@ -218,33 +210,39 @@ def measure(
         amount = amount if direction == "forward" else amount + backward
         seconds = time_runs(runs, limits, plan, timer, benchmark)
     return {
-        "kind": "op",
         "what": f"op, {direction.replace('_', ' + ')}, interleaved, caches cold",
         "op": call.op,
         "shape": call.shape,
         "direction": direction,
         "calls_a_step": call.count,
-        **described(plan),
         "baseline": base,
-        "chosen": chosen,
-        "flop": amount.flop,
-        "bytes": amount.bytes,
-        "seconds": {name: seconds[name] for name in runs},
+        **recorded(plan, amount, runs, limits, seconds),
         "declined": declined,
         "wrong": wrong,
-        "limits": machine.as_record(limits, seconds),
-        "environment": environment(),
     }
 
 
-def described(plan: Plan) -> dict[str, Any]:
-    """The plan's part of a record."""
+def recorded(
+    plan: Plan,
+    work: Work,
+    runs: dict[str, Run],
+    limits: dict[str, machine.Limit],
+    seconds: dict[str, list[float]],
+) -> dict[str, Any]:
+    """What the record of an op has by its plan and its times. The first run is the one chosen."""
     return {
+        "kind": "op",
         "model": plan.model,
         "batch_clips": plan.clips,
         "ratio": plan.ratio,
         "precision": plan.precision,
         "device": plan.device,
+        "chosen": next(iter(runs)),
+        "flop": work.flop,
+        "bytes": work.bytes,
+        "seconds": {name: seconds[name] for name in runs},
+        "limits": machine.as_record(limits, seconds),
+        "environment": environment(),
     }
 
 
@@ -288,8 +286,7 @@ def time_runs(
 ) -> dict[str, list[float]]:
     """{run or limit: seconds of each round}. `benchmark`: pytest-benchmark's fixture, which times
     the first run; between its rounds all others are timed."""
-    cold = timer or host_clock(cold=plan.model != QUICK)
-    timer = timer or (clock("cuda") if plan.device == "cuda" else cold)
+    timer = timer or clock(plan.device, cold=plan.model != QUICK)
     functions = runs | {name: limit.run for name, limit in limits.items()}
     for function in functions.values():
         function()
@@ -302,7 +299,7 @@ def time_runs(
         random.shuffle(others)
         for name in others:
             seconds[name].append(timer(functions[name]))
-        cold(lambda: None)
+        timer(lambda: None)
 
     def on_device() -> None:
         seconds[first].append(timer(functions[first]))
@@ -376,22 +373,15 @@ def adamw(
     count = sum(v.numel() for v in values)
     seconds = time_runs(runs, limits, plan, timer, benchmark)
     return {
-        "kind": "op",
         "what": "op, clip and step, interleaved, caches cold",
         "op": "adamw",
         "shape": f"{part} {count / 1e6:.1f} M parameters".strip(),
         "direction": "step",
         "calls_a_step": 1,
-        **described(plan),
         "baseline": "official",
-        "chosen": next(iter(runs)),
-        "flop": 0.0,
-        "bytes": float(ADAMW_BYTES * count),
-        "seconds": {name: seconds[name] for name in runs},
+        **recorded(plan, Work(0.0, ADAMW_BYTES * count), runs, limits, seconds),
         "declined": declined,
         "wrong": wrong,
-        "limits": machine.as_record(limits, seconds),
-        "environment": environment(),
     }
 
 
@@ -410,22 +400,19 @@ class _Bare(TorchDispatchMode):
 def smallest(op: str) -> dict[str, Callable[[], object]]:
     """One call of an op on its smallest input: its public function, the bare registered operator
     that it calls (where there is one here), and the reference."""
+    module = importlib.import_module(f"mae_fast.ops.{op}")
+    public, reference = getattr(module, op), getattr(module, f"{op}_ref")
     if op == "adamw":
         param = nn.Parameter(torch.ones(1, device="cpu"))
         param.grad = torch.ones(1, device="cpu")
         optimizer = torch.optim.AdamW([param], lr=0.0, fused=True)
         args = optimizer, torch.ones((), device="cpu"), torch.zeros((), device="cpu")
-        public, reference = ops_module(op)
-        return {
-            "public": lambda: public(*args),
-            "bare": optimizer.step,
-            "reference": lambda: reference(*args),
-        }
+        found = {"public": lambda: public(*args), "reference": lambda: reference(*args)}
+        return found | {"bare": optimizer.step}
     call = next(c for c in calls(SMALLEST, 1, 0.5, torch.float32) if c.op == op).real()
     args = [
         a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in call.args
     ]
-    public, reference = ops_module(op)
     found = {"public": lambda: public(*args), "reference": lambda: reference(*args)}
     with _Bare() as seen:
         public(*args)
@@ -433,12 +420,6 @@ def smallest(op: str) -> dict[str, Callable[[], object]]:
         bare, given, options = seen.called
         found["bare"] = lambda: bare(*given, **options)
     return found
-
-
-def ops_module(op: str) -> tuple[Callable, Callable]:
-    """(public function, reference)."""
-    module = importlib.import_module(f"mae_fast.ops.{op}")
-    return getattr(module, op), getattr(module, f"{op}_ref")
 
 
 def time_smallest(op: str, rounds: int, benchmark: Any = None) -> dict[str, Any]:

@@ -7,23 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-FLUSH_BYTES = 256 << 20  # more than a last-level cache holds
+FLUSH_BYTES = 256 << 20  # more than a last-level cache holds: an H100's L2 50 MB, a B200's 126
+# Busy work before a timed call, so that the host has launched all of it when the clock starts: 8 M
+# cycles are about 4 ms. With 1 ms, forward and backward of small ops told what the host took.
+HEAD_START_CYCLES = 8_000_000
+
+Timer = Callable[[Callable[[], object]], float]
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]],
-    rounds: int,
-    cold: bool = False,
-    timer: Callable[[Callable[[], object]], float] | None = None,
+    functions: dict[str, Callable[[], object]], rounds: int, timer: Timer | None = None
 ) -> dict[str, list[float]]:
-    """{name: seconds of its one call in each round}. Call each once before: this does not warm up.
-
-    cold: other memory is read before each call, so that none finds its inputs in a cache and all
-    can be held against the bandwidth of memory. timer(function) -> seconds: another clock than the
-    host's, that of benchmarks/gpu/device.py.
-    """
-    timer = timer or host_clock(cold)
+    """{name: seconds of its one call in each round}, by the host's clock or another. Call each once
+    before: this does not warm up."""
+    timer = timer or host_clock()
     times = {name: [] for name in functions}
     order = list(functions)
     for _ in range(rounds):
@@ -33,12 +32,19 @@ def interleave(
     return times
 
 
-def host_clock(cold: bool = False) -> Callable[[Callable[[], object]], float]:
-    """A timer of one call on the host, from cold caches if asked."""
-    flush = torch.ones(FLUSH_BYTES // 4, device="cpu") if cold else None
+def clock(device: str, cold: bool = False) -> Timer:
+    """The timer of one call on a device. cold: other memory is touched before each call, so that
+    none finds its inputs in a cache and all can be held against the bandwidth of memory."""
+    if device == "cpu":
+        return host_clock(torch.ones(FLUSH_BYTES // 4, device="cpu") if cold else None)
+    return event_clock(torch.empty(FLUSH_BYTES // 4, device="cuda") if cold else None)
+
+
+def host_clock(flush: Tensor | None = None) -> Timer:
+    """By the host's clock; `flush` is read before each call."""
 
     def timer(function: Callable[[], object]) -> float:
-        if cold:
+        if flush is not None:
             flush.sum()
         begin = time.perf_counter()
         function()
@@ -47,11 +53,15 @@ def host_clock(cold: bool = False) -> Callable[[Callable[[], object]], float]:
     return timer
 
 
-def event_clock() -> Callable[[Callable[[], object]], float]:
-    """A timer of one call on the CUDA device, by events."""
+def event_clock(flush: Tensor | None = None) -> Timer:
+    """By events of the CUDA device; `flush` is written before each call, which is launched ahead of
+    time, so that what the host does is not in it."""
 
     def timer(function: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if flush is not None:
+            flush.zero_()
+            torch.cuda._sleep(HEAD_START_CYCLES)
         begin.record()
         function()
         end.record()
@@ -61,9 +71,11 @@ def event_clock() -> Callable[[Callable[[], object]], float]:
     return timer
 
 
-def clock(device: str) -> Callable[[Callable[[], object]], float]:
-    """The timer of a device."""
-    return event_clock() if device == "cuda" else host_clock()
+def cpu_time(function: Callable[[], object]) -> float:
+    """Of this process, whose one thread does all: others on the machine do not count."""
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:

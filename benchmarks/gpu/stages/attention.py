@@ -1,7 +1,6 @@
 """Attention on the calls of a training step, by every backend that is here: ours, libraries, each
 of torch's kernels -> kernels/measured_attention.json, by which the op chooses, also in `steps`."""
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,11 +15,10 @@ from mae_fast.kernels import configs
 from mae_fast.ops.attention import measured_key, read_measured
 
 MODELS = ("vit_large", "vit_base", "vit_huge16")
-TABLE = "measured_attention.json"
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    limits = setting.device.limits()
+    limits = setting.limits()
     for case in cases(setting, MODELS, BATCH):
         if case.call.op == "attention":
             for item in items_of(setting, case, limits):
@@ -35,17 +33,13 @@ def row(case: Case) -> dict:
 
 
 def write_table(setting: Setting) -> None:
-    """The table, and a copy beside the records; a rehearsal's only there."""
+    """What is recorded, and what else the table holds."""
     found = rows(setting.records.all())
     table = {} if setting.tiny else read_measured()
     for arch, classes in found.items():
         table.setdefault(arch, {}).update(classes)
-    paths = [setting.records.path.with_name(TABLE)]
-    if not setting.tiny:
-        paths.append(configs.MEASURED.with_name(TABLE))
-    for path in paths if found else ():
-        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        print(f"wrote {path}", flush=True)
+    if found:
+        setting.write_table("measured_attention.json", table)
 
 
 def rows(records: Iterable[dict]) -> dict[str, dict[str, dict[str, float]]]:

@@ -16,9 +16,9 @@ from benchmarks.gpu import ROOT
 from benchmarks.gpu.engines import build
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.stages.steps import BAR
 
 PLAN = (("vit_large", 64), ("vit_base", 64))
-ENGINE = "official_sdpa_compile"
 JOBS = 4  # of nvcc and the C++ compiler, beside the tests
 
 
@@ -26,13 +26,13 @@ def items(setting: Setting) -> Iterator[Item]:
     nvcc = "the rehearsal builds nothing" if setting.tiny else start_nvcc()
     for model, batch in setting.some(PLAN):
         run = lambda model=model, batch=batch: compiled(setting, model, batch)  # noqa: E731
-        yield Item(f"{model} {batch} clips {ENGINE}", run)
+        yield Item(f"{model} {batch} clips {BAR}", run)
     yield Item("csrc/cuda by nvcc", lambda: ended(nvcc))
 
 
 def compiled(setting: Setting, model: str, batch: int) -> dict:
     cfg, batch = setting.cfg(model), setting.batch(batch)
-    engine = build(ENGINE, cfg, setting)
+    engine = build(BAR, cfg, setting)
     began = time.perf_counter()
     engine.step(setting.clips(cfg, batch), setting.noise(cfg, batch))
     seconds = time.perf_counter() - began

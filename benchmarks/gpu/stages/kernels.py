@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.gpu.calls import Case, cases
+from benchmarks.gpu.device import smi
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
 from mae_fast.bench import ops
@@ -19,7 +20,7 @@ INDUCTOR = "inductor"
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    limits = setting.device.limits()
+    limits = setting.limits()
     found = [case for case in cases(setting, MODELS, BATCH) if case.call.op != "attention"]
     for case in found:
         yield from items_of(setting, case, limits)
@@ -72,4 +73,4 @@ def told(setting: Setting, record: dict) -> dict:
         f"{name} {1e6 * statistics.median(s):.0f} us {share(record['limits'], record, s):.0%}"
         for name, s in record["seconds"].items()
     )
-    return {**record, "conditions": setting.device.conditions(), "told": "; ".join(words)}
+    return {**record, "conditions": smi(), "told": "; ".join(words)}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from benchmarks.gpu.device import smi
 from benchmarks.gpu.engines import EAGER, LOSS_TOLERANCE, OURS, build, first_losses, fitting
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
@@ -89,7 +90,7 @@ Plan = Sequence[tuple[str, int, Sequence[str]]]
 
 def items(setting: Setting, plan: Plan = PLAN) -> Iterator[Item]:
     plan = plan[:1] if setting.tiny else plan
-    limits = setting.device.limits()
+    limits = setting.limits()
     for model, batch, engines in plan:
         reference = Reference(setting, model, setting.batch(batch))
         for name in engines:
@@ -169,7 +170,7 @@ def taken_in_turn(
     clips, noise = reference.clips, reference.noise
     functions = {n: several(e, clips[:batch], noise[:batch]) for n, (e, batch) in engines.items()}
     functions |= {limit: found.run for limit, found in limits.items()}
-    before = setting.device.conditions()
+    before = smi()
     once = sum(setting.device.time(run) for run in functions.values())
     rounds = setting.rounds(int(min(max(SECONDS_AN_ITEM / once, ROUNDS[0]), ROUNDS[1])))
     found = interleave(functions, rounds, timer=setting.device.time)
@@ -187,7 +188,7 @@ def taken_in_turn(
             n: batch / statistics.median(seconds[n]) for n, (_, batch) in engines.items()
         },
         "limits": as_record(limits, found),
-        "conditions": [before, setting.device.conditions()],
+        "conditions": [before, smi()],
     }
 
 

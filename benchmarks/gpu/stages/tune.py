@@ -38,7 +38,7 @@ def items(setting: Setting) -> Iterator[Item]:
     yield Item("compile the candidates", lambda: compile_all(setting))
     for case in cases_in_order(setting):
         yield Item(case.name, lambda call=case.call: tune(setting, call))
-    limits = setting.device.limits()
+    limits = setting.limits()
     for model in setting.some(MODELS):  # of one size a kernel: its backends beside each other
 
         def adamw(model: str = model) -> dict:
@@ -141,11 +141,7 @@ def tune(setting: Setting, call: Call) -> dict:
                     text = f"{type(e).__name__}: {e}"
                     out[json.dumps(candidate)] = text.splitlines()[0]
             assert timed, f"{key}: no candidate runs: {out}"
-
-            def timer(function: Run) -> float:
-                return setting.device.time(function, cold=True)
-
-            seconds = interleave(timed, setting.rounds(ROUNDS), timer=timer)
+            seconds = interleave(timed, setting.rounds(ROUNDS), timer(setting))
             medians = {i: statistics.median(s) for i, s in seconds.items()}
             best = candidates[int(min(medians, key=medians.get))]
             sizes[key] = best
@@ -220,20 +216,14 @@ def picks(run: Run) -> set[Key]:
 
 
 def write_table(setting: Setting) -> None:
-    """kernels/measured.json from the records, and a copy beside them; a rehearsal's only there."""
+    """What is recorded, and what else the table holds."""
     table, found = {} if setting.tiny else configs.measured(), fastest(setting.records.all())
     if not found:
         return
     for (arch, kernel, shape), sizes in found.items():
         table.setdefault(arch, {}).setdefault(kernel, {})[shape] = sizes
     others = {} if setting.tiny else configs.read_measured()
-    text = json.dumps(others | {configs.TRITON: table}, indent=1, sort_keys=True) + "\n"
-    paths = [setting.records.path.with_name("measured.json")]
-    if not setting.tiny:
-        paths.append(configs.MEASURED)
-    for path in paths:
-        path.write_text(text)
-        print(f"wrote {path}", flush=True)
+    setting.write_table("measured.json", others | {configs.TRITON: table})
 
 
 def fastest(records: Iterable[dict]) -> dict[tuple[str, str, str], dict[str, int]]:
