@@ -70,3 +70,12 @@ def test_noise_that_is_given_is_of_the_clips_that_are_asked_for():
     with given_noise(noise):
         one, two = (torch.rand(n, 5, device="cpu") for n in (1, 2))
     assert torch.equal(one, noise[:1]) and torch.equal(two, noise)
+
+
+def test_noise_that_is_given_is_one_function():
+    """An accelerated model that finds another torch.rand is compared anew: both forwards run."""
+    found = []
+    for _ in range(2):
+        with given_noise(torch.rand(2, 5)):
+            found.append(torch.rand)
+    assert found[0] is found[1] is not torch.rand

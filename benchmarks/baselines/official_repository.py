@@ -72,7 +72,21 @@ def given_noise(noise: Tensor | None) -> contextlib.AbstractContextManager:
     (accelerate compares one first); None: drawn anew."""
     if noise is None:
         return contextlib.nullcontext()
-    return mock.patch.object(torch, "rand", lambda n, *size, device: noise[:n].to(device))
+    _given.noise = noise
+    return mock.patch.object(torch, "rand", _given)
+
+
+class _Given:
+    """In place of torch.rand, the same one at every step: an accelerated model that finds another
+    function is compared anew."""
+
+    noise: Tensor
+
+    def __call__(self, n: int, *size: int, device: torch.device) -> Tensor:
+        return self.noise[:n].to(device)
+
+
+_given = _Given()
 
 
 def import_models(path: str) -> ModuleType:
