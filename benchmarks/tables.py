@@ -321,12 +321,16 @@ def _amx_line(records: list[dict]) -> str:
 
 
 def accelerate_table(records: list[dict]) -> str:
-    """The newest record of each family: its own model against the same one, accelerated."""
-    records = [{"family": "by bench ratio"} | r for r in records]
-    found = newest(records, "family", "model", "batch_clips", "precision")
+    """The newest record of each family and CPU: its own model against the same, accelerated."""
+    records = [r | {"machine": cpu(r)} for r in records]
+    found = newest(records, "family", "model", "batch_clips", "precision", "machine")
     if not found:
         return ""
-    rows = [[f"{r['family']}, {name}", *rest] for r in found for name, *rest in step_rows(r)]
+    rows = [
+        [f"{r['family']}, {name.removeprefix(r['family'] + '_')}, {r['machine']}", *rest]
+        for r in found
+        for name, *rest in step_rows(r)
+    ]
     head = "|".join(STEP_HEAD).replace(OURS, AFTER)
     return (
         "**accelerate** - other people's models of B size, 90% masked, before and after the one "
