@@ -221,7 +221,8 @@ def page(results: dict[str, Any], sets: dict[str, Path]) -> str:
 <html lang="en"><meta charset="utf-8"><title>mae_fast: what pre-training buys</title>
 <style>{STYLE}</style>
 <h1>What pre-training buys, on a made set</h1>
-<p>Discs move up, down, left or right over still pictures: no single frame tells the class.
+<p>Discs move up, down, left or right over still pictures: no single frame tells the class, and
+every labelled scene has one clip of each.
 {UNLABELLED} clips without labels, {PER_CLASS} a class with, {TEST} for the test, over pictures of
 other videos. One seed, {results["seconds"]} seconds in all. It shows a mechanism, and says nothing
 about Kinetics.</p>

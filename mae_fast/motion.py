@@ -4,6 +4,8 @@ A textured disc, cut out of one piece of footage, moves over a still picture cut
 a constant speed in one of four directions, and comes back in on the other side when it leaves. The
 place where it is at any moment is uniform over the picture whatever its direction, so a single
 frame says nothing about the class; turned back in time, a clip of one class is one of another.
+A labelled scene (picture, disc, where it starts and how fast it is) has one clip of every class:
+to know a scene again, which a model of few clips learns first, does not tell the class either.
 """
 
 import itertools
@@ -84,18 +86,20 @@ def make(
     labelled: bool,
     still: bool = False,
 ) -> Path:
-    """Write `count` clips, as many of each class, and their index, with labels if so.
+    """Write `count` clips, as many of each class, and their index.
 
+    labelled: with their labels, and scene by scene; without, each clip has a scene of its own.
     still: one frame of each, chosen at random, all the time. Returns the index. Places and things
     are of the same pictures; the test may share none with training.
     """
-    rng, rows = np.random.default_rng(seed), []
+    rows = []
     (folder / name).mkdir(parents=True, exist_ok=True)
     for i, label in zip(range(count), itertools.cycle(CLASSES)):
         path = folder / name / f"{i:05d}.mp4"
-        frames = clip(rng, label, pictures, pictures)
+        scene = i // len(CLASSES) if labelled else i
+        frames = clip(np.random.default_rng((seed, scene)), label, pictures, pictures)
         if still:
-            at = np.random.default_rng((seed, i)).integers(FRAMES)
+            at = np.random.default_rng((seed, i, 1)).integers(FRAMES)
             frames = np.stack([frames[at]] * FRAMES)
         write_clip(path, frames)
         rows.append(VideoRow(str(path.absolute()), label if labelled else None, **probe(path)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_fast import cli, demo_downstream, motion
-from mae_fast.data import read_index
+from mae_fast.data import VideoReader, read_index
 
 
 def test_no_frame_tells_the_class_and_a_clip_turned_back_is_another():
@@ -66,12 +66,26 @@ def test_demo_downstream_leaves_every_accuracy_and_a_page(folder, tmp_path, monk
     assert "two videos are needed" in capsys.readouterr().err
 
 
+def test_every_class_has_each_scene_and_they_begin_alike(tmp_path):
+    noise = [np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)]
+    scenes = []
+    for index in (motion.make(tmp_path, name, 8, noise, 3, True) for name in "ab"):
+        clips = []
+        for row in read_index(index):
+            with VideoReader(row.path) as reader:
+                clips.append(reader.read(range(motion.FRAMES)).int())
+        for scene in (clips[:4], clips[4:]):
+            assert all((c[0] - scene[0][0]).abs().max() < 24 for c in scene)
+            assert all((c[8] - scene[0][8]).abs().max() > 100 for c in scene[1:])
+        assert (clips[4][0] - clips[0][0]).abs().max() > 100
+        scenes.append(clips[0])
+    assert (scenes[0] == scenes[1]).all()  # a seed is a set
+
+
 @pytest.mark.parametrize("seed", [0])
 def test_still_clips_do_not_move(tmp_path, seed):
     noise = [np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)]
     motion.make(tmp_path, "s", 4, noise, seed, True, still=True)
-    from mae_fast.data import VideoReader
-
     with VideoReader(tmp_path / "s" / "00000.mp4") as reader:
         frames = reader.read(range(16)).int()
     assert (frames - frames[:1]).abs().max() < 24  # but for what the encoder loses
