@@ -1,5 +1,5 @@
 """model.target tokens and features: losses and gradients against plain torch, the running average,
-and where the state of either goes. test_wiring.py holds whole runs against a computation by hand.
+and where the state of either goes. wiring/ holds whole runs against a computation by hand.
 """
 
 import dataclasses

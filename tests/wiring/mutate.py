@@ -27,24 +27,24 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from mutations import ROOT, copy_tree
 
-WIRING = "tests/test_wiring.py"
+WIRING = tuple(f"tests/wiring/test_{name}.py" for name in ("runs", "two_ranks", "fields"))
 RUNS = ("tests/test_resume.py", "tests/test_stops.py")
-CONFIG = ("tests/test_config.py", "tests/test_bad_config.py", WIRING, "tests/test_cli.py")
+CONFIG = ("tests/test_config.py", "tests/test_bad_config.py", *WIRING, "tests/test_cli.py")
 FILES = {  # file: its tests, those that see most first
-    "mae_fast/run.py": (WIRING, "tests/test_train.py", *RUNS),
-    "mae_fast/train.py": (WIRING, "tests/test_train.py", *RUNS),
-    "mae_fast/folder.py": (WIRING, *RUNS),
-    "mae_fast/window.py": (WIRING, "tests/test_train.py", *RUNS),
-    "mae_fast/step.py": ("tests/test_step.py", WIRING, "tests/test_train.py"),
-    "mae_fast/optim.py": ("tests/test_optim.py", WIRING),
-    "mae_fast/distributed.py": ("tests/test_distributed.py", WIRING, *RUNS),
-    "mae_fast/resume.py": (WIRING, "tests/test_resume.py", "tests/test_scale.py"),
-    "mae_fast/data/loader.py": (WIRING, "tests/data/test_loader.py", "tests/test_train.py"),
-    "mae_fast/data/sampling.py": ("tests/data/test_sampling.py", WIRING),
-    "mae_fast/evaluate.py": (WIRING,),
+    "mae_fast/run.py": (*WIRING, "tests/test_train.py", *RUNS),
+    "mae_fast/train.py": (*WIRING, "tests/test_train.py", *RUNS),
+    "mae_fast/folder.py": (*WIRING, *RUNS),
+    "mae_fast/window.py": (*WIRING, "tests/test_train.py", *RUNS),
+    "mae_fast/step.py": ("tests/test_step.py", *WIRING, "tests/test_train.py"),
+    "mae_fast/optim.py": ("tests/test_optim.py", *WIRING),
+    "mae_fast/distributed.py": ("tests/test_distributed.py", *WIRING, *RUNS),
+    "mae_fast/resume.py": (*WIRING, "tests/test_resume.py", "tests/test_scale.py"),
+    "mae_fast/data/loader.py": (*WIRING, "tests/data/test_loader.py", "tests/test_train.py"),
+    "mae_fast/data/sampling.py": ("tests/data/test_sampling.py", *WIRING),
+    "mae_fast/evaluate.py": (*WIRING,),
     "mae_fast/config.py": CONFIG,
     "mae_fast/config_file.py": CONFIG,
-    "mae_fast/checkpoint.py": ("tests/test_checkpoint.py", WIRING, "tests/test_train.py", *RUNS),
+    "mae_fast/checkpoint.py": ("tests/test_checkpoint.py", *WIRING, "tests/test_train.py", *RUNS),
 }
 SECONDS = 600  # until a defect's tests count as hung
 _COMPARE = {
