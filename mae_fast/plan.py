@@ -14,13 +14,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mae_fast import cost, memory
-from mae_fast.bench import records
+from mae_fast.bench import machine, records
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
 from mae_fast.bench.paper import PAPER
+from mae_fast.bench.timing import interleave
 from mae_fast.config import ModelConfig, Variant
 from mae_fast.config import preset as make_preset
 from mae_fast.config_file import load_config
 from mae_fast.errors import ConfigError
+from mae_fast.fields import require
 from mae_fast.files import write_figure
 
 VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
@@ -85,16 +87,11 @@ def plan(
     cfg = _model(model, variant)
     ratio = (0.9 if task == "pretrain" else 0.0) if ratio is None else ratio
     epochs = {"pretrain": 800.0, "ava": 30.0}.get(task, 100.0) if epochs is None else epochs
-    if not 0 <= ratio < 1:
-        raise ConfigError(f"--ratio must be in [0, 1), got {ratio}")
-    for name, value in (
-        ("gpus", gpus),
-        ("gpus-per-node", gpus_per_node),
-        ("epochs", epochs),
-        ("views", views),
-    ):
-        if value <= 0:
-            raise ConfigError(f"--{name} must be above 0, got {value}")
+    require(0 <= ratio < 1, "--ratio must be in [0, 1)", ratio)
+    require(gpus > 0, "--gpus must be above 0", gpus)
+    require(gpus_per_node > 0, "--gpus-per-node must be above 0", gpus_per_node)
+    require(epochs > 0, "--epochs must be above 0", epochs)
+    require(views > 0, "--views must be above 0", views)
     if device == "this" and gpus > 1:
         raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
     where = this_device() if device == "this" else cost.DEVICES[device]
@@ -300,9 +297,6 @@ def this_device() -> cost.Device:
     """This machine's CPU: the rate of the engine's own products and of copies, measured now."""
     import torch
 
-    from mae_fast.bench import machine
-    from mae_fast.bench.timing import interleave
-
     if torch.cuda.is_available():
         raise ConfigError(
             f"--device this is for a CPU, and here is a {torch.cuda.get_device_name()}: name it"
@@ -315,9 +309,8 @@ def this_device() -> cost.Device:
 
 def cpu_device(products: float, copy: float) -> cost.Device:
     """A CPU of these ceilings, in fp32. Its memory is what is free now; there is no network."""
-    return cost.Device(
-        "this", products, copy, None, _free_memory(), None, None, cost.CPU_SHARES, 4, 5
-    )
+    free = 2**20 * machine.free_mb("cpu")
+    return cost.Device("this", products, copy, None, free, None, None, cost.CPU_SHARES, 4, 5)
 
 
 def measured(folder: str, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -459,18 +452,6 @@ def _videos(dataset: str, known_sets: dict[str, int] = VIDEOS) -> int:
         known = ", ".join(VIDEOS)
         raise ConfigError(f"--dataset must be {known} or a number of videos, got {dataset!r}")
     return int(dataset)
-
-
-def _free_memory() -> float:
-    """Bytes that a process may still take; of this machine's all, where the system does not say."""
-    try:
-        return 1024.0 * int(
-            re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]
-        )
-    except (OSError, TypeError):
-        import os
-
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def rate_of(record: str) -> float:

@@ -109,6 +109,17 @@ def _settings(cfg: ModelConfig) -> dict[str, Any]:
     for name, value in needed.items():
         if getattr(cfg, name) != value:
             raise ValueError(f"VideoMAE needs {name} {value}, got {getattr(cfg, name)}")
+    return encoder_settings(cfg) | dict(
+        decoder_hidden_size=cfg.decoder_embed_dim,
+        decoder_num_hidden_layers=cfg.decoder_depth,
+        decoder_num_attention_heads=cfg.decoder_num_heads,
+        decoder_intermediate_size=int(cfg.decoder_embed_dim * cfg.mlp_ratio),
+        norm_pix_loss=cfg.norm_pix_loss,
+    )
+
+
+def encoder_settings(cfg: ModelConfig) -> dict[str, Any]:
+    """Those of a classifier too."""
     return dict(
         image_size=cfg.img_size,
         patch_size=cfg.patch_size,
@@ -118,9 +129,4 @@ def _settings(cfg: ModelConfig) -> dict[str, Any]:
         num_hidden_layers=cfg.depth,
         num_attention_heads=cfg.num_heads,
         intermediate_size=int(cfg.embed_dim * cfg.mlp_ratio),
-        decoder_hidden_size=cfg.decoder_embed_dim,
-        decoder_num_hidden_layers=cfg.decoder_depth,
-        decoder_num_attention_heads=cfg.decoder_num_heads,
-        decoder_intermediate_size=int(cfg.decoder_embed_dim * cfg.mlp_ratio),
-        norm_pix_loss=cfg.norm_pix_loss,
     )

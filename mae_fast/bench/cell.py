@@ -24,6 +24,7 @@ from torch import Tensor
 from mae_fast.bench import engines
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.engines import QUICK, Masking, config_of  # noqa: F401
+from mae_fast.bench.machine import free_mb
 from mae_fast.bench.timing import clock
 from mae_fast.config import DataConfig, ModelConfig
 from mae_fast.data import Batch, build_index, make_loader, read_index
@@ -229,17 +230,6 @@ def main(order: str) -> None:
     except MaeFastError as e:
         sys.exit(str(e))
     print(json.dumps(found))
-
-
-def free_mb(device: str) -> float:
-    """Memory that a process may still take."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0] / 2**20
-    try:
-        text = Path("/proc/meminfo").read_text()
-        return int(text.split("MemAvailable:")[1].split()[0]) / 2**10
-    except (OSError, IndexError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def limit_memory() -> None:

@@ -6,6 +6,7 @@ the official code's logits and gradients are held against ours, from the same we
 """
 
 import json as jsonlib
+import statistics
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast.bench.baselines.official_classifier import OfficialClassifier
+from mae_fast.bench.baselines.transformers_videomae import encoder_settings
 from mae_fast.bench.engines import config_of
 from mae_fast.bench.records import append
 from mae_fast.bench.timing import interleave, ratio, spread
@@ -92,7 +94,7 @@ def tell(record: dict) -> str:
     """A line for each engine."""
     first, lines = record["seconds"][record["baseline"]], []
     for name, samples in record["seconds"].items():
-        median = sorted(samples)[len(samples) // 2]
+        median = statistics.median(samples)
         lines.append(
             f"{name:18} {median:8.3f} s a step (spread {spread(samples):.0%}), "
             f"{ratio(samples, first):.2f} times {record['baseline']}'s"
@@ -169,11 +171,5 @@ def _transformers(cfg: ClassifierConfig) -> nn.Module:
         from transformers import VideoMAEConfig, VideoMAEForVideoClassification
     except ImportError as e:
         raise ConfigError(f"the engine transformers needs `pip install transformers`: {e}") from e
-    m = cfg.model
-    config = VideoMAEConfig(
-        image_size=m.img_size, patch_size=m.patch_size, num_frames=m.num_frames,
-        tubelet_size=m.t_patch_size, hidden_size=m.embed_dim, num_hidden_layers=m.depth,
-        num_attention_heads=m.num_heads, intermediate_size=int(m.embed_dim * m.mlp_ratio),
-        num_labels=cfg.num_classes, attn_implementation="sdpa",
-    )  # fmt: skip
-    return VideoMAEForVideoClassification(config)
+    how = dict(num_labels=cfg.num_classes, attn_implementation="sdpa")
+    return VideoMAEForVideoClassification(VideoMAEConfig(**encoder_settings(cfg.model), **how))

@@ -5,8 +5,10 @@
 Whatever is held against these is measured in the same process, and round by round with them.
 """
 
+import os
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -51,6 +53,17 @@ def limits(
 def as_record(found: dict[str, Limit], seconds: dict[str, list[float]]) -> dict[str, dict]:
     """{limit: {"bytes" or "flop": a call's, "seconds": samples}}, for a record."""
     return {n: {unit: amount, "seconds": seconds[n]} for n, (_, unit, amount) in found.items()}
+
+
+def free_mb(device: str) -> float:
+    """Memory that a process may still take; all of it, where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**20
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.split("MemAvailable:")[1].split()[0]) / 2**10
+    except (OSError, IndexError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def main() -> None:

@@ -30,7 +30,6 @@ from mae_fast.bench.cell import (
     Cell,
     Setting,
     build,
-    free_mb,
     in_own_process,
     make_clips,
     stepper,
@@ -99,22 +98,13 @@ def ratio(
         model, rounds = (QUICK,), 2
         ratios = QUICK_RATIOS if ratios == RATIOS else ratios
         engines = QUICK_ENGINES if engines == ENGINES else engines
-    if rounds < 2:
-        raise ConfigError(f"rounds must be 2 or more, got {rounds}")
-    setting = Setting(device, precision, seed)
-    run = Run(setting, batch or (64 if device == "cuda" else 2), rounds, Path(out))
+    run = Run(Setting(device, precision, seed), batch, rounds, Path(out))
     cells = list(run.plan(model, strategies, ratios, engines))
-    run.probe_all(cells)
-    if with_data:
-        run.data_all(cells, with_data, workers)
-    for name in dict.fromkeys(cell.model for cell in cells):
-        for group in run.groups([c for c in cells if c.model == name and run.fits(c)]):
-            run.time_group(group)
-    found, path = assemble(run.log, cells), run.folder / "ratio.jsonl"
+    found, path = run.measure(cells, with_data, workers), run.folder / "ratio.jsonl"
     if run.measured or not path.exists():
         for record in found:
             append(path, record)
-    told = summary(found) | {"skipped": run.log["skipped"]}
+    told = run.told(found)
     if json:
         print(jsonlib.dumps(told, indent=1))
     else:
@@ -160,6 +150,9 @@ class Run:
     """The samples of a run in FOLDER/samples.jsonl: what is there is not measured again."""
 
     def __init__(self, setting: Setting, clips: int, rounds: int, folder: Path) -> None:
+        if rounds < 2:
+            raise ConfigError(f"rounds must be 2 or more, got {rounds}")
+        clips = clips or (64 if setting.device == "cuda" else 2)
         self.setting, self.clips, self.rounds, self.folder = setting, clips, rounds, folder
         self.path, self.measured = folder / "samples.jsonl", False
         self.log: dict[str, Any] = {
@@ -228,6 +221,20 @@ class Run:
             else:
                 yield cell
 
+    def measure(self, cells: list[Cell], folder: str = "", workers: int = 0) -> list[dict]:
+        """The records of the cells; `folder`: of videos, whose loading is timed too."""
+        self.probe_all(cells)
+        if folder:
+            self.data_all(cells, folder, workers)
+        for name in dict.fromkeys(cell.model for cell in cells):
+            for group in self.groups([c for c in cells if c.model == name and self.fits(c)]):
+                self.time_group(group)
+        return assemble(self.log, cells)
+
+    def told(self, found: list[dict]) -> dict[str, Any]:
+        """What the records say, and why cells are not there."""
+        return summary(found) | {"skipped": self.log["skipped"]}
+
     def probe_all(self, cells: list[Cell]) -> None:
         """Peak memory and loss of every cell, at the largest batch that fits."""
         todo = [c for c in cells if c.key not in self.log["probe"]]
@@ -291,7 +298,7 @@ class Run:
         probes = self.log["probe"]
         state = {c.engine: probes[c.key]["state_mb"] for c in cells}
         peak = max((probes[c.key]["peak_memory_mb"] for c in cells), default=0.0)
-        room, groups = ROOM * free_mb(self.setting.device) - peak, []
+        room, groups = ROOM * machine.free_mb(self.setting.device) - peak, []
         for name in names:
             if not groups or sum(state[n] for n in [*groups[-1], name]) > room:
                 groups.append([])

@@ -3,8 +3,6 @@
 Steps on clips that lie ready, of any engine, are `mae-fast bench ratio --ratios 0.9`.
 """
 
-import contextlib
-import io
 import statistics
 import tempfile
 from dataclasses import replace
@@ -14,7 +12,9 @@ from typing import Literal
 import torch
 
 from mae_fast import metrics
-from mae_fast.bench.ratio import ratio as bench_ratio
+from mae_fast.bench.cell import Setting
+from mae_fast.bench.ratio import Run
+from mae_fast.bench.ratio_table import print_tables
 from mae_fast.bench.records import append
 from mae_fast.bench.timing import spread
 from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig, Variant
@@ -54,17 +54,12 @@ def step(
     """
     if not index:
         with tempfile.TemporaryDirectory() as folder:
-            how = dict(batch=batch, rounds=steps, precision=precision, device=device)
+            run = Run(Setting(device, precision, seed=0), batch, steps, Path(folder))
             named = model if variant == "mae_st" else f"{model}/{variant}"
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                bench_ratio((named,), (ratio,), ("ours",), out=folder, **how)
-            # All but where the records are: they go to `out`.
-            print("\n".join(x for x in said.getvalue().splitlines() if x[:8] != "records:"))
-            record = (Path(folder) / "ratio.jsonl").read_text()
-        if out:
-            Path(out).parent.mkdir(parents=True, exist_ok=True)
-            with open(out, "a") as f:
-                f.write(record)
+            found = run.measure(list(run.plan([named], ["random"], [ratio], ["ours"])))
+        print_tables(run.told(found))
+        for record in found if out else ():
+            append(out, record)
         return
     cfg = make_preset(model, variant)
     train = TrainConfig(batch_size=batch, precision=precision, device=device, clip_grad=0.02)

@@ -153,15 +153,18 @@ def test_a_run_tells_every_cell(tiny, tmp_path, capsys):
 def test_bench_step_is_a_cell_and_keeps_its_record(tmp_path, monkeypatch, capsys):
     """Of a model's own name: plan finds it beside its prediction."""
 
-    def fake(models, ratios, names, out, **how):
-        (Path(out) / "ratio.jsonl").write_text(json.dumps([models, ratios, names]) + "\n")
-        print(f"a table\nrecords: {out}/ratio.jsonl")
+    def fake(run, cells):
+        return [cell.key for cell in cells]
 
-    monkeypatch.setattr(step, "bench_ratio", fake)
+    monkeypatch.setattr(ratio.Run, "measure", fake)
+    monkeypatch.setattr(ratio.Run, "told", lambda run, found: found)
+    monkeypatch.setattr(step, "print_tables", print)
+    monkeypatch.setattr(step, "append", lambda out, record: Path(out).write_text(record))
     for variant, name in (("mae_st", "vit_tiny"), ("slowfast", "vit_tiny/slowfast")):
         step.step("vit_tiny", variant, out=str(tmp_path / variant))
-        assert json.loads((tmp_path / variant).read_text()) == [[name], [0.9], ["ours"]]
-    assert capsys.readouterr().out == "a table\n" * 2
+        key = f"{name}|random|0.9|mae_fast"
+        assert (tmp_path / variant).read_text() == key
+        assert capsys.readouterr().out == f"['{key}']\n"
 
 
 def test_what_is_there_is_not_measured_again(tiny, tmp_path, monkeypatch, capsys):
@@ -302,7 +305,7 @@ def test_engines_that_do_not_fit_together_are_apart(tmp_path, monkeypatch):
     cells = [Cell("any", "random", 0.9, name) for name in ("a", "b", "c")]
     for cell in cells:
         run.log["probe"][cell.key] = {"state_mb": 400.0, "peak_memory_mb": 600.0}
-    monkeypatch.setattr(ratio, "free_mb", lambda device: 2000.0)
+    monkeypatch.setattr(ratio.machine, "free_mb", lambda device: 2000.0)
     assert [[c.engine for c in group] for group in run.groups(cells)] == [["a", "b"], ["c"]]
 
 

@@ -15,7 +15,7 @@ import by_hand
 import numpy as np
 import pytest
 import torch
-from base_run import STEP, config, labelled, observed
+from base_run import STEP, config, copies, labelled, observed
 from small_runs import Poisoned
 
 from mae_fast import checkpoint, distributed, metrics, train
@@ -130,17 +130,17 @@ def test_held_out_batches_hold_one_video_at_least(index, rows, tmp_path):
 
 def test_max_bad_share_is_a_share_of_the_videos(rows, tmp_path):
     """Of 7 videos one is cut to nothing after it was indexed: 1/7 is allowed, less is not."""
-    copies = tmp_path / "videos"
-    copies.mkdir()
-    write_index(copies(rows, copies), tmp_path / "i.jsonl")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_index(copies(rows, folder), tmp_path / "i.jsonl")
     rows = read_index(tmp_path / "i.jsonl")
-    (copies / "v2.mp4").write_bytes(b"")
+    (folder / "v2.mp4").write_bytes(b"")
     cfg = config(str(tmp_path / "i.jsonl"), tmp_path / "a", **{"data.max_bad_share": 0.143})
     last = pretrain(cfg)
-    by_hand.check(cfg, rows, bad={str(copies / "v2.mp4")})
+    by_hand.check(cfg, rows, bad={str(folder / "v2.mp4")})
     assert last["bad_videos"] == 1
     listed = (tmp_path / "a" / "bad_videos.jsonl").read_text().splitlines()
-    assert [json.loads(line)["path"] for line in listed] == [str(copies / "v2.mp4")]
+    assert [json.loads(line)["path"] for line in listed] == [str(folder / "v2.mp4")]
     strict = config(str(tmp_path / "i.jsonl"), tmp_path / "b", **{"data.max_bad_share": 0.142})
     with pytest.raises(DataError, match="1 of 7"):
         pretrain(strict)

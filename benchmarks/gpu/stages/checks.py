@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -73,27 +73,15 @@ def sanitizer(setting: Setting) -> dict:
     if not command:
         raise Declined("compute-sanitizer is not installed")
     tool = [command, "--tool", "memcheck", "--error-exitcode", "9"]
-    stage = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--stage",
-        "smoke",
-        "--only",
-        f"golden {GOLDEN}",
-    ]
-    if setting.tiny:
-        stage.append("--rehearse")
+    stage = [sys.executable, "-m", "benchmarks.gpu", "--stage", "smoke"]
+    stage += ["--only", f"golden {GOLDEN}", *["--rehearse"] * setting.tiny]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         alone = ["--records", f"{folder}/alone.jsonl", "--alone"]
         # The interpreter of the rehearsal's other checks would take minutes.
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [*tool, *stage, *alone]
-        with log.open("w") as out:
-            run = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=out, stderr=out, preexec_fn=os.setpgrp
-            )
+        run = begin(command, log, env)
         late = end_by([run], setting.deadline)
         text = log.read_text()[-4000:]
     assert not late, f"it did not end in time: {text}"
@@ -122,14 +110,8 @@ def op_tests(setting: Setting) -> dict:
         files = [Path(folder) / f"{i}.txt" for i in range(shards)]
         running = []
         for i, file in enumerate(files):
-            with file.open("w") as out:
-                shard = [*command, "--shard", f"{i}/{shards}"]
-                shard += ["--outcomes", str(file.with_suffix(".jsonl"))]
-                running.append(
-                    subprocess.Popen(
-                        shard, cwd=ROOT, env=env, stdout=out, stderr=out, preexec_fn=os.setpgrp
-                    )
-                )
+            shard = ["--shard", f"{i}/{shards}", "--outcomes", str(file.with_suffix(".jsonl"))]
+            running.append(begin([*command, *shard], file, env))
         late = end_by(running, setting.deadline - AFTER_TESTS)
         texts = [file.read_text() for file in files]
         rows = [json.loads(line) for f in Path(folder).glob("*.jsonl") for line in f.open()]
@@ -160,8 +142,16 @@ def told_of(rows: list[dict], late: int, shards: int, broken: dict[str, str]) ->
     return found
 
 
+def begin(command: list[str], log: Path | None = None, env: dict | None = None) -> subprocess.Popen:
+    """A process in a group of its own, which writes into a file."""
+    with log.open("w") if log else nullcontext() as out:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=out, preexec_fn=os.setpgrp
+        )
+
+
 def end_by(running: list[subprocess.Popen], deadline: float) -> int:
-    """Wait for processes, each in a group of its own, until `deadline`; end the rest and what they
+    """Wait for processes that `begin` began, until `deadline`; end the rest and what they
     started; how many these were."""
     late = 0
     for process in running:

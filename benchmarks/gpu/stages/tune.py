@@ -8,7 +8,6 @@ cores, into Triton's cache on disk.
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,11 +15,10 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from benchmarks.gpu import ROOT
 from benchmarks.gpu.calls import Case, cases
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages.checks import end_by, own_backend
+from benchmarks.gpu.stages.checks import begin, end_by, own_backend
 from benchmarks.gpu.stages.kernels import plan, timer, told
 from mae_fast.bench import ops
 from mae_fast.bench.calls import Call, Run
@@ -66,10 +64,7 @@ def compile_all(setting: Setting) -> dict:
     end = time.time() + COMPILE_SHARE * min(setting.deadline - time.time(), 600.0)
     device = ["--rehearse"] if setting.tiny else []
     command = [sys.executable, "-m", "benchmarks.gpu.stages.tune"]
-    running = [
-        subprocess.Popen([*command, str(i), str(count), *device], cwd=ROOT, preexec_fn=os.setpgrp)
-        for i in range(count)
-    ]
+    running = [begin([*command, str(i), str(count), *device]) for i in range(count)]
     late = end_by(running, end)
     failed = sum(p.returncode not in (0, -9) for p in running)
     assert not failed, f"{failed} of {count} processes failed"
