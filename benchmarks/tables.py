@@ -314,8 +314,8 @@ def _amx_line(records: list[dict]) -> str:
         )
     )
     return (
-        f"**In bf16 on 2 CPU cores with AMX**: VideoMAE-B **{peer:.1f}x** transformers' with SDPA in "
-        f"bf16 ({fp32:.1f}x in fp32), ViT-B **{official:.1f}x** the official\ncode in fp32 "
+        f"**In bf16 on 2 CPU cores with AMX**: VideoMAE-B **{peer:.1f}x** transformers' with SDPA "
+        f"in bf16 ({fp32:.1f}x in fp32), ViT-B **{official:.1f}x** the official\ncode in fp32 "
         f"({where(records[-1:])}).\n"
     )
 
