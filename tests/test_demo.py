@@ -58,3 +58,20 @@ def test_demo_that_is_stopped_does_not_claim_to_go_on(folder, tmp_path, monkeypa
     monkeypatch.setattr(demo_module, "pretrain", stopped)
     with pytest.raises(Interrupted, match="starts it anew"):
         demo(videos=str(folder), output=str(tmp_path / "demo"), img_size=32, steps=20)
+
+
+@pytest.mark.parametrize(("why_not", "precision"), [(None, "bf16"), ("no AMX", "fp32")])
+def test_demo_trains_in_bf16_where_the_cpu_has_tiles(
+    folder, tmp_path, monkeypatch, why_not, precision
+):
+    asked = []
+
+    def stopped(cfg):
+        asked.append(cfg.train.precision)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(demo_module, "pretrain", stopped)
+    monkeypatch.setattr(demo_module.dispatch, "load_amx", lambda: why_not)
+    with pytest.raises(Interrupted):
+        demo(videos=str(folder), output=str(tmp_path / "demo"), img_size=32, steps=20)
+    assert asked == [precision]

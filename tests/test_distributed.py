@@ -1,6 +1,9 @@
 """What a process becomes by torchrun's environment: alone, one of several, on a GPU of its own."""
 
 import itertools
+import platform
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -201,3 +204,28 @@ def test_what_counts_as_another_s_death():
     assert distributed.lost_peer(dist.DistBackendError("x"))
     assert distributed.lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc] closed"))
     assert not distributed.lost_peer(RuntimeError("shape mismatch"))
+
+
+FREED = """
+import resource, sys, torch
+from mae_fast import distributed
+if sys.argv[1] == "run":
+    distributed.start("cpu")
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(1 << 24) for _ in range(2)]  # 64 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([step() for _ in range(6)][-1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
+def test_a_run_on_a_cpu_keeps_what_a_step_frees():
+    """Pages that a step touches for the first time again, of 32,768: none; many without a run."""
+    found = {}
+    for what in ("run", "nothing"):
+        ran = subprocess.run(
+            [sys.executable, "-c", FREED, what], capture_output=True, text=True, check=True
+        )
+        found[what] = int(ran.stdout)
+    assert found["run"] < 1000 < found["nothing"], found
