@@ -33,7 +33,6 @@ inline void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, bool am
               MAX_HEAD_DIM, ", got ", q.size(3));
   TORCH_CHECK(k.size(1) >= 1, "attention: k must have at least one key, got ", k.sizes());
   if (amx) {
-    TORCH_CHECK(!*amx::why_not(), "attention: ", amx::why_not());
     TORCH_CHECK(q.scalar_type() == at::kBFloat16, "attention: tiles are of bfloat16, got ",
                 q.scalar_type());
     TORCH_CHECK(q.size(3) % 2 == 0, "attention: head dim must be even, got ", q.size(3));
@@ -64,7 +63,7 @@ inline std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& 
     return {out, lse};
   }
 #if MAE_FAST_AMX
-  if (amx) {
+  if (amx && !*amx::why_not()) {  // oneDNN may have been switched off since it was chosen
     amx::fwd(q, k, v, out, lse);
     return {out, lse};
   }
@@ -89,7 +88,7 @@ inline void write_gradients(const Tensor& dout_, const Tensor& q_, const Tensor&
     return;
   }
 #if MAE_FAST_AMX
-  if (amx) {
+  if (amx && !*amx::why_not()) {
     amx::bwd(dout, q, k, v, out, lse, dq, dk, dv);
     return;
   }

@@ -80,14 +80,15 @@ inline Int pair(const Int& low, const Int& high) {
   return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
 }
 
-// dst[cols, rows] = src[rows, cols]^T
+// dst[cols, rows] = src[rows, cols]^T, in blocks of up to 32, but not of 31: torch makes their mask
+// by a shift that is undefined.
 inline void transpose(const BFloat16* src, int64_t ld_src, BFloat16* dst, int64_t ld_dst,
                       int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < rows; i += 32) {
-    for (int64_t j = 0; j < cols; j += 32) {
+  const auto block = [](int64_t left) { return left == 31 ? 16 : std::min<int64_t>(left, 32); };
+  for (int64_t i = 0; i < rows; i += block(rows - i)) {
+    for (int64_t j = 0; j < cols; j += block(cols - j)) {
       at::vec::transpose_mxn<BFloat16>(src + i * ld_src + j, ld_src, dst + j * ld_dst + i, ld_dst,
-                                       std::min<int64_t>(32, rows - i),
-                                       std::min<int64_t>(32, cols - j));
+                                       block(rows - i), block(cols - j));
     }
   }
 }

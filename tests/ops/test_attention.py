@@ -299,6 +299,22 @@ def test_attention_of_tiles_declines(width, dtypes, reason):
         attention(*args)
 
 
+@pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("off", ["in_forward", "in_backward"])
+def test_attention_of_tiles_while_onednn_is_off(off):
+    """torch's own switch, after the backend was chosen: vectors compute what tiles would."""
+    args = make("odd", torch.bfloat16)
+    dout = torch.randn(args[0].shape, dtype=torch.bfloat16)
+    with mae_fast.backends(attention="amx"):
+        wanted = gradients(attention, args, [dout])
+        with torch.backends.mkldnn.flags(enabled=off != "in_forward"):
+            out = attention(*args)
+        with torch.backends.mkldnn.flags(enabled=off != "in_backward"):
+            found = [out.detach(), *torch.autograd.grad(out, args, dout)]
+    for w, f in zip(wanted, found, strict=True):
+        torch.testing.assert_close(w, f, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("allowed", ["DEFAULT", "AVX512_CORE_BF16"])
 def test_attention_of_tiles_asks_onednn(allowed):
     """What oneDNN may not use is not used, and says so; other ways compute it then."""
