@@ -130,7 +130,7 @@ class _HalfLinear(torch.autograd.Function):
         count = len(ctx.rows)
         dx = (g @ weight).view(x.shape).to(ctx.dtype) if need_x else None
         dweights = dbiases = (None,) * count
-        if not g.is_cuda and not dispatch.interpreting():
+        if dispatch.why_not_triton(g):  # of a CPU's tiles
             if any(needs):
                 dweight, dbias = torch.ops.mae_fast.linear_grads(g, x2)
                 dweights, dbiases = dweight.split(ctx.rows), dbias.split(ctx.rows)
@@ -196,11 +196,12 @@ def _why_not_half(x: Tensor, weight: Tensor) -> str | None:
         return "there is no autocast"
     if weight.dtype != torch.float32 or x.dtype == torch.float64:
         return f"x is {x.dtype} and the weight {weight.dtype}"
-    if x.device.type == "cpu" and not dispatch.interpreting():
+    reason = dispatch.why_not_triton(x, weight)
+    if reason and x.device.type == "cpu":
         if dispatch.autocast_dtype("cpu") != torch.bfloat16:
             return "tiles are of bfloat16, autocast is not"
         return dispatch.why_not_cpp(x, weight) or dispatch.load_amx()
-    return dispatch.why_not_triton(x, weight)
+    return reason
 
 
 @dispatch.constant

@@ -28,9 +28,6 @@ POPEN = subprocess.Popen
 class Device(device.Cpu):
     type = "cuda"
 
-    def limits(self) -> dict:
-        return {}
-
 
 class Setting(setting.Setting):
     def cfg(self, model):
@@ -39,6 +36,9 @@ class Setting(setting.Setting):
 
     def batch(self, clips):
         return 2
+
+    def limits(self) -> dict:
+        return {}
 
 
 class StartedError(Exception):
