@@ -35,7 +35,9 @@ oneDNN on AMD processors. The baselines are written from the specification, and
 `official_repository` is the official code itself; all give the same loss from the same weights in
 the same process before anything is timed. Machines differ, and one machine with the hour: official
 eager spends much of its time on page faults of its score matrices, so its ratio moves from record
-to record: take the lowest.
+to record: take the lowest. Every engine here has the C library's malloc as it is; a run of
+`mae-fast pretrain` on a CPU keeps what a step frees. Where both do (MALLOC_TRIM_THRESHOLD_), the
+ratios to others are smaller: page faults are a greater part of theirs.
 """
 
 
