@@ -18,6 +18,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         **devices(),
+        **{k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},  # glibc's: page faults
         "commit": commit(),
     }
 
