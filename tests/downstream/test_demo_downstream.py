@@ -79,7 +79,7 @@ def test_every_class_has_each_scene_and_they_begin_alike(tmp_path):
             assert all((c[8] - scene[0][8]).abs().max() > 100 for c in scene[1:])
         assert (clips[4][0] - clips[0][0]).abs().max() > 100
         scenes.append(clips[0])
-    assert (scenes[0] == scenes[1]).all()  # a seed is a set
+    assert (scenes[0] - scenes[1]).abs().max() < 24  # a seed is a set, but for the encoder
 
 
 @pytest.mark.parametrize("seed", [0])
