@@ -4,6 +4,7 @@ It prepares the folder, resumes what is in it, and runs the steps. Inside a step
 the device; losses and norms cross to the host once every log_every steps.
 """
 
+import abc
 import contextlib
 import dataclasses
 import functools
@@ -52,7 +53,7 @@ def run(kind: type["Run"], cfg: Config) -> dict[str, Any]:
         distributed.finish()
 
 
-class Run:
+class Run(abc.ABC):
     """The state of one run: model, optimizer, data, and the step it has reached."""
 
     def __init__(self, cfg: Config, world: World, signals: Signals) -> None:
@@ -102,28 +103,30 @@ class Run:
     mixed = False  # the clips of a micro-step depend on each other
     probes: Probes | None = None
 
+    @abc.abstractmethod
     def _make_model(self) -> nn.Module:
         """As it is at the start, on any device."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _make_optimizer(self) -> torch.optim.AdamW:
-        raise NotImplementedError
+        """Of the model as it lies here."""
 
+    @abc.abstractmethod
     def _rate(self, step: int) -> float:
         """The learning rate of the step numbered `step` from 0."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What _loss takes, on the device, of a micro-step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _loss(self, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of a micro-step, a scalar."""
 
+    @abc.abstractmethod
     def _held_out(self) -> dict[str, Any]:
         """What the held-out videos say of the model; {} on a rank that does not judge, or that is
         told to stop."""
-        raise NotImplementedError
 
     def _after(self) -> dict[str, Any]:
         """What follows an update of the model, as `Step` takes it."""
