@@ -1,6 +1,7 @@
 """What a process becomes by torchrun's environment: alone, one of several, on a GPU of its own."""
 
 import itertools
+import os
 import platform
 import subprocess
 import sys
@@ -224,9 +225,11 @@ def test_a_run_on_a_cpu_keeps_what_a_step_frees():
     """Pages that a step touches for the first time again, of 32,768: none, once the heap has found
     its size; many without a run."""
     found = {}
-    for what in ("run", "nothing"):
-        ran = subprocess.run(
-            [sys.executable, "-c", FREED, what], capture_output=True, text=True, check=True
-        )
-        found[what] = int(ran.stdout)
+    told = {"MALLOC_TOP_PAD_": "0"}
+    for case, more in (("run", {}), ("nothing", {}), ("told", told)):
+        what = "nothing" if case == "nothing" else "run"
+        command, env = [sys.executable, "-c", FREED, what], {**os.environ, **more}
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        found[case] = int(ran.stdout)
     assert found["run"] < 1000 < found["nothing"], found
+    assert found["told"] > 1000, "what its user says of malloc stays"

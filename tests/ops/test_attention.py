@@ -300,6 +300,20 @@ def test_attention_of_tiles_declines(width, dtypes, reason):
 
 
 @pytest.mark.usefixtures("amx")
+@pytest.mark.parametrize("joined", [False, True])
+def test_attention_of_tiles_is_what_runs(joined):
+    """In both directions: tiles round probabilities, vectors do not, so that the bits differ."""
+    qkv, found = torch.randn(1, 70, 3, 2, 32).bfloat16(), {}
+    args = [qkv.requires_grad_()] if joined else [t.requires_grad_() for t in qkv.unbind(2)]
+    for backend in ("amx", "cpp"):
+        with mae_fast.backends(attention=backend):
+            out, *grads = gradients(attention_qkv if joined else attention, args)
+        found[backend] = [out, *(grads[0].unbind(2) if joined else grads)]
+    # The gradient of v is of probabilities alone: only backward's own way can tell it apart.
+    assert not any(map(torch.equal, found["amx"], found["cpp"]))
+
+
+@pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("off", ["in_forward", "in_backward"])
 def test_attention_of_tiles_while_onednn_is_off(off):
     """torch's own switch, after the backend was chosen: vectors compute what tiles would."""
