@@ -127,6 +127,7 @@ def index(
     workers: int | None = None,
     verify: bool = False,
     root: str | None = None,
+    weights: tuple[float, ...] = (),
 ) -> None:
     """List every video of the sources in one index file; a broken one becomes a row with its
     reason. Running the same command again goes on where it stopped.
@@ -143,12 +144,13 @@ def index(
         verify: decode all of every video and count its damaged frames; by default this is done
             only where packets look suspicious.
         root: where the relative paths of lists begin; by default each list's own folder.
+        weights: of each source, how often one of its videos is drawn beside one of the others.
     """
     from mae_fast.data import build_index
 
     if not sources:
         raise ConfigError("index: name at least one folder of videos or CSV file")
-    print(build_index(sources, output, workers=workers, verify=verify, root=root))
+    print(build_index(sources, output, workers=workers, verify=verify, root=root, weights=weights))
 
 
 def pretrain(args: list[str]) -> None:

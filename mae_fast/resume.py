@@ -55,12 +55,13 @@ OF_THE_MACHINE = {
 
 def draws(rows: list[VideoRow]) -> dict[str, Any] | None:
     """What decides the draws from an index: the number of its usable videos, and a digest of their
-    names, frames, rates and segments in their order, and of what a pack holds of each; not of their
-    folders, which may move."""
+    names, frames, rates, segments and weights in their order, and of what a pack holds of each; not
+    of their folders, which may move."""
     digest = hashlib.sha256()
     for r in rows:
         name = os.path.basename(r.path)
         packed = f"\0{r.crc}" if r.at >= 0 else ""
+        packed += f"\0{float(r.weight)!r}" if r.weight != 1 else ""
         line = f"{name}\0{r.start}\0{r.frames}\0{float(r.fps)!r}{packed}\n"
         digest.update(os.fsencode(line))
     return {"videos": len(rows), "digest": digest.hexdigest()[:16]} if rows else None
@@ -90,7 +91,7 @@ def check(
             raise ConfigError(
                 f"{path} is not the data.{key} that the run in {folder} began with: "
                 f"{now['videos']} videos, digest {now['digest']}; then {was['videos']} videos, "
-                f"digest {was['digest']} (of names, order, frames, rates and segments). "
+                f"digest {was['digest']} (of names, order, frames, rates, segments and weights). "
                 f"Resume with that index, or choose another output"
             )
     if old.get("labels") != new.get("labels"):

@@ -26,7 +26,7 @@ from mae_fast.config_file import to_dict
 from mae_fast.data import BadVideos, Batch, ClipDataset, Loader, VideoRow, make_loader, read_index
 from mae_fast.data.packed import check_size, packs_of
 from mae_fast.data.prefetch import DevicePrefetch
-from mae_fast.data.sampling import draw
+from mae_fast.data.sampling import draw, weights_of
 from mae_fast.distributed import PeerLost, World
 from mae_fast.endings import Stop
 from mae_fast.errors import CheckpointError, ConfigError, DataError, Interrupted, MaeFastError
@@ -65,6 +65,7 @@ class Run(abc.ABC):
         check_size([*self.rows, *self.val_rows], cfg.data.short_side)
         self.draws = {"index": resume.draws(self.rows), "val_index": resume.draws(self.val_rows)}
         self.begun = resume.Parts(cfg.train.batch_size, cfg.train.accum_steps, world.size)
+        self.weights = weights_of(self.rows)
         self.total = total_steps(cfg.train, len(self.rows), world.size)
         if self.total > checkpoint.LAST_STEP:
             raise ConfigError(f"{self.total} steps: a checkpoint's name holds eight digits")
@@ -299,7 +300,9 @@ class Run(abc.ABC):
         """The videos of this rank's batch of a micro-step, in words."""
         t, n = self.cfg.train, len(self.rows)
         first = ((step * t.accum_steps + micro) * self.world.size + self.world.rank) * t.batch_size
-        videos = [draw(n, g, t.seed)[1] for g in range(first, first + min(t.batch_size, 4))]
+        videos = [
+            draw(n, g, t.seed, self.weights)[1] for g in range(first, first + min(t.batch_size, 4))
+        ]
         names = ", ".join(self.rows[i].path for i in videos)
         more = f" and {t.batch_size - len(videos)} more" if t.batch_size > len(videos) else ""
         return f"loading {names}{more} for step {step + 1}"

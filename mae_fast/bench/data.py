@@ -17,12 +17,13 @@ from mae_fast.config import DataConfig, preset
 from mae_fast.data import remote
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, read_source
-from mae_fast.data.loader import Batch, ClipDataset, join, make_loader
+from mae_fast.data.loader import ClipDataset, join, make_loader
 from mae_fast.environment import environment
 from mae_fast.fields import require
 from mae_fast.files import write
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather
+from mae_fast.ops.source import Source
 from mae_fast.plan import predict
 
 FRAMES = 16
@@ -171,16 +172,15 @@ def stages(dataset: ClipDataset) -> dict[str, float]:
         below = taken
     taken = _time(lambda: [join([dataset[g]]) for g in range(videos)])
     out["sample, copy, join"] = (taken - below) * 1000 / clips
-    ready = [join([dataset[g]]) for g in range(videos)]
-    out["patches"] = _time(lambda: [_patches(batch) for batch in ready]) * 1000 / clips
+    ready = [join([dataset[g]]).source(_SIZE) for g in range(videos)]
+    out["patches"] = _time(lambda: [patches(source) for source in ready]) * 1000 / clips
     return out
 
 
-def _patches(batch: Batch) -> None:
+def patches(source: Source) -> None:
     """What a step at 90% makes of frames in the training process: visible tokens, and targets."""
-    source = batch.source(_SIZE)
-    tokens = FRAMES // 2 * (_SIZE // 16) ** 2
-    ids = torch.rand(len(batch), tokens, device="cpu").argsort(dim=1).int()
+    tokens = FRAMES // 2 * (source.size // 16) ** 2
+    ids = torch.rand(len(source), tokens, device="cpu").argsort(dim=1).int()
     numbers = 16, PIXEL_MEAN, PIXEL_STD, torch.float32
     crop_resize_patchify_gather(source, ids[:, : tokens // 10], 2, *numbers)
     target = source.of_frames(range(0, FRAMES, 2))

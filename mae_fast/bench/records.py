@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     # Steps of fine-tuning a classifier; of each engine its masked share, 0: every token.
     "finetune": {**STEP, "engines": dict, "seconds": dict},
+    # Processor time a clip, by way: loading, and what stands beside it.
+    "loading": {"item": str, "seconds": dict},
     # What a data worker makes of a clip, by operation and by who does it.
     "augment": {"op": str, "shape": str, "seconds": dict},
     # One op on one call, by backend; flop and bytes: what it does at the least.

@@ -23,7 +23,9 @@ from mae_fast.data.packed import DAMAGED, HIDDEN, KEY, LEAF, PACKET, open_decode
 from mae_fast.data.timeline import orientation
 
 SCALER = "bicubic"  # swscale's, with accurate rounding
-PRESET = "slow"  # of x264
+# Of x264. CAVLC decodes 1.6 times as fast as CABAC; without choices for the eye, and half of those
+# by variance, a file that is no larger for it is nearer to its source.
+PRESET, CODING = "slow", "cabac=0:psy=0:aq-strength=0.6"
 # Codecs that an mp4 takes, and of which a decoder needs the parameter sets and packets alone.
 _COPIED = ("h264", "hevc", "vp9", "mpeg4", "mpeg2video")
 
@@ -154,6 +156,7 @@ class _Writer:
         self.height, self.width = (width, height) if self.turns % 2 else (height, width)
         self.unit, self.container = unit, av.open(file, "w", format="mp4")
         keys = f"keyint={how['gop']}:min-keyint={how['gop']}:scenecut=0:bframes=0:threads=1"
+        keys += f":{CODING}"
         options = {"crf": str(how["crf"]), "preset": PRESET, "x264-params": keys}
         rate = Fraction(fps).limit_denominator(2000)
         self.stream = self.container.add_stream("libx264", rate=rate, options=options)

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,8 @@ class VideoRow:
     total, ordered, seekable, hidden: the Access of the whole file (total 0: an index of before).
     gop: most frames from one keyframe to the next. damaged: frames that FFmpeg flags, or that lean
     on such; -1: not all were decoded. `error`: why a file is unusable, or None.
+
+    weight: how often it is drawn beside the others.
 
     A video in a pack (packed.py) has the path PACK/SHARD/NAME: `bytes` of the shard from `at` on
     (-1: a file of its own), of CRC-32 crc, `packets` records of the table from `first` on, and in
@@ -72,6 +74,7 @@ class VideoRow:
     crc: int = 0
     setup: str = ""
     source: str = ""
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -80,6 +83,7 @@ class VideoRow:
             value, most = getattr(self, name), 2**63 - 1 if name == "bytes" else _MOST
             if not 0 <= value <= most:
                 raise ConfigError(f"{name} must be in [0, {most}], got {shown(value)}")
+        require(0 < self.weight <= _MOST, "weight must be a number above 0", self.weight)
         require(self.rotation % 90 == 0, "rotation must be in quarters of a turn", self.rotation)
         require(-1 <= self.damaged <= _MOST, "damaged must be -1 or a count", self.damaged)
         for name in ("first", "packets", "crc"):
@@ -151,10 +155,12 @@ def build_index(
     progress: bool = True,
     verify: bool = False,
     root: str | Path | None = None,
+    weights: Sequence[float] = (),
 ) -> IndexSummary:
     """Probe every video of `sources` in parallel processes and write `out` (.jsonl or .parquet).
 
-    Relative paths in lists begin at `root`, by default at each list's own folder.
+    Relative paths in lists begin at `root`, by default at each list's own folder. weights: of each
+    source, how often one of its videos is drawn beside those of others (default: as often).
 
     Rows are kept in `<out>.partial` as they come: a second call goes on from there, and takes over
     the good rows of `out` whose file has the same size and time. A file that takes longer than
@@ -164,7 +170,7 @@ def build_index(
     """
     out = Path(out)
     _check_format(out)
-    found = find_videos(sources, root)
+    found = find_videos(sources, root, weights)
     if not found:
         raise DataError(f"no videos in {', '.join(map(str, sources))}")
     partial = out.with_name(out.name + ".partial")
@@ -179,7 +185,7 @@ def build_index(
     for source in found:
         row = known.get(source.path) if source.segment is None else None
         if row and (row.bytes, row.mtime) == file_stat(source.path):
-            rows[source] = dataclasses.replace(row, label=source.label)
+            rows[source] = dataclasses.replace(row, label=source.label, weight=source.weight)
         else:
             todo.append(source)
     reused = len(rows)
@@ -408,7 +414,8 @@ def _probe_all(todo: list[Source], workers: int, timeout: float, verify: bool):
     make = "mae_fast.data.index:_probe"
     for source, facts in answers(tasks, make, max(1, min(workers, len(todo))), timeout):
         size, mtime = file_stat(source.path)
-        yield source, VideoRow(source.path, source.label, bytes=size, mtime=mtime, **facts)
+        facts |= {"bytes": size, "mtime": mtime, "weight": source.weight}
+        yield source, VideoRow(source.path, source.label, **facts)
 
 
 def _probe(path: str, segment: tuple[float, float] | None, verify: bool) -> dict:

@@ -20,7 +20,7 @@ from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, end_last_line
 from mae_fast.data.packed import PackReader, Place, check_size
 from mae_fast.data.planes import Pictures, stays
-from mae_fast.data.sampling import clip_indices, crop_box, draw
+from mae_fast.data.sampling import clip_indices, crop_box, draw, order, weights_of
 from mae_fast.data.timeline import Access
 from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
@@ -167,6 +167,7 @@ class ClipDataset(Dataset):
         self._paths = np.array([os.fsencode(r.path) for r in rows])
         self._spans = np.array([(r.start, r.frames) for r in rows], dtype=np.int64)
         self._fps = np.array([r.fps for r in rows])
+        self._weights = weights_of(rows)
         self._access = np.array(
             [(r.total, r.ordered, r.seekable, r.damaged == 0) for r in rows], dtype=np.int64
         )
@@ -184,12 +185,15 @@ class ClipDataset(Dataset):
         self._known_bad: dict[int, str] = {}
 
     def __getitem__(self, g: int) -> Batch:
-        epoch, video = draw(len(self._paths), g, self.seed)
+        n = len(self._paths)
+        epoch, video = draw(n, g, self.seed, self._weights)
         key, bad = (self.seed, epoch, video), []
         for attempt in range(_ATTEMPTS):
             rng = np.random.default_rng((*key, attempt) if attempt else key)
             if attempt:
-                video = int(rng.integers(len(self._paths)))
+                video = int(rng.integers(n))
+                if self._weights:
+                    video = int(order(n, self.seed, epoch, self._weights)[video])
             path = os.fsdecode(self._paths[video])
             try:
                 return self._clips(rng, video, path, g, bad)

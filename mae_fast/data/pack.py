@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from mae_fast.data import filters
-from mae_fast.data.encode import PRESET, SCALER, even_size
+from mae_fast.data.encode import CODING, PRESET, SCALER, even_size
 from mae_fast.data.helpers import answers
 from mae_fast.data.index import VideoRow, progress_bar, read_index, write_index
 from mae_fast.data.packed import HOW, INDEX, PACKET, TABLE, find_damage, how_made, is_pack
@@ -345,7 +345,7 @@ class _Work:
 
         how = {
             **self.how,
-            "codec": "copied" if self.how["copy"] else f"h264, x264 preset {PRESET}, yuv420p",
+            "codec": "copied" if self.how["copy"] else f"h264, x264 {PRESET} {CODING}, yuv420p",
             "scaler": None if self.how["copy"] else SCALER,
             "psnr": float(np.mean(psnr)) if psnr and None not in psnr else None,
             "videos": len(good),

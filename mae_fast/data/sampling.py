@@ -1,11 +1,13 @@
 """Which video, which frames and which box: pure numbers, as the official MAE-ST loader draws them.
 
-An epoch is one permutation of the videos. Draws are counted over the whole run, so an epoch
-flows into the next and no batch is short.
+An epoch is one permutation of the videos; where they have weights, of as many draws, in which a
+video comes as often as its share says, rounded up or down. Draws are counted over the whole run, so
+an epoch flows into the next and no batch is short.
 """
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,17 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """How often videos are drawn beside one another: float [n], above 0."""
+
+    of: np.ndarray
+
+
 # Two: the epoch being drawn, and around its end the next one.
 @functools.lru_cache(maxsize=2)
-def order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the n videos in one epoch, int64 [n]: a permutation from (seed, epoch)."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def order(n: int, seed: int, epoch: int, weights: Weights | None = None) -> np.ndarray:
+    """The order of the n videos in one epoch, int64 [n]: a permutation from (seed, epoch), of the
+    videos or of as many draws of them by weight, evenly spaced from a random start."""
+    rng = np.random.default_rng((seed, epoch))
+    draws = rng.permutation(n)
+    if weights is None:
+        return draws
+    ends = np.cumsum(weights.of)
+    at = (draws + rng.random()) / n * ends[-1]
+    return np.searchsorted(ends, at, side="right").clip(max=n - 1)
 
 
-def draw(n: int, g: int, seed: int) -> tuple[int, int]:
+def draw(n: int, g: int, seed: int, weights: Weights | None = None) -> tuple[int, int]:
     """The epoch and the video of global draw g (0, 1, 2, ... over the whole run) of n videos."""
     epoch, position = divmod(g, n)
-    return epoch, int(order(n, seed, epoch)[position])
+    return epoch, int(order(n, seed, epoch, weights)[position])
+
+
+def weights_of(rows) -> Weights | None:
+    """The weights of an index's rows; None where they are all the same."""
+    of = np.array([r.weight for r in rows])
+    return Weights(of) if len(set(of)) > 1 else None
 
 
 def clip_indices(

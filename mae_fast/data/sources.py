@@ -1,9 +1,10 @@
 """Where the videos of an index come from: folders, lists, and the files of known datasets."""
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,21 +14,34 @@ from mae_fast.fields import shown
 
 
 class Source(NamedTuple):
-    """A video to be indexed: absolute path, label, and (begin, end) seconds or None."""
+    """A video to be indexed: absolute path, label, (begin, end) seconds or None, and how often it
+    is drawn beside others."""
 
     path: str
     label: str | None = None
     segment: tuple[float, float] | None = None
+    weight: float = 1.0
 
 
-def find_videos(sources: Iterable[str | Path], root: str | Path | None = None) -> list[Source]:
+def find_videos(
+    sources: Iterable[str | Path],
+    root: str | Path | None = None,
+    weights: Sequence[float] = (),
+) -> list[Source]:
     """All videos of folders, lists (.txt, .csv, .tsv, .list, .json) and single files, each once, in
     a fixed order. Relative paths in a list begin at `root`, by default at the list's own folder. A
-    file named in a list need not exist. Raises DataError."""
+    file named in a list need not exist. weights: of each source, by default 1; of a video that is
+    in several the first counts. Raises DataError."""
     found: dict[tuple, Source] = {}
     if root is not None and not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
-    for source in sources:
+    sources = list(sources)
+    if weights and len(weights) != len(sources):
+        raise DataError(f"{len(weights)} weights for {len(sources)} sources: one each")
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            raise DataError(f"a source's weight must be a number above 0, got {weight}")
+    for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
         path = Path(os.path.abspath(source))
         if not os.path.exists(path):
             raise DataError(f"{source}: no such file or folder")
@@ -41,7 +55,7 @@ def find_videos(sources: Iterable[str | Path], root: str | Path | None = None) -
         else:
             videos = iter([Source(str(path))])
         for video in videos:
-            found.setdefault((video.path, video.segment), video)
+            found.setdefault((video.path, video.segment), video._replace(weight=weight))
     return list(found.values())
 
 

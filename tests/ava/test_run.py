@@ -325,7 +325,9 @@ def test_a_run_and_a_test_that_are_killed_end_as_undisturbed_ones(small, tmp_pat
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     after_training, after_test = run.stdout.splitlines()[0], run.stdout.split("]")[1]
-    assert "checkpoint-00000002.safetensors'" in after_training and "-00000004" not in after_training
+    assert (
+        "checkpoint-00000002.safetensors'" in after_training and "-00000004" not in after_training
+    )
     assert "checkpoint-00000005" in after_test and "'test'" not in after_test
     finetune(whole)
     score_run(whole.output)

@@ -35,6 +35,7 @@ VALUES = {
     "packets": [-1, 2**40, None],
     "crc": [-1, 2**40, None],
     "setup": ["!", "AWQ", 3, None],
+    "weight": [0, -1.0, math.nan, math.inf, 2**40, "1", None, True],
     "source": [3, "/a\0b", None],
 }
 CASES = [(column, value) for column, values in VALUES.items() for value in values]

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from multiprocessing import reduction
 
 import pytest
 import torch
 
+from mae_fast.cli import main
 from mae_fast.config import DataConfig
 from mae_fast.data import workers
 from mae_fast.data.decode import VideoReader
@@ -24,6 +27,7 @@ from mae_fast.data.loader import BadVideos, ClipDataset, make_loader
 from mae_fast.errors import DataError
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 from mae_fast.ops.source import COLUMNS, PLANAR
+from mae_fast.resume import draws
 
 LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
 
@@ -161,6 +165,29 @@ def test_every_video_once_an_epoch(rows):
     again = clips(load(rows, config(repeat_aug=1), steps=10))
     first, second = ({c[1]: c[4] for c in again[e * 5 : e * 5 + 5]} for e in (0, 1))
     assert first != second
+
+
+def test_weights_of_sources_decide_how_often(folder, tmp_path, capsys):
+    """One video's folder beside another's; a bad video is replaced by weight too, and a run is told
+    of other weights as of other videos."""
+    names = sorted(p.name for p in folder.iterdir())
+    sources = [str(folder / name) for name in names]
+    ten = [10.0] + [1.0] * (len(sources) - 1)
+    shares = ["--weights", *map(str, ten)]
+    assert main(["index", *sources, "-o", str(tmp_path / "i.jsonl"), *shares]) == 0
+    rows = read_index(tmp_path / "i.jsonl")
+    assert [r.weight for r in rows] == ten[: len(rows)]
+    batches = load(rows, config(repeat_aug=1), steps=5 * len(rows), batch_size=1)
+    drawn = Counter(p for b in batches for p in b.paths)
+    assert drawn[rows[0].path] == pytest.approx(50 * len(rows) / sum(ten), abs=5)
+    assert drawn[rows[0].path] > 3 * max(drawn[r.path] for r in rows[1:])
+    broken = [replace(r, path="none.mp4") if r.weight == 1 else r for r in rows]
+    paths = [p for b in load(broken, config(repeat_aug=1), steps=20) for p in b.paths]
+    assert {*paths} == {rows[0].path}
+    assert draws(rows) != draws([replace(r, weight=1.0) for r in rows])
+    for wrong in (shares[:-1], [*shares[:-1], "0"], [*shares[:-1], "nan"]):
+        assert main(["index", *sources, "-o", str(tmp_path / "j.jsonl"), *wrong]) == 65
+        assert "weight" in capsys.readouterr().err
 
 
 def test_two_ranks_draw_what_one_draws(rows):
@@ -345,6 +372,7 @@ def test_workers_end_with_a_program_that_is_killed_or_leaves(tmp_path, folder):
     build_index([folder], tmp_path / "index.jsonl", progress=False)
     code = f"""
 import multiprocessing, os, signal, sys
+from mae_fast.cli import main
 from mae_fast.config import DataConfig
 from mae_fast.data import make_loader, read_index
 rows, cfg = read_index({str(tmp_path / "index.jsonl")!r}), DataConfig(workers=2, repeat_aug=1)
@@ -448,6 +476,7 @@ def test_memory_of_a_worker_is_flat_over_2000_decodes(tmp_path, video):
     code = f"""
 import gc, re, sys
 import torch
+from mae_fast.cli import main
 from mae_fast.config import DataConfig
 from mae_fast.data.index import VideoRow
 from mae_fast.data.loader import ClipDataset

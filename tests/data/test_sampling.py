@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mae_fast.data.sampling import clip_indices, crop_box, draw, order, shrink
+from mae_fast.data.sampling import Weights, clip_indices, crop_box, draw, order, shrink
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 
 
@@ -147,6 +147,23 @@ def test_each_video_once_an_epoch_and_epochs_flow_on():
     assert len({tuple(order(n, seed, e)) for e in range(4)}) == 4
     assert tuple(order(n, seed, 0)) != tuple(order(n, seed + 1, 0))
     assert order(n, seed, 2).tolist() == np.random.default_rng((seed, 2)).permutation(n).tolist()
+
+
+def test_weights_are_shares_of_an_epoch_s_draws():
+    """8 videos, of which the first two are drawn four times as often as the others: one
+    of weight w comes 8 w / 14 times an epoch, rounded up or down."""
+    weights = Weights(np.array([4.0, 4, 1, 1, 1, 1, 1, 1]))
+    counts = np.zeros(8)
+    for epoch in range(700):
+        drawn = np.bincount(order(8, 3, epoch, weights), minlength=8)
+        share = 8 * weights.of / 14
+        assert drawn.sum() == 8 and np.all(drawn >= share // 1) and np.all(drawn <= -(-share // 1))
+        counts += drawn
+    assert np.abs(counts / 700 - 8 * weights.of / 14).max() < 0.06
+    assert len({tuple(order(8, 3, e, weights)) for e in range(9)}) == 9
+    same = Weights(np.full(7, 0.3))
+    assert order(7, 3, 5, same).tolist() == order(7, 3, 5).tolist()
+    assert draw(8, 21, 3, weights) == (2, order(8, 3, 2, weights)[5])
 
 
 def test_a_crop_of_a_picture_one_pixel_wide_has_a_pixel():

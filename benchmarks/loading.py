@@ -1,0 +1,204 @@
+"""Loading clips beside an older commit's loader: `python -m benchmarks.loading VIDEOS OUT OLD`, a
+folder of videos and a checkout of the older commit. ffmpeg, with x264, makes the files.
+
+Each video is brought to 720p and, from that, to a short side of 256, 30 frames a second in GOPs of
+250; a pack is made of the first, and one without re-encoding of the second. A clip is 16 frames of
+the official sampling, and loaded when the joined batch lies in the training process. Times are
+processor time, of one worker and the training process, and each round is a process of its own.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from mae_fast.bench.data import patches
+from mae_fast.bench.ours import Ours
+from mae_fast.bench.records import append
+from mae_fast.bench.timing import cpu_time, interleave
+from mae_fast.config import DataConfig, preset
+from mae_fast.data.planes import pictures
+from mae_fast.data.sampling import crop_box
+from mae_fast.environment import environment
+from mae_fast.ops.crop_resize_patchify_gather import crop_resize
+
+SIZES = {"720p": 720, "256": 256}
+# Both loaders: seconds a clip of this many steps, after so many have filled the caches.
+ROUND = """
+import os, sys
+import torch
+from mae_fast.config import DataConfig
+from mae_fast.data import index
+from mae_fast.data.loader import make_loader
+path, repeats, steps, seed = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(1)
+rows = getattr(index, "read_source", index.read_index)(path)
+cfg = DataConfig(repeat_aug=repeats, workers=1, short_side=256, max_bad_share=1.0)
+how = dict(num_frames=16, batch_size=2, seed=seed)
+for steps in (2, steps):
+    before = os.times()
+    clips = sum(len(batch) for batch in make_loader(rows, cfg, steps=steps, **how))
+    taken = sum(os.times()[:4]) - sum(before[:4])
+print(taken / clips)
+"""
+INDEX = """
+import sys
+from mae_fast.data.index import build_index
+build_index([sys.argv[1]], sys.argv[2], progress=False)
+"""
+
+
+def python(root: Path, code: str, *args: object) -> str:
+    """What code prints that runs on the package in `root`."""
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", code, *map(str, args)]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
+    if run.returncode:
+        raise SystemExit(f"{root}: {run.stderr[-2000:]}")
+    return run.stdout
+
+
+def encode(video: Path, side: int, path: Path) -> None:
+    scale = f"scale='if(gt(iw,ih),-2,{side})':'if(gt(iw,ih),{side},-2)',format=yuv420p"
+    x264 = ["-c:v", "libx264", "-crf", "23", "-g", "250"]
+    command = ["ffmpeg", "-v", "error", "-y", "-i", video, "-an", "-vf", scale, "-r", "30", *x264]
+    subprocess.run([*command, path], check=True)
+
+
+def make(videos: Path, out: Path, old: Path) -> dict[str, tuple[Path, Path]]:
+    """{what is loaded: (whose loader, its index or pack)}; what is there is not made again."""
+    here, ways = Path(__file__).resolve().parent.parent, {}
+    source = videos
+    for name, side in SIZES.items():
+        folder = out / name
+        if not folder.exists():
+            half = out / f"{name}.part"
+            half.mkdir(parents=True, exist_ok=True)
+            for video in sorted(p for p in source.iterdir() if p.is_file()):
+                encode(video, side, half / f"{video.stem}.mp4")
+            half.rename(folder)
+        for whose, root in (("old", old), ("new", here)):
+            index = out / f"{name}.{whose}.jsonl"
+            if not index.exists():
+                python(root, INDEX, folder, index)
+            ways[f"{name}, {whose}"] = root, index
+        source = folder
+    for pack, name, how in (("pack", "720p", []), ("copy", "256", ["--copy"])):
+        command = [sys.executable, "-m", "mae_fast", "pack", out / f"{name}.new.jsonl", *how]
+        subprocess.run([*command, "-o", out / pack], check=True)
+        ways[pack] = here, out / pack
+    return ways
+
+
+def loading(ways: dict[str, tuple[Path, Path]], repeats: int, rounds: int, seconds: float) -> dict:
+    """Seconds a clip of each way, in turn."""
+    steps = {}
+    for name, (root, path) in ways.items():
+        a_clip = float(python(root, ROUND, path, repeats, 4, 99))
+        steps[name] = max(4, round(seconds / a_clip / 2 / repeats))
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for k in range(rounds):
+        for name, (root, path) in ways.items():
+            found[name].append(float(python(root, ROUND, path, repeats, steps[name], k)))
+    return found
+
+
+def making(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds a clip from its decoded frames: planes copied, and from them the patches of a step;
+    and by way of FFmpeg's RGB the whole clip, of which no patch is made yet."""
+    clips = [decoded(path, k) for k, path in enumerate(sorted(folder.glob("*.mp4")))]
+
+    def planes_of() -> list:
+        return [
+            pictures("", ((k, f, (False, 0)) for k, f in enumerate(c[0])), 16, 256) for c in clips
+        ]
+
+    sources = [
+        p.source([(list(range(16)), *c[1:])], 224) for p, c in zip(planes_of(), clips, strict=True)
+    ]
+
+    def by_rgb() -> None:
+        for frames, box, flip in clips:
+            rgb = [torch.from_numpy(f.to_ndarray(format="rgb24", threads=1)) for f in frames]
+            crop_resize(torch.stack(rgb), box, flip, 224)
+
+    runs = {
+        "planes copied": planes_of,
+        "patches from planes": lambda: [patches(source) for source in sources],
+        "RGB, whole clip": by_rgb,
+    }
+    for run in runs.values():
+        run()
+    found = interleave(runs, rounds, timer=cpu_time)
+    return {name: [s / len(clips) for s in samples] for name, samples in found.items()}
+
+
+def decoded(path: Path, seed: int) -> tuple[list[Any], tuple[int, ...], bool]:
+    """16 frames, one in four, a random box and whether it is mirrored."""
+    with av.open(str(path)) as container:
+        frames = [f for f in itertools.islice(container.decode(video=0), 64)][::4]
+    rng, cfg = np.random.default_rng(seed), DataConfig()
+    box = crop_box(rng, frames[0].height, frames[0].width, cfg.crop_area, cfg.crop_aspect)
+    return frames, box, bool(seed % 2)
+
+
+def step(precision: str, rounds: int) -> list[float]:
+    """Processor seconds a clip of a ViT-B step on clips that lie ready, all cores."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    cfg = preset("vit_base")
+    built = Ours().build(cfg, precision=precision)
+    clips = torch.randint(0, 256, (2, 3, 16, 224, 224), dtype=torch.uint8)
+    run = functools.partial(built.step, clips, torch.rand(2, 1568))
+    run()
+    return [cpu_time(run) / 2 for _ in range(rounds)]
+
+
+def mega(path: Path) -> float:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.suffix in (".mp4", ".tar")) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("videos", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a round, about")
+    parser.add_argument("--record", default="", help="the file that the records are appended to")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    ways = make(args.videos, args.out.resolve(), args.old.resolve())
+    size = {name: mega(args.out / name) for name in (*SIZES, "pack", "copy")}
+    psnr = json.loads((args.out / "pack/pack.json").read_text())["psnr"]
+    record = {"kind": "loading", "environment": environment()}
+    record |= {"old": subprocess.run(["git", "-C", args.old, "rev-parse", "HEAD"]).stdout}
+    records = []
+    for repeats in (1, 4):
+        found = loading(ways, repeats, args.rounds, args.seconds)
+        what = {"what": "loading a clip, processor time", "item": f"repeat_aug {repeats}"}
+        records.append(record | what | {"seconds": found, "megabytes": size, "psnr": psnr})
+    what = {"what": "a clip of decoded frames", "item": "patches"}
+    records.append(record | what | {"seconds": making(args.out / "256", args.rounds)})
+    for precision in ("fp32", "bf16"):
+        what = {"what": "a step of vit_base, processor time a clip", "item": precision}
+        records.append(record | what | {"seconds": {"mae_fast": step(precision, args.rounds)}})
+    for each in records:
+        for name, samples in each["seconds"].items():
+            print(f"{each['item']:14} {name:22} {1e3 * statistics.median(samples):9.2f} ms a clip")
+        if args.record:
+            append(args.record, each)
+    print(size, f"PSNR {psnr:.1f} dB")
+
+
+if __name__ == "__main__":
+    main()
