@@ -120,7 +120,7 @@ class Batch:
         return crop_resized(Source(self.flat, self.table, size), torch.float32)
 
     def pack(self) -> tuple[Tensor, tuple]:
-        """(all frames as one uint8 vector, the rest), for another process; see unpack."""
+        """(frames as one uint8 vector or several, the rest), for another process; see unpack."""
         given = (self.table, self.samples, self.labels)
         numbers = [None if t is None else t.numpy() for t in given]
         return self.flat, (numbers, self.paths, self.bad, self.capacity)
@@ -133,15 +133,16 @@ class Batch:
         return Batch(flat, table, samples, paths, bad, labels, capacity)
 
 
-def join(batches: list[Batch]) -> Batch:
-    """One batch of several; their frames are copied into one block of memory."""
+def join(batches: list[Batch], cat: Callable = torch.cat) -> Batch:
+    """One batch of several; their frames are copied into one block of memory. With `tuple` they
+    stay as they are, to be sent one after another (pack)."""
     tables, at = [], 0
     for b in batches:
         tables.append(b.table.clone())
         tables[-1][:, COLUMNS:] += at
         at += b.flat.numel()
     return Batch(
-        flat=torch.cat([b.flat for b in batches]),
+        flat=cat([b.flat for b in batches]),
         table=torch.cat(tables),
         samples=torch.cat([b.samples for b in batches]),
         paths=[p for b in batches for p in b.paths],
@@ -286,12 +287,14 @@ class Loader:
         return len(self._firsts)
 
     def __iter__(self) -> Iterator[Batch]:
-        make = functools.partial(_batch, self._dataset, self._size)
-        return produce(make, self._firsts, self._dataset.cfg.workers, self._waiting)
+        workers = self._dataset.cfg.workers
+        cat = tuple if workers else torch.cat
+        make = functools.partial(_batch, self._dataset, self._size, cat)
+        return produce(make, self._firsts, workers, self._waiting)
 
 
-def _batch(dataset: ClipDataset, size: int, first: int) -> Batch:
-    batch = join([dataset[g] for g in range(first, first + size)])
+def _batch(dataset: ClipDataset, size: int, cat: Callable, first: int) -> Batch:
+    batch = join([dataset[g] for g in range(first, first + size)], cat)
     return replace(batch, capacity=min(dataset.capacity * size, _MOST))
 
 

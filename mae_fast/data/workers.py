@@ -181,17 +181,18 @@ def _answer(make: Callable[[Any], Any], task: Any) -> tuple[tuple, int | None]:
         return (None, (traceback.format_exc(), None)), None
 
 
-def _in_memory(flat: torch.Tensor) -> int:
-    """The descriptor of an anonymous file that holds a uint8 vector."""
+def _in_memory(flat: torch.Tensor | tuple[torch.Tensor, ...]) -> int:
+    """The descriptor of an anonymous file that holds a uint8 vector, or several in a row."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("mae_fast")
     else:
         with tempfile.TemporaryFile() as f:
             fd = os.dup(f.fileno())
     try:
-        left = memoryview(flat.numpy())
-        while left:
-            left = left[os.write(fd, left) :]
+        for each in flat if isinstance(flat, tuple) else (flat,):
+            left = memoryview(each.numpy())
+            while left:
+                left = left[os.write(fd, left) :]
     except OSError:
         os.close(fd)
         raise
