@@ -24,11 +24,13 @@ from mae_fast.data import workers
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, build_index, read_index
 from mae_fast.data.loader import BadVideos, ClipDataset, make_loader
+from mae_fast.data.pack import write_pack
 from mae_fast.errors import DataError
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 from mae_fast.ops.source import COLUMNS, PLANAR
 from mae_fast.resume import draws
 
+HOW = {"short_side": 256, "crf": 30, "gop": 1, "copy": False, "shard": 1000}
 LINUX = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
 
 
@@ -176,15 +178,21 @@ def test_weights_of_sources_decide_how_often(folder, tmp_path, capsys):
     shares = ["--weights", *map(str, ten)]
     assert main(["index", *sources, "-o", str(tmp_path / "i.jsonl"), *shares]) == 0
     rows = read_index(tmp_path / "i.jsonl")
-    assert [r.weight for r in rows] == ten[: len(rows)]
+    assert [r.weight for r in rows] == ten
     batches = load(rows, config(repeat_aug=1), steps=5 * len(rows), batch_size=1)
     drawn = Counter(p for b in batches for p in b.paths)
     assert drawn[rows[0].path] == pytest.approx(50 * len(rows) / sum(ten), abs=5)
     assert drawn[rows[0].path] > 3 * max(drawn[r.path] for r in rows[1:])
-    broken = [replace(r, path="none.mp4") if r.weight == 1 else r for r in rows]
-    paths = [p for b in load(broken, config(repeat_aug=1), steps=20) for p in b.paths]
-    assert {*paths} == {rows[0].path}
+    heavy = [replace(r, path="none.mp4", weight=10.0) for r in rows[2:]]
+    some = load([*rows[:2], *heavy], config(repeat_aug=1, max_bad_share=1.0), steps=40)
+    drawn = Counter(p for b in some for p in b.paths)
+    assert drawn.keys() == {r.path for r in rows[:2]} and drawn[rows[1].path] < 24, drawn
     assert draws(rows) != draws([replace(r, weight=1.0) for r in rows])
+    write_pack(tmp_path / "i.jsonl", tmp_path / "pack", HOW, 1)
+    assert [r.weight for r in read_index(tmp_path / "pack")] == ten
+    other = [*shares[:1], "3", *shares[2:]]  # of videos that the index knows already
+    assert main(["index", *sources, "-o", str(tmp_path / "i.jsonl"), *other]) == 0
+    assert [r.weight for r in read_index(tmp_path / "i.jsonl")] == [3.0, *ten[1:]]
     for wrong in (shares[:-1], [*shares[:-1], "0"], [*shares[:-1], "nan"]):
         assert main(["index", *sources, "-o", str(tmp_path / "j.jsonl"), *wrong]) == 65
         assert "weight" in capsys.readouterr().err
