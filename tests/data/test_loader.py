@@ -183,10 +183,10 @@ def test_weights_of_sources_decide_how_often(folder, tmp_path, capsys):
     drawn = Counter(p for b in batches for p in b.paths)
     assert drawn[rows[0].path] == pytest.approx(50 * len(rows) / sum(ten), abs=5)
     assert drawn[rows[0].path] > 3 * max(drawn[r.path] for r in rows[1:])
-    heavy = [replace(r, path="none.mp4", weight=10.0) for r in rows[2:]]
-    some = load([*rows[:2], *heavy], config(repeat_aug=1, max_bad_share=1.0), steps=40)
+    broken = [*rows[:2], *(replace(r, path="none.mp4") for r in rows[2:])]
+    some = load(broken, config(repeat_aug=1, max_bad_share=1.0), steps=50)
     drawn = Counter(p for b in some for p in b.paths)
-    assert drawn.keys() == {r.path for r in rows[:2]} and drawn[rows[1].path] < 24, drawn
+    assert drawn.keys() == {r.path for r in rows[:2]} and drawn[rows[1].path] < 100 / 6, drawn
     assert draws(rows) != draws([replace(r, weight=1.0) for r in rows])
     write_pack(tmp_path / "i.jsonl", tmp_path / "pack", HOW, 1)
     assert [r.weight for r in read_index(tmp_path / "pack")] == ten
