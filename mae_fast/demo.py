@@ -266,12 +266,13 @@ img {{ max-width: 100%; background: #fff; border-radius: 6px; }}
 pre {{ overflow-x: auto; padding: 0.8rem; border: 1px solid #8884; border-radius: 6px; }}
 </style>
 <h1>What a masked autoencoder learned from video</h1>
-<ul>{facts}</ul>
-<h2>A clip it never trained on</h2>
-<p>{html.escape(picture)}, its last second: original, what the encoder sees, what the model
-predicts, and the prediction with the visible patches put back. Predicted patches are given the
-original's own mean and contrast, since the model predicts normalised patches.</p>
 {image("reconstruction.gif", "four moving pictures for 75% and 90% masking")}
+<p>A clip it never trained on, {html.escape(picture)}, its last second: original, what the encoder
+sees, what the model predicts, and the prediction with the visible patches put back. Predicted
+patches are given the original's own mean and contrast, since the model predicts normalised
+patches.</p>
+<ul>{facts}</ul>
+<h2>Frame by frame</h2>
 {image("reconstruction.png", "rows of frames for 75% and 90% masking")}
 <h2>Training</h2>
 {image("curves.png", "loss, learning rate and gradient norm against step")}
