@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from mae_fast.bench.calls import TARGET
-from mae_fast.bench.flops import BASE_RATIO, by_part, step_work
+from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, step_work
 from mae_fast.config import ModelConfig
 from mae_fast.memory import encoder_parameters, parameters, rows
 from mae_fast.ops.work import ADAMW_BYTES, Both, Work
@@ -40,8 +40,13 @@ CPU_SHARES = {
     "optimizer": 1.0,
 }
 
-
-_ENCODER = ("patch embedding", "encoder")  # phases
+# What is bound by copies, and the ops that it is made of; "loss" is torch's own.
+COPIED = {
+    "norms and gelu": ("layer_norm", "add_layer_norm", "bias_gelu"),
+    "casts and sums": ("casts and sums",),
+    "loss and decoder input": ("masked_mse", "masked_hog_mse", "loss", "decoder_tokens"),
+    "optimizer": ("adamw", "ema"),
+}
 
 
 class Device(NamedTuple):
@@ -96,33 +101,34 @@ class Term(NamedTuple):
 def step_bytes(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[str, float]:
     """Bytes that each op moves in a step, forward and backward, p bytes a value that products take
     and give: the least (mae_fast/ops/work.py), and what is made again in backward."""
-    half = p < 4  # as on a GPU, which keeps norms and activations, and makes one product of q, k, v
-    found = {"casts and sums": 0.0, "adamw": ADAMW_BYTES * parameters(cfg)}
-    found |= _moved(_work(cfg, clips, ratio, p), again=not half)
+    r = rows(cfg, ratio)
+    values = r.decoder * cfg.decoder_embed_dim + cfg.depth * r.seen * cfg.embed_dim
+    found = {"casts and sums": _cast(clips * values, p), "adamw": ADAMW_BYTES * parameters(cfg)}
+    found |= _moved(_work(cfg, clips, ratio, p), again=p == 4)
     if cfg.target == "features":
         found["ema"] = 12.0 * encoder_parameters(cfg)  # read, read, written
     if cfg.target in ("tokens", "features"):
         # Of each value predicted, in torch's own operators: its copy in fp32, the error or the
         # logarithm, and the gradient, each written and read, and the gradient in p bytes.
-        found["loss"] = clips * rows(cfg, ratio).masked * cfg.pred_dim * (24.0 + 3 * p)
-    # In half: the residual's gradient is written in 16 bits too, for two products, and the
-    # gradients of five products are read again for their biases'. Else: the gradients of q's, k's
-    # and v's input are summed.
-    r, dim, dec = rows(cfg, ratio), cfg.embed_dim, cfg.decoder_embed_dim
-    values = r.decoder * dec + cfg.depth * r.seen * dim  # of blocks, once each
-    found["casts and sums"] = clips * values * ((2 + 5) * p if half else 6 * p)
+        found["loss"] = clips * r.masked * cfg.pred_dim * (24.0 + 3 * p)
     return found
+
+
+def _cast(values: int, p: int) -> float:
+    """Bytes of casts and sums beside the ops, for so many values of blocks. On a GPU the residual's
+    gradient is written in 16 bits too, for two products, and the gradients of five products are
+    read again for their biases'. On a CPU the gradients of q's, k's and v's input are summed."""
+    return values * ((2 + 5) * p if p < 4 else 6 * p)
 
 
 def _moved(work: dict[tuple[str, str], Both], again: bool) -> dict[str, float]:
     """Bytes by op. again: in backward a norm's output is made from the sum, an activation's from
-    fc1's."""
+    fc1's; a GPU keeps them."""
     found: dict[str, float] = {}
-    more = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0} if again else {}
+    more = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0}
     for (phase, op), (forward, backward) in work.items():
-        again_ = 0.0 if phase == TARGET else more.get(op, 0.0)
-        moved = forward.bytes * (1 + again_) + backward.bytes
-        found[op] = found.get(op, 0.0) + moved
+        times = 1 + (more.get(op, 0.0) if again and phase != TARGET else 0.0)
+        found[op] = found.get(op, 0.0) + forward.bytes * times + backward.bytes
     return found
 
 
@@ -143,12 +149,15 @@ def encoder_terms(
     """The encoder alone, on the patches that a mask leaves (ratio 0: all): a step of fine-tuning,
     but for the head, or without `train` forward, as in a test."""
     p = device.product_bytes
-    work = {k: v for k, v in _work(cfg, clips, ratio, p).items() if k[0] in _ENCODER}
-    if not train:
-        work = {k: (forward, Work()) for k, (forward, _) in work.items()}
+    work = {
+        (phase, op): both if train else (both[0], Work())
+        for (phase, op), both in _work(cfg, clips, ratio, p).items()
+        if phase in ("patch embedding", "encoder")
+    }
     moved = _moved(work, again=train and p == 4)
-    values = clips * cfg.depth * rows(cfg, ratio).seen * cfg.embed_dim
-    moved["casts and sums"] = train * values * ((2 + 5) * p if p < 4 else 6 * p)
+    moved["casts and sums"] = train * _cast(
+        clips * cfg.depth * rows(cfg, ratio).seen * cfg.embed_dim, p
+    )
     moved["adamw"] = train * ADAMW_BYTES * encoder_parameters(cfg)
     return [t for t in _terms(cfg, device, work, moved, train) if t.amount]
 
@@ -163,45 +172,35 @@ def _terms(
     flop = by_part(work)
     # Of attention, whose backward makes scores again, in each of its two kernels.
     products, exponentials = (1 + device.attention_backward / 2, 3) if train else (1, 1)
-    heads = {
-        "encoder": cfg.embed_dim // cfg.num_heads,
-        "decoder": cfg.decoder_embed_dim // cfg.decoder_num_heads,
+    encoder, decoder = flop["encoder attention"].forward, flop["decoder attention"].forward
+    target = {
+        f"{TARGET} {kind}": flop.get(f"{TARGET} {kind}", Flop(0, 0)).forward
+        for kind in ("products", "attention")
     }
-    attention = {phase: flop[f"{phase} attention"].forward for phase in heads}
-    target = {name: 0 for name in (f"{TARGET} products", f"{TARGET} attention")}
-    target |= {name: flop[name].forward for name in target if name in flop}
+    # FLOP of attention's products for each score.
+    a_score = 4 * cfg.embed_dim // cfg.num_heads
+    a_decoder_score = 4 * cfg.decoder_embed_dim // cfg.decoder_num_heads
     amounts = {
         "encoder products": sum(flop["patch embedding"] + flop["encoder products"]),
         "decoder products": sum(flop["decoder products"] + flop["head"]),
-        "attention products": products * sum(attention.values()),
-        # One a score: of its FLOP, 4 a value of a head.
-        "attention exponentials": exponentials
-        * sum(attention[x] / (4 * d) for x, d in heads.items())
-        + target[f"{TARGET} attention"] / (4 * heads["encoder"]),
-        "norms and gelu": sum(
-            moved.get(op, 0.0) for op in ("layer_norm", "add_layer_norm", "bias_gelu")
-        ),
-        "casts and sums": moved["casts and sums"],
-        "loss and decoder input": sum(
-            moved.get(op, 0.0) for op in ("masked_mse", "masked_hog_mse", "loss", "decoder_tokens")
-        ),
-        "optimizer": moved["adamw"] + moved.get("ema", 0.0),
+        "attention products": products * (encoder + decoder),
+        "attention exponentials": exponentials * (encoder / a_score + decoder / a_decoder_score)
+        + target[f"{TARGET} attention"] / a_score,
     }
+    amounts |= {kind: sum(moved.get(op, 0.0) for op in ops) for kind, ops in COPIED.items()}
     shares = dict(device.shares)
-    for kind in ("products", "attention"):
-        name = f"{TARGET} {kind}"
-        if target[name]:
-            amounts[name] = target[name]
-            shares[name] = shares[
-                "encoder products" if kind == "products" else "attention products"
-            ]
+    if any(target.values()):
+        amounts |= target
+        shares |= zip(
+            target, (shares["encoder products"], shares["attention products"]), strict=True
+        )
 
-    def ceiling(name: str) -> float:
-        if name == "attention exponentials":
+    def ceiling(kind: str) -> float:
+        if kind == "attention exponentials":
             return device.exponentials
-        return device.products if name.endswith(("products", "attention")) else device.copy
+        return device.copy if kind in COPIED else device.products
 
-    return [Term(n, amounts[n], ceiling(n), share) for n, share in shares.items()]
+    return [Term(kind, amounts[kind], ceiling(kind), share) for kind, share in shares.items()]
 
 
 def compute_seconds(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> float:

@@ -3,6 +3,7 @@
 Everything printed is a prediction; what records hold of the same model and device stands beside it.
 """
 
+import contextlib
 import dataclasses
 import json as jsonlib
 import math
@@ -84,7 +85,7 @@ def plan(
         output: draw hours against the masking ratio by model into this PNG.
         json: print one JSON document and nothing else.
     """
-    cfg = _model(model, variant)
+    cfg = load_config(model).model if model.endswith(".toml") else make_preset(model, variant)
     ratio = (0.9 if task == "pretrain" else 0.0) if ratio is None else ratio
     epochs = {"pretrain": 800.0, "ava": 30.0}.get(task, 100.0) if epochs is None else epochs
     require(0 <= ratio < 1, "--ratio must be in [0, 1)", ratio)
@@ -94,92 +95,96 @@ def plan(
     require(views > 0, "--views must be above 0", views)
     if device == "this" and gpus > 1:
         raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
+    if task != "pretrain" and (output or shard != "none"):
+        raise ConfigError(f"--task {task} takes no --output and no --shard")
+    if ratio and task not in ("pretrain", "finetune"):
+        raise ConfigError(f"--task {task} sees every token, got --ratio {ratio}")
     where = this_device() if device == "this" else cost.DEVICES[device]
-    if task != "pretrain":
-        if output or shard != "none":
-            raise ConfigError(f"--task {task} takes no --output and no --shard")
-        if task == "ava":
-            from mae_fast.tasks.ava import plan as ava
+    devices = where, gpus, gpus_per_node
+    if task == "ava":
+        from mae_fast.tasks.ava import plan as ava
 
-            if ratio:
-                raise ConfigError(f"--task ava sees every token, got --ratio {ratio}")
-            found = ava.plan(cfg, where, gpus, gpus_per_node, batch or 16, epochs)
-            print(jsonlib.dumps(found, indent=2) if json else ava.tell(model, found))
-            return
+        found = ava.plan(cfg, *devices, batch or 16, epochs)
+        said = ava.tell(model, found)
+    elif task != "pretrain":
         clips = {"test": views * _videos(dataset, TESTS), "features": _videos(dataset)}
         clips = clips.get(task, epochs * _videos(dataset))
-        how = (ratio, where, gpus, gpus_per_node, batch, rate_of(data_rate))
-        found = {"model": model, **downstream(cfg, task, *how, clips)}
-        print(jsonlib.dumps(found, indent=2) if json else tell_downstream(found, price))
-        return
-    shards = gpus if shard != "none" else 1
-    room = (where.product_bytes, where.memory)
-    greatest = memory.greatest_batch(cfg, ratio, *room, shards, shard)
-    if not greatest or batch > greatest:
-        raise ConfigError(
-            f"{batch or 1} clips of {model} do not fit on one {device}: at most {greatest} do"
-        )
-    batch = batch or min(2 if device == "this" else 64, greatest)
-    found = {
-        "model": model,
-        "variant": cfg.variant,
-        "ratio": ratio,
-        "device": device,
-        "gpus": gpus,
-        "gpus_per_node": gpus_per_node,
-        "shard": shard,
-        "batch_clips": batch,
-        "precision": "bf16" if where.product_bytes == 2 else "fp32",
-        **predict(cfg, ratio, where, gpus, gpus_per_node, batch, shard, rate_of(data_rate)),
+        found = {"model": model}
+        found |= downstream(cfg, task, ratio, *devices, batch, rate_of(data_rate), clips)
+        said = tell_downstream(found, price)
+    else:
+        found = predict(cfg, model, ratio, *devices, shard, batch, rate_of(data_rate))
+        clips = epochs * _videos(dataset)
+        run = _run(clips, found["clips_per_second"], gpus)
+        paid = run["gpu_hours"] * price if price else None
+        found["run"] = {"epochs": epochs, "dataset": dataset, **run, "cost": paid}
+        found["ceilings"] = {k: v for k, v in where._asdict().items() if k != "name"}
+        found["measured"] = measured(results, found)
+        found["paper"] = PAPER if model == PAPER["model"] else None
+        if output:
+            draw(output, where, found["batch_clips"], epochs, dataset)
+        said = tell(found)
+    print(jsonlib.dumps(found, indent=2) if json else said)
+
+
+def _step(compute: float, sent: float, loading: float) -> dict[str, Any]:
+    """A step whose computing, collectives and loading take so many seconds."""
+    exposed = cost.exposed_seconds(sent, compute)
+    slow = loading > compute + exposed
+    return {
+        "seconds": max(compute + exposed, loading),
+        "compute": compute,
+        "communication": sent,
+        "communication_not_hidden": exposed,
+        "loading": loading,
+        "bound_by": "loader" if slow else "communication" if exposed else "compute",
     }
-    found["memory"]["greatest_batch"] = greatest
-    if device != "this":
-        of_use = cost.efficiencies(cfg, gpus * batch, ratio, gpus_per_node, where, shard)
-        found["efficiency_by_gpus"] = {str(n): x for n, x in of_use.items()}
-        found["gpus_of_use"] = max(n for n, x in of_use.items() if x >= OF_USE)
-    clips = epochs * _videos(dataset)
-    hours = clips / found["clips_per_second"] / 3600
-    found["run"] = {
-        "epochs": epochs,
-        "dataset": dataset,
-        "clips": clips,
-        "hours": hours,
-        "gpu_hours": hours * gpus,
-        "cost": hours * gpus * price if price else None,
-    }
-    found["ceilings"] = {k: v for k, v in where._asdict().items() if k != "name"}
-    found["measured"] = measured(results, found)
-    found["paper"] = PAPER if model == PAPER["model"] else None
-    if output:
-        draw(output, where, batch, epochs, dataset)
-    print(jsonlib.dumps(found, indent=2) if json else tell(found))
+
+
+def _run(clips: float, clips_per_second: float, gpus: int) -> dict[str, float]:
+    hours = clips / clips_per_second / 3600
+    return {"clips": clips, "hours": hours, "gpu_hours": hours * gpus}
 
 
 def predict(
     cfg: ModelConfig,
+    model: str,
     ratio: float,
     device: cost.Device,
     gpus: int,
     gpus_per_node: int,
-    batch: int,
     shard: str,
+    batch: int,
     data_rate: float,
 ) -> dict[str, Any]:
     """Counts and times of a step of `batch` clips on each device. FLOP and bytes are of one clip,
     and of one step on one device."""
+    p, shards = device.product_bytes, gpus if shard != "none" else 1
+    greatest = memory.greatest_batch(cfg, ratio, p, device.memory, shards, shard)
+    if not greatest or batch > greatest:
+        raise ConfigError(
+            f"{batch or 1} clips of {model} do not fit on one {device.name}: at most {greatest} do"
+        )
+    batch = batch or min(2 if device.name == "this" else 64, greatest)
+    held = memory.memory(cfg, batch, ratio, p, shards, shard=shard)
     official = official_parts(cfg, 1, ratio)
     done = step_parts(cfg, batch, ratio or BASE_RATIO, encode_all=ratio == 0)
-    compute = cost.compute_seconds(cfg, batch, ratio, device)
+    terms = cost.terms(cfg, batch, ratio, device)
+    compute = sum(t.seconds for t in terms)
     sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, shard)
-    exposed = cost.exposed_seconds(sent, compute)
-    node = min(gpus, gpus_per_node)
-    loading = batch * node / data_rate if data_rate else 0.0
-    seconds = max(compute + exposed, loading)
-    bound = "loader" if loading > compute + exposed else "communication" if exposed else "compute"
-    shards = gpus if shard != "none" else 1
-    held = memory.memory(cfg, batch, ratio, device.product_bytes, shards, shard=shard)
-    need = node * batch / (compute + exposed)
-    return {
+    a_node = batch * min(gpus, gpus_per_node)
+    step = _step(compute, sent, a_node / data_rate if data_rate else 0.0)
+    need = a_node / (compute + step["communication_not_hidden"])
+    found = {
+        "model": model,
+        "variant": cfg.variant,
+        "ratio": ratio,
+        "device": device.name,
+        "gpus": gpus,
+        "gpus_per_node": gpus_per_node,
+        "shard": shard,
+        "batch_clips": batch,
+        "precision": "bf16" if p == 2 else "fp32",
         "parameters": memory.parameters(cfg),
         "target": _target(cfg, ratio, device, batch, held.peak, compute),
         "forward_gflops": forward_flop(cfg, ratio) / 1e9,
@@ -193,24 +198,22 @@ def predict(
             }
             for part in official
         },
-        "bytes_a_step": cost.step_bytes(cfg, batch, ratio, device.product_bytes),
+        "bytes_a_step": cost.step_bytes(cfg, batch, ratio, p),
         "memory": {f"{k}_mb": v / 2**20 for k, v in held._asdict().items()},
-        "step": {
-            "seconds": seconds,
-            "parts": {t.name: t.seconds for t in cost.terms(cfg, batch, ratio, device)},
-            "compute": compute,
-            "communication": sent,
-            "communication_not_hidden": exposed,
-            "loading": loading,
-            "bound_by": bound,
-        },
-        "clips_per_second": gpus * batch / seconds,
+        "step": {**step, "parts": {t.name: t.seconds for t in terms}},
+        "clips_per_second": gpus * batch / step["seconds"],
         "loader": {
             "clips_per_second_a_node": need,
             "decode_cores_a_node": need * DECODE_SECONDS,
             "decode_seconds_a_clip": DECODE_SECONDS,
         },
     }
+    found["memory"]["greatest_batch"] = greatest
+    if device.name != "this":
+        of_use = cost.efficiencies(cfg, gpus * batch, ratio, gpus_per_node, device, shard)
+        found["efficiency_by_gpus"] = {str(n): x for n, x in of_use.items()}
+        found["gpus_of_use"] = max(n for n, x in of_use.items() if x >= OF_USE)
+    return found
 
 
 def downstream(
@@ -227,28 +230,19 @@ def downstream(
     """Fine-tuning, or a pass forward alone, of `clips` in all; the head is left out. Times of a
     masked run are means over its cosine."""
     train, p = task == "finetune", device.product_bytes
-    if ratio and not train:
-        raise ConfigError(f"--task {task} sees every token, got --ratio {ratio}")
     # Middles of ten parts of half a cosine from `ratio` to 0.
-    course = [
-        ratio * (1 + math.cos(math.pi * (i + 0.5) / 10)) / 2 for i in range(10 if ratio else 1)
-    ]
+    course = [ratio * (1 + math.cos(math.pi * (i + 0.5) / 10)) / 2 for i in range(10)]
+    course = course if ratio else [0.0]
     batch = batch or (1 if device.name == "this" else 16)
     held = memory.tuning(cfg, batch, ratio, p)
     if train and held.peak > memory.USABLE * device.memory:
         raise ConfigError(f"{batch} clips do not fit on one {device.name}: give a smaller --batch")
-    each = [cost.encoder_terms(cfg, batch, r if ratio else 0.0, device, train) for r in course]
-    parts = {
-        t.name: sum(u.seconds for terms in each for u in terms if u.name == t.name) / len(each)
-        for t in each[0]
-    }
-    compute = sum(parts.values())
+    parts: dict[str, float] = {}
+    for t in (t for r in course for t in cost.encoder_terms(cfg, batch, r, device, train)):
+        parts[t.name] = parts.get(t.name, 0.0) + t.seconds / len(course)
     sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device) if train else 0.0
-    exposed = cost.exposed_seconds(sent, compute)
-    node = min(gpus, gpus_per_node)
-    loading = batch * node / data_rate if data_rate else 0.0
-    seconds = max(compute + exposed, loading)
-    hours = clips / (gpus * batch / seconds) / 3600
+    loading = batch * min(gpus, gpus_per_node) / data_rate if data_rate else 0.0
+    step = _step(sum(parts.values()), sent, loading)
     return {
         "task": task,
         "ratio": ratio,
@@ -257,25 +251,28 @@ def downstream(
         "batch_clips": batch,
         "precision": "bf16" if p == 2 else "fp32",
         "memory_mb": held.peak / 2**20 if train else None,
-        "step": {"seconds": seconds, "parts": parts, "loading": loading, "not_hidden": exposed},
-        "clips_per_second": gpus * batch / seconds,
-        "run": {"clips": clips, "hours": hours, "gpu_hours": hours * gpus},
+        "step": {
+            "seconds": step["seconds"],
+            "parts": parts,
+            "loading": step["loading"],
+            "not_hidden": step["communication_not_hidden"],
+        },
+        "clips_per_second": gpus * batch / step["seconds"],
+        "run": _run(clips, gpus * batch / step["seconds"], gpus),
     }
 
 
 def tell_downstream(found: dict[str, Any], price: float) -> str:
     """The prediction in words."""
-    step, run, masked = found["step"], found["run"], f", {found['ratio']:.0%} masked at first"
+    run = found["run"]
+    paid = f", cost {run['gpu_hours'] * price:.0f}" if price else ""
     lines = [
-        f"{found['task']} of {found['model']}{masked if found['ratio'] else ''}, {found['gpus']} x "
-        f"{found['device']}, {found['batch_clips']} clips each, {found['precision']}: predicted, "
-        "not measured",
-        *(f"    {part:24} {1e3 * seconds:8.1f} ms" for part, seconds in step["parts"].items()),
-        f"    {'the step':24} {1e3 * step['seconds']:8.1f} ms",
+        _head(found, f"{found['task']} of {found['model']}", " at first"),
+        *(f"    {part:24} {1e3 * s:8.1f} ms" for part, s in found["step"]["parts"].items()),
+        f"    {'the step':24} {1e3 * found['step']['seconds']:8.1f} ms",
         f"  speed             {found['clips_per_second']:.1f} clips/s",
         f"  run               {run['clips'] / 1e6:.2f} M clips: {run['hours']:.1f} h, "
-        f"{run['gpu_hours']:.0f} device-hours"
-        + (f", cost {run['gpu_hours'] * price:.0f}" if price else ""),
+        f"{run['gpu_hours']:.0f} device-hours{paid}",
     ]
     if found["memory_mb"]:
         lines.append(f"  memory            {found['memory_mb'] / 1024:.1f} GiB")
@@ -318,32 +315,33 @@ def measured(folder: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     from mae_fast.environment import devices
 
     here, rows = devices()["cpu"], []
-    for path in records.files([folder] if Path(folder).is_dir() else []):
-        for record in records.read(path):
-            where = records.where(record)
-            same = where == here if found["device"] == "this" else found["device"].upper() in where
-            if not same or record.get("precision", "bf16") != found["precision"]:
-                continue
-            for step in records.steps(record):
-                if (step.model, step.ratio) == (found["model"], found["ratio"]):
-                    rows.append(
-                        {
-                            "seconds": statistics.median(step.seconds),
-                            "batch_clips": step.clips,
-                            "device": where,
-                            "commit": record["environment"]["commit"],
-                        }
-                    )
+    known = (r for f in records.files([folder]) if f.is_file() for r in records.read(f))
+    for record in known:
+        where = records.where(record)
+        same = where == here if found["device"] == "this" else found["device"].upper() in where
+        if not same or record.get("precision", "bf16") != found["precision"]:
+            continue
+        for step in records.steps(record):
+            if (step.model, step.ratio) == (found["model"], found["ratio"]):
+                row = {"seconds": statistics.median(step.seconds), "batch_clips": step.clips}
+                row |= {"device": where, "commit": record["environment"]["commit"]}
+                rows.append(row)
     return rows
+
+
+def _head(found: dict[str, Any], what: str, when: str = "") -> str:
+    masked = f", {found['ratio']:.0%} masked{when}" if found["ratio"] or not when else ""
+    return (
+        f"{what}{masked}, {found['gpus']} x {found['device']}, {found['batch_clips']} clips each, "
+        f"{found['precision']}: predicted, not measured"
+    )
 
 
 def tell(found: dict[str, Any]) -> str:
     """The prediction in words and tables."""
     step, memory, run, loader = (found[k] for k in ("step", "memory", "run", "loader"))
     lines = [
-        f"{found['model']} ({found['variant']}), {found['ratio']:.0%} masked, {found['gpus']} x "
-        f"{found['device']}, {found['batch_clips']} clips each, {found['precision']}: predicted, "
-        "not measured",
+        _head(found, f"{found['model']} ({found['variant']})"),
         "",
         f"  parameters        {found['parameters'] / 1e6:.1f} M",
         f"  forward           {found['forward_gflops']:.1f} GFLOP a clip, "
@@ -355,9 +353,7 @@ def tell(found: dict[str, Any]) -> str:
         "  GFLOP a clip             official fwd      bwd  |  done fwd      bwd",
     ]
     for part, flop in found["gflop_a_clip"].items():
-        a, b, c, d = (
-            flop[k] for k in ("official_forward", "official_backward", "forward", "backward")
-        )
+        a, b, c, d = flop.values()
         lines.append(f"    {part:24} {a:10.1f} {b:8.1f}  | {c:9.1f} {d:8.1f}")
     lines += ["", "  step, by part               ms   share"]
     for part, seconds in step["parts"].items():
@@ -371,13 +367,12 @@ def tell(found: dict[str, Any]) -> str:
             f"GiB against pixels; the loss is in {target['unit']}",
         ]
     per_device = found["clips_per_second"] / found["gpus"]
+    bound = {"loader": "the loader"}.get(step["bound_by"], step["bound_by"])
     lines += [
         f"    {'compute':24} {1e3 * step['compute']:8.1f}",
         f"    {'communication':24} {1e3 * step['communication']:8.1f}, not hidden "
         f"{1e3 * step['communication_not_hidden']:.1f}",
-        f"    {'the step':24} {1e3 * step['seconds']:8.1f}, bound by the {step['bound_by']}"
-        if step["bound_by"] == "loader"
-        else f"    {'the step':24} {1e3 * step['seconds']:8.1f}, bound by {step['bound_by']}",
+        f"    {'the step':24} {1e3 * step['seconds']:8.1f}, bound by {bound}",
         "",
         f"  speed             {found['clips_per_second']:.1f} clips/s, {per_device:.1f} a device",
         f"  run               {run['clips'] / 1e6:.1f} M clips ({run['epochs']:g} epochs of "
@@ -441,10 +436,6 @@ def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str
     write_figure(path, figure, dpi=130)
 
 
-def _model(name: str, variant: Variant) -> ModelConfig:
-    return load_config(name).model if name.endswith(".toml") else make_preset(name, variant)
-
-
 def _videos(dataset: str, known_sets: dict[str, int] = VIDEOS) -> int:
     if dataset in known_sets:
         return known_sets[dataset]
@@ -456,10 +447,8 @@ def _videos(dataset: str, known_sets: dict[str, int] = VIDEOS) -> int:
 
 def rate_of(record: str) -> float:
     """Clips a second of one node, by a number or by a record: its rate times its cores."""
-    try:
+    with contextlib.suppress(ValueError):
         return float(record)
-    except ValueError:
-        pass
     try:
         found = jsonlib.loads(Path(record).read_text())
         return found["clips_per_s_core"] * found["cores"]

@@ -27,8 +27,6 @@ from mae_fast.spans import recording
 Run = Callable[[], Sequence[Tensor]]
 # Norms of errors, relative to the greatest among the exact results, beyond twice plain torch's.
 FLOOR = {torch.float32: 4e-6, torch.bfloat16: 2e-3, torch.float16: 3e-4}
-# Blocks of the encoder and the decoder that a recording runs: the others are as the last but one.
-FEW = 3, 4
 TARGET = "target encoder"  # a phase: it has no backward
 
 
@@ -118,8 +116,7 @@ class Call:
     def both(self, function: Callable, of: Callable[[Tensor], Tensor] = lambda dout: dout) -> Run:
         """A run of the function and its backward: outputs, then gradients. Without anything to
         differentiate, the outputs. `of` brings an output's gradient into the function's order."""
-        args = [a.detach().requires_grad_() if _floating(a) else a for a in self.args]
-        leaves = [a for a in args if _floating(a)]
+        args, leaves = self._leaves()
         douts: list[Tensor] = []
 
         def run() -> Sequence[Tensor]:
@@ -139,8 +136,7 @@ class Call:
 
     def backward(self, function: Callable) -> Run:
         """A run of the backward alone."""
-        args = [a.detach().requires_grad_() if _floating(a) else a for a in self.args]
-        leaves = [a for a in args if _floating(a)]
+        args, leaves = self._leaves()
         outs = _tuple(function(*args))
         douts = [torch.ones_like(o) for o in outs]
 
@@ -149,6 +145,11 @@ class Call:
             return [g for g in grads if g is not None]
 
         return run
+
+    def _leaves(self) -> tuple[list, list[Tensor]]:
+        """The arguments, and those of them that want a gradient."""
+        args = [a.detach().requires_grad_() if _floating(a) else a for a in self.args]
+        return args, [a for a in args if _floating(a)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -164,35 +165,9 @@ def step_calls(
     """Each different call of one forward in each phase, in order; that of the head has a phase of
     its own. dtype bfloat16: under autocast.
 
-    Nothing is computed and no memory taken: all tensors are torch's meta tensors, ops give empty
-    ones, and of a deep model few blocks are run.
+    Nothing is computed and no memory taken: all tensors are torch's meta tensors, and ops give
+    empty ones.
     """
-    few = [
-        replace(cfg, depth=min(cfg.depth, n), decoder_depth=min(cfg.decoder_depth, n + 1))
-        for n in (FEW[0] - 1, FEW[0])
-    ]
-    how = (clips, ratio, dtype, without, encode_all, full_pred)
-    last = _record(few[1], *how)
-    more = {"encoder": cfg.depth - FEW[0], "decoder": cfg.decoder_depth - FEW[1]}
-    more[TARGET] = more["encoder"]
-    if max(more.values()) <= 0:
-        return list(last.values())
-    before = _record(few[0], *how)
-    return [
-        replace(c, count=c.count + max(0, more.get(c.phase, 0)) * (c.count - before[key].count))
-        for key, c in last.items()
-    ]
-
-
-def _record(
-    cfg: ModelConfig,
-    clips: int,
-    ratio: float,
-    dtype: torch.dtype,
-    without: frozenset[str],
-    encode_all: bool,
-    full_pred: bool,
-) -> dict[tuple, Call]:
     seen, counts, order = {}, Counter(), []
     length, kept = cfg.num_patches, num_keep("random", cfg.grid, ratio)
     product = torch.bfloat16 if dtype == torch.bfloat16 else None
@@ -232,13 +207,15 @@ def _record(
                 forward(net.params(), net.spec, video, *ids, full_pred, without, target=target)
     head = next(key for key in reversed(order) if key[1] == "linear")
     counts[head] -= 1
-    found = {k: replace(c, count=counts[k]) for k, c in seen.items() if counts[k]}
+    found = [replace(c, count=counts[key]) for key, c in seen.items() if counts[key]]
     predicted = full_pred or kept < length  # a mask of 0% leaves nothing to predict
-    return found | {("head", *head[1:]): replace(seen[head], phase="head", count=int(predicted))}
+    return [*found, replace(seen[head], phase="head", count=int(predicted))]
 
 
-def _clip(cfg: ModelConfig, clips: int) -> Tensor:
-    shape = (clips, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
+def _clip(cfg: ModelConfig, clips: int, patch: int = 0) -> Tensor:
+    """`patch`: of another size than the model's."""
+    height, width = ((patch or cfg.patch_size) * n for n in cfg.grid[1:])
+    shape = (clips, cfg.in_chans, cfg.num_frames, height, width)
     return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 
@@ -264,18 +241,18 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
         count = call.count + (merged[key].count if (key := (call.op, call.shape)) in merged else 0)
         merged[key] = replace(merged.get(key, call), count=count)
     length, kept = cfg.num_patches, num_keep("random", cfg.grid, ratio)
-    ids = torch.empty(clips, kept, dtype=torch.int32, device="meta")
+    ids, masked = (
+        torch.empty(clips, count, dtype=torch.int32, device="meta")
+        for count in (kept, length - kept)
+    )
     pixels = cfg.t_patch_size, cfg.patch_size, PIXEL_MEAN, PIXEL_STD, dtype
     cell = 8  # of HOG: a patch has whole ones
     patch = max(cfg.patch_size // cell, 1) * cell
-    masked = torch.empty(clips, length - kept, dtype=torch.int32, device="meta")
-    shape = (clips, cfg.in_chans, cfg.num_frames, *(patch * n for n in cfg.grid[1:]))
-    clip = torch.empty(shape, dtype=torch.uint8, device="meta")
     values = cfg.in_chans * 9 * (patch // cell) ** 2
     pred = torch.empty(*masked.shape, values, dtype=dtype, device="meta")
     frames = tuple(range(0, cfg.num_frames, cfg.t_patch_size))
     data = {
-        "masked_hog_mse": (pred, clip, masked, frames, patch, PIXEL_STD),
+        "masked_hog_mse": (pred, _clip(cfg, clips, patch), masked, frames, patch, PIXEL_STD),
         "patchify_gather": (_clip(cfg, clips), ids, *pixels),
         "crop_resize_patchify_gather": (_source(cfg, clips), ids, *pixels),
     }

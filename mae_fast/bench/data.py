@@ -24,7 +24,6 @@ from mae_fast.files import write
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather
 from mae_fast.ops.source import Source
-from mae_fast.plan import predict
 
 FRAMES = 16
 _STAGED = 24  # clips whose stages are timed
@@ -246,7 +245,7 @@ def _takes() -> dict[str, float]:
     for name in ("vit_base", "vit_large", "vit_huge"):
         cfg = preset(name)
         batch = min(64, memory.greatest_batch(cfg, 0.9, where.product_bytes, where.memory))
-        out[name] = predict(cfg, 0.9, where, 1, 8, batch, "none", 0.0)["clips_per_second"]
+        out[name] = cost.clips_per_second(cfg, batch, 0.9, where, gpus=1)
     return out
 
 

@@ -16,7 +16,7 @@ from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
 from mae_fast.bench.baselines.official_repository import OfficialRepository
 from mae_fast.bench.baselines.training import Built, make_built
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, nearest
-from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, forward_flop, step_work
+from mae_fast.bench.flops import BASE_RATIO, forward_flop, step_work
 from mae_fast.bench.ours import Ours
 from mae_fast.config import ModelConfig, preset
 from mae_fast.config_file import load_config
@@ -188,12 +188,6 @@ def work(
     if name.startswith(OURS):
         without = () if name == OURS else (name.removeprefix(WITHOUT),)
     return step_work(cfg, clips, ratio, without, masking.encode_all, every, dtype)
-
-
-def parts(name: str, cfg: ModelConfig, clips: int, masking: Masking) -> dict[str, Flop] | None:
-    """FLOP of `work`, by part."""
-    found = work(name, cfg, clips, masking)
-    return found and by_part(found)
 
 
 def flop_limit(cfg: ModelConfig, masking: Masking) -> float:

@@ -155,13 +155,8 @@ class Run:
         clips = clips or (64 if setting.device == "cuda" else 2)
         self.setting, self.clips, self.rounds, self.folder = setting, clips, rounds, folder
         self.path, self.measured = folder / "samples.jsonl", False
-        self.log: dict[str, Any] = {
-            "probe": {},
-            "data": {},
-            "parts": {},
-            "rounds": [],
-            "skipped": {},
-        }
+        self.log: dict[str, Any] = {"probe": {}, "data": {}, "parts": {}}
+        self.log |= {"rounds": [], "skipped": {}}
         here = {"setting": asdict(setting), "clips": clips, "environment": environment()}
         self.commit = here["environment"]["commit"]
         if self.path.exists():
@@ -237,16 +232,31 @@ class Run:
 
     def probe_all(self, cells: list[Cell]) -> None:
         """Peak memory and loss of every cell, at the largest batch that fits."""
-        todo = [c for c in cells if c.key not in self.log["probe"]]
-        with Progress("one process a cell", len(todo)) as progress:
-            for cell in todo:
-                progress.tell(cell.key)
-                self._add({"cell": cell.key, "probe": self._probe(cell)})
-                progress.done(1)
+        self._each("one process a cell", "probe", cells, self._probe)
         for cell in cells:
             reason = self._wrong_loss(cell)
             if reason:
                 self.log["skipped"][cell.key] = reason
+
+    def data_all(self, cells: list[Cell], folder: str, workers: int) -> None:
+        """Loading and computing, each cell alone with its loader."""
+
+        def load(cell: Cell) -> dict[str, Any]:
+            how = {"clips": self.log["probe"][cell.key]["clips"], "folder": folder}
+            return in_own_process("with_data", cell, self.setting, workers=workers, **how)
+
+        self._each("loading and computing", "data", filter(self.fits, cells), load)
+
+    def _each(
+        self, what: str, kind: str, cells: Iterable[Cell], measure: Callable[[Cell], dict]
+    ) -> None:
+        """Log what is measured of each of these cells that has it not yet."""
+        todo = [c for c in cells if c.key not in self.log[kind]]
+        with Progress(what, len(todo)) as progress:
+            for cell in todo:
+                progress.tell(cell.key)
+                self._add({"cell": cell.key, kind: measure(cell)})
+                progress.done(1)
 
     def _probe(self, cell: Cell) -> dict[str, Any]:
         clips = self.clips
@@ -267,39 +277,23 @@ class Run:
         if "failed" in found:
             return found["failed"]
         key = Cell(cell.model, cell.strategy, cell.ratio, twin(cell.engine) or "").key
-        base = self.log["probe"].get(key)
-        if not base or "failed" in base:
+        base = self.log["probe"].get(key, {})
+        if base.get("clips") != found["clips"]:  # it failed, or took another batch
             return None
-        if base["clips"] != found["clips"]:
-            return None
-        tolerance = LOSS_TOLERANCE[self.setting.precision]
-        if abs(found["loss"] / base["loss"] - 1) <= tolerance:
+        if abs(found["loss"] / base["loss"] - 1) <= LOSS_TOLERANCE[self.setting.precision]:
             return None
         return f"its loss is {found['loss']}, that of {key} {base['loss']}: not timed"
 
     def fits(self, cell: Cell) -> bool:
         return cell.key not in self.log["skipped"]
 
-    def data_all(self, cells: list[Cell], folder: str, workers: int) -> None:
-        """Loading and computing, each cell alone with its loader."""
-        todo = [c for c in cells if self.fits(c) and c.key not in self.log["data"]]
-        with Progress("loading and computing", len(todo)) as progress:
-            for cell in todo:
-                progress.tell(cell.key)
-                clips = self.log["probe"][cell.key]["clips"]
-                options = {"clips": clips, "folder": folder, "workers": workers}
-                found = in_own_process("with_data", cell, self.setting, **options)
-                self._add({"cell": cell.key, "data": found})
-                progress.done(1)
-
     def groups(self, cells: list[Cell]) -> list[list[Cell]]:
         """The cells of one model, by engines that lie in memory at once: all, if they fit."""
-        names = list(dict.fromkeys(c.engine for c in cells))
         probes = self.log["probe"]
         state = {c.engine: probes[c.key]["state_mb"] for c in cells}
         peak = max((probes[c.key]["peak_memory_mb"] for c in cells), default=0.0)
         room, groups = ROOM * machine.free_mb(self.setting.device) - peak, []
-        for name in names:
+        for name in state:
             if not groups or sum(state[n] for n in [*groups[-1], name]) > room:
                 groups.append([])
             groups[-1].append(name)

@@ -4,13 +4,14 @@
 """
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 from mae_fast.bench.cell import Cell, config_of
-from mae_fast.bench.engines import flop_limit, label, parts, source_of
+from mae_fast.bench.engines import flop_limit, label, source_of, work
 from mae_fast.bench.flops import forward_flop
 from mae_fast.bench.paper import PAPER
+from mae_fast.bench.table import number, text_table
 from mae_fast.bench.timing import spread
 
 OFFICIAL = "official_eager"
@@ -22,59 +23,60 @@ OVERHEAD = ("rest", "mask", "loss", "idle")
 
 def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
     """A record for each model, strategy and ratio: all engines, with all their samples."""
-    found = {}
+    groups: dict[tuple, list[Cell]] = {}
+    timed = {key for line in log["rounds"] for key in line["seconds"]} - log["skipped"].keys()
+    for cell in (c for c in cells if c.key in timed):
+        groups.setdefault((cell.model, cell.strategy, cell.ratio), []).append(cell)
+    return [_record(log, group) for group in groups.values()]
+
+
+def _record(log: dict[str, Any], cells: list[Cell]) -> dict:
+    """Of engines at one ratio."""
+    first, rounds = cells[0], log["rounds"]
+    cfg, masking = config_of(first.model), first.masking
+    of = {
+        cell: [n for n, line in enumerate(rounds) if cell.key in line["seconds"]] for cell in cells
+    }
+    used = sorted({n for numbers in of.values() for n in numbers})
+    limits = [rounds[n]["limits"] for n in used]
+    commits = dict.fromkeys(str(rounds[n]["commit"]) for n in used)
+    seconds = {label(c.engine): [rounds[n]["seconds"][c.key] for n in of[c]] for c in cells}
+    engines = {}
     for cell in cells:
-        lines = [n for n, line in enumerate(log["rounds"]) if cell.key in line["seconds"]]
-        if not lines or cell.key in log["skipped"]:
-            continue
-        key = (cell.model, cell.strategy, cell.ratio)
-        record = found.setdefault(key, _new_record(log, cell))
-        probe, name = log["probe"][cell.key], label(cell.engine)
-        done = parts(cell.engine, config_of(cell.model), 1, cell.masking)
-        update = [log["rounds"][n].get("until_update", {}).get(cell.key) for n in lines]
-        record["seconds"][name] = [log["rounds"][n]["seconds"][cell.key] for n in lines]
-        record["engines"][name] = {
-            "rounds": lines,
+        probe, done = log["probe"][cell.key], work(cell.engine, cfg, 1, cell.masking)
+        update = [rounds[n].get("until_update", {}).get(cell.key) for n in of[cell]]
+        engines[label(cell.engine)] = {
+            "rounds": of[cell],
             "clips": probe["clips"],
             "peak_memory_mb": probe["peak_memory_mb"],
-            "flop": done and probe["clips"] * sum(map(sum, done.values())),
+            "flop": done
+            and probe["clips"] * int(sum(w.flop for both in done.values() for w in both)),
             "parts": log["parts"][cell.key],
             "data": log["data"].get(cell.key),
             "until_update": None if None in update else update,
             "source": source_of(cell.engine),
         }
-    for record in found.values():
-        names = list(record["seconds"])
-        record["baseline"] = OFFICIAL if OFFICIAL in names else names[0]
-        record["batch_clips"] = max(e["clips"] for e in record["engines"].values())
-        used = sorted({n for e in record["engines"].values() for n in e["rounds"]})
-        limits = [log["rounds"][n]["limits"] for n in used]
-        commits = dict.fromkeys(str(log["rounds"][n]["commit"]) for n in used)
-        record["environment"] = log["environment"] | {"commit": ", ".join(commits)}
-        record["rounds"], record["limits"] = used, limits[0]
-        for later in limits[1:]:
-            for name, limit in record["limits"].items():
-                limit = limit | {"seconds": limit["seconds"] + later[name]["seconds"]}
-                record["limits"] = record["limits"] | {name: limit}
-    return list(found.values())
-
-
-def _new_record(log: dict[str, Any], cell: Cell) -> dict:
-    cfg = config_of(cell.model)
     return {
         "kind": "ratio",
         "what": "training step by masking ratio, synthetic clips, interleaved",
-        "model": cell.model,
-        "strategy": cell.strategy,
-        "ratio": cell.ratio,
+        "model": first.model,
+        "strategy": first.strategy,
+        "ratio": first.ratio,
         "precision": log["setting"]["precision"],
         "device": log["setting"]["device"],
         "asked_clips": log["clips"],
-        "seconds": {},
-        "engines": {},
-        "flop_limit": flop_limit(cfg, cell.masking),
-        "forward_gflop": forward_flop(cfg, cell.masking.official_ratio(cfg)) / 1e9,
-        "environment": log["environment"],
+        "batch_clips": max(e["clips"] for e in engines.values()),
+        "baseline": OFFICIAL if OFFICIAL in engines else next(iter(engines)),
+        "seconds": seconds,
+        "engines": engines,
+        "rounds": used,
+        "limits": {
+            name: limit | {"seconds": [s for each in limits for s in each[name]["seconds"]]}
+            for name, limit in limits[0].items()
+        },
+        "flop_limit": flop_limit(cfg, masking),
+        "forward_gflop": forward_flop(cfg, masking.official_ratio(cfg)) / 1e9,
+        "environment": log["environment"] | {"commit": ", ".join(commits)},
     }
 
 
@@ -94,10 +96,8 @@ def summary(records: list[dict]) -> dict[str, Any]:
 def _cell(record: dict, dense: dict | None, name: str) -> dict[str, Any]:
     engine, seconds = record["engines"][name], record["seconds"][name]
     clips, median = engine["clips"], statistics.median(seconds)
-    told = {
-        "model": record["model"],
-        "strategy": record["strategy"],
-        "ratio": record["ratio"],
+    return {
+        **{key: record[key] for key in ("model", "strategy", "ratio")},
         "engine": name,
         "precision": record["precision"],
         "device": record["device"],
@@ -117,11 +117,10 @@ def _cell(record: dict, dense: dict | None, name: str) -> dict[str, Any]:
         "against_itself_at_0": faster(dense, name, record, name),
         "against_official_at_0": faster(dense, OFFICIAL, record, name),
         "against_official": faster(record, OFFICIAL, record, name),
+        "parts_a_clip": parts_of(record, name),
+        "lost": lost(record, dense, name),
+        "data": _data(record, dense, name),
     }
-    told["parts_a_clip"] = parts_of(record, name)
-    told["lost"] = lost(record, dense, name)
-    told["data"] = _data(record, dense, name)
-    return told
 
 
 def faster(base: dict | None, base_name: str, record: dict, name: str) -> dict | None:
@@ -149,14 +148,15 @@ def _share(record: dict, name: str) -> float | None:
     engine = record["engines"][name]
     if engine["flop"] is None:
         return None
-    samples, _ = _samples(record, name)
-    shares = []
     products = [limit for limit in record["limits"].values() if "flop" in limit]
-    for number, seconds in samples.items():
-        at = record["rounds"].index(number)
-        best = max(limit["flop"] / limit["seconds"][at] for limit in products)
-        shares.append(engine["flop"] / seconds / best)
-    return statistics.median(shares)
+    rates = (
+        max(limit["flop"] / limit["seconds"][n] for limit in products)
+        for n in map(record["rounds"].index, engine["rounds"])
+    )
+    seconds = record["seconds"][name]
+    return statistics.median(
+        engine["flop"] / s / best for s, best in zip(seconds, rates, strict=True)
+    )
 
 
 def parts_of(record: dict, name: str) -> dict[str, float]:
@@ -180,9 +180,7 @@ def lost(record: dict, dense: dict | None, name: str) -> dict[str, dict]:
         return {}
     here, there = parts_of(record, name), parts_of(dense, name)
     found = {}
-    for part in LOST:
-        if part not in here:
-            continue
+    for part in (p for p in LOST if p in here):
         keys = here.keys() if part == "data" else here.keys() - {"data"}
         now, before = sum(here[k] for k in keys), sum(there.get(k, 0.0) for k in keys)
         without = (before - there.get(part, 0.0)) / (now - here[part])
@@ -217,7 +215,7 @@ def print_tables(told: dict[str, Any]) -> None:
         groups.setdefault((cell["model"], cell["strategy"]), []).append(cell)
     for (model, strategy), cells in groups.items():
         print(f"\n{model}, {strategy} masking, {cells[0]['precision']}, {cells[0]['device']}")
-        print(text_table(CELL_HEAD, [cell_row(c) for c in cells]))
+        print(text_table([*CELL], map(cell_row, cells)))
         if any(c["noisy"] for c in cells):
             print(f"! spread over {NOISY:.0%}: the machine was not quiet")
         for cell in cells:
@@ -235,45 +233,30 @@ def print_tables(told: dict[str, Any]) -> None:
         print(f"left out: {cell}: {reason}")
 
 
-CELL_HEAD = [
-    "masked",
-    "engine",
-    "clips",
-    "s a step",
-    "spread",
-    "clips/s",
-    "peak MB",
-    "GFLOP a clip",
-    "of rate",
-    "over itself at 0%",
-    "official at 0%",
-    "official here",
-    "FLOP limit",
-]
-
-
 def _times(found: dict | None) -> str:
     return "-" if found is None else f"{found['times']:.2f}x{'*' if found['apart'] else ''}"
 
 
-def cell_row(c: dict[str, Any]) -> list[str]:
-    """A cell of `summary` under CELL_HEAD, here and in the report."""
-    gflop, share = c["gflop_a_clip"], c["share_of_product_rate"]
-    return [
-        f"{c['ratio']:.0%}",
-        c["engine"],
-        str(c["clips"]),
-        f"{c['seconds_a_step']:.3f}",
-        f"{c['spread']:.0%}{'!' if c['noisy'] else ''}",
-        f"{c['clips_a_second']:.3g}",
-        f"{c['peak_memory_mb']:.0f}",
-        "-" if gflop is None else f"{gflop:.0f}",
-        "-" if share is None else f"{share:.0%}",
-        _times(c["against_itself_at_0"]),
-        _times(c["against_official_at_0"]),
-        _times(c["against_official"]),
-        f"{c['flop_limit']:.1f}x",
-    ]
+# The columns of a cell of `summary`, here and in the report.
+CELL: dict[str, Callable[[dict[str, Any]], str]] = {
+    "masked": lambda c: f"{c['ratio']:.0%}",
+    "engine": lambda c: c["engine"],
+    "clips": lambda c: str(c["clips"]),
+    "s a step": lambda c: f"{c['seconds_a_step']:.3f}",
+    "spread": lambda c: f"{c['spread']:.0%}{'!' if c['noisy'] else ''}",
+    "clips/s": lambda c: f"{c['clips_a_second']:.3g}",
+    "peak MB": lambda c: f"{c['peak_memory_mb']:.0f}",
+    "GFLOP a clip": lambda c: number(c["gflop_a_clip"], ".0f"),
+    "of rate": lambda c: number(c["share_of_product_rate"], ".0%"),
+    "over itself at 0%": lambda c: _times(c["against_itself_at_0"]),
+    "official at 0%": lambda c: _times(c["against_official_at_0"]),
+    "official here": lambda c: _times(c["against_official"]),
+    "FLOP limit": lambda c: f"{c['flop_limit']:.1f}x",
+}
+
+
+def cell_row(cell: dict[str, Any]) -> list[str]:
+    return [column(cell) for column in CELL.values()]
 
 
 def _lost_row(c: dict) -> list[str]:
@@ -281,12 +264,7 @@ def _lost_row(c: dict) -> list[str]:
         x = c["lost"].get(part)
         return "-" if x is None else f"{x['share']:.0%} ({x['speed_up_without']:.1f}x)"
 
-    return [
-        f"{c['ratio']:.0%}",
-        c["engine"],
-        _times(c["against_itself_at_0"]),
-        *map(told, LOST),
-    ]
+    return [f"{c['ratio']:.0%}", c["engine"], _times(c["against_itself_at_0"]), *map(told, LOST)]
 
 
 def paper_table(cells: list[dict]) -> str:
@@ -299,39 +277,12 @@ def paper_table(cells: list[dict]) -> str:
     rows = []
     for c in (c for c in masked if c["ratio"] == at):
         data = (c["data"] or {}).get("against_itself_at_0")
-        hours = 1 / c["clips_a_second"] / 3600 * 1e6
-        rows.append(
-            [
-                f"{c['engine']}, here",
-                f"{c['flop_limit']:.1f}x",
-                _times(c["against_itself_at_0"]),
-                "unmeasured" if data is None else f"{data:.2f}x",
-                f"{hours:.3g} h a million clips",
-            ]
-        )
-    rows.append(
-        [
-            PAPER["whose"],
-            f"{PAPER['flop']}x",
-            f"{PAPER['compute']}x",
-            f"{PAPER['with_data']}x",
-            f"{PAPER['compute_hours']} h, with loading {PAPER['with_data_hours']} h",
-        ]
-    )
+        loading = "unmeasured" if data is None else f"{data:.2f}x"
+        hours = f"{1 / c['clips_a_second'] / 3600 * 1e6:.3g} h a million clips"
+        compute = _times(c["against_itself_at_0"])
+        rows.append([f"{c['engine']}, here", f"{c['flop_limit']:.1f}x", compute, loading, hours])
+    times = [f"{PAPER[key]}x" for key in ("flop", "compute", "with_data")]
+    hours = f"{PAPER['compute_hours']} h, with loading {PAPER['with_data_hours']} h"
+    rows.append([PAPER["whose"], *times, hours])
     head = [f"{at:.0%} over 0%", "FLOP", "compute", "with loading", "time at that ratio"]
     return "\n" + text_table(head, rows)
-
-
-def text_table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Columns as wide as they need; the first two to the left."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-
-    def line(cells: list[str]) -> str:
-        aligned = (
-            c.ljust(w) if i < 2 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, lines[1:])])

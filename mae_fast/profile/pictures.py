@@ -13,23 +13,21 @@ NAMED = 0.02  # of the step: parts below it have no name beside their mark
 NAME_SIZE = 6  # points
 
 
-def draw_roofline(told: dict[str, Any], folder: Path) -> Path | None:
-    """roofline.png; None without matplotlib."""
-    figure = roofline(told)
-    return figure and _save(figure, folder / "roofline.png")
-
-
-def draw_memory(told: dict[str, Any], folder: Path) -> Path | None:
-    """memory.png; None without matplotlib."""
-    figure = memory(told)
-    return figure and _save(figure, folder / "memory.png")
+def draw(told: dict[str, Any], folder: Path) -> list[Path]:
+    """roofline.png and memory.png; none without matplotlib."""
+    try:
+        figures = {"roofline": roofline(told), "memory": memory(told)}
+    except ImportError as e:
+        log.warning("no pictures: %s (pip install matplotlib)", e)
+        return []
+    for name, figure in figures.items():
+        write_figure(folder / f"{name}.png", figure, dpi=130)
+    return [folder / f"{name}.png" for name in figures]
 
 
 def roofline(told: dict[str, Any]):
-    """A figure of rate against intensity of each part that has both; None without matplotlib."""
+    """A figure of rate against intensity of each part that has both."""
     figure = _figure((8, 5))
-    if figure is None:
-        return None
     axes = figure.subplots()
     product, copy = told["product_rate"], told["copy_rate"]
     lines = [1e-3, product / copy, 1e5]
@@ -102,8 +100,6 @@ def _name_marks(
 def memory(told: dict[str, Any]):
     """A figure of what each holder has over the step, stacked, an engine a panel."""
     figure = _figure((10, 4 * len(told["engines"])))
-    if figure is None:
-        return None
     panels = figure.subplots(len(told["engines"]), squeeze=False)[:, 0]
     for axes, (name, engine) in zip(panels, told["engines"].items(), strict=True):
         held = engine["memory"]
@@ -125,14 +121,6 @@ def memory(told: dict[str, Any]):
 
 
 def _figure(size: tuple[float, float]):
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        log.warning("no pictures: %s (pip install matplotlib)", e)
-        return None
+    from matplotlib.figure import Figure
+
     return Figure(figsize=size, layout="constrained")
-
-
-def _save(figure, path: Path) -> Path:
-    write_figure(path, figure, dpi=130)
-    return path

@@ -3,6 +3,7 @@
 import contextlib
 import json as jsonlib
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from mae_fast.bench import machine
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.cell import Cell, LoadedClips, Setting, build, make_clips, stepper
-from mae_fast.bench.engines import name_of, why_not
-from mae_fast.bench.ratio_table import text_table
+from mae_fast.bench.engines import QUICK, name_of, why_not
 from mae_fast.bench.records import title
+from mae_fast.bench.table import number, text_table
 from mae_fast.bench.timing import clock, interleave, spread
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
@@ -79,7 +80,7 @@ def profile(
     folder = Path(out)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    told = profile_steps(cells, setting, batch, folder, with_data, workers)
+    told = Profiler(cells, setting, batch, folder).document(with_data, workers)
     told["files"] = write(told, folder, device)
     if json:
         print(jsonlib.dumps(told, indent=1))
@@ -97,118 +98,93 @@ class Seen(NamedTuple):
     memory: Timeline
 
 
-def profile_steps(
-    cells: list[Cell],
-    setting: Setting,
-    clips: int,
-    folder: Path,
-    videos: str = "",
-    workers: int = 0,
-) -> dict[str, Any]:
-    """The document: steps without a profiler, and with it, beside the machine's limits."""
-    built = {cell.engine: build(cell, setting) for cell in cells}
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    limits = machine.limits(cells[0].model == "quick", setting.device, dtype)
-    if videos:
-        sources = [LoadedClips(cell, setting, clips, videos, workers) for cell in cells]
-        seconds, seen = see_loading(cells, built, sources, limits, setting, folder)
-    else:
-        seconds, seen = see_in_turn(cells, built, clips, limits, setting, folder)
-    rates = {
-        name: limit.amount / statistics.median(seconds[name]) for name, limit in limits.items()
-    }
-    product = max(rate for name, rate in rates.items() if limits[name].unit == "flop")
-    engines: dict[str, dict[str, Any]] = {}
-    for cell in cells:
-        found = seen[cell.engine]
-        median, first = statistics.median(found.seconds), found.traces[0]
-        first.profile.export_chrome_trace(str(folder / f"{cell.engine}.trace.json"))
-        work = least(cell.engine, cell.cfg, clips, cell.masking, dtype)
-        engines[cell.engine] = {
-            "profiled_seconds": statistics.median(t.seconds for t in found.traces),
-            "parts": parts(found.traces, median, work, product, rates["copy"]),
-            "launches": sum(row.launches for row in first.rows.values()),
-            "state_mb": state_mb(built[cell.engine]),
-            "memory": found.memory._asdict(),
+class Profiler:
+    """Engines that are built, at so many clips, and the machine's limits beside them; traces and
+    snapshots go into `folder`."""
+
+    def __init__(self, cells: list[Cell], setting: Setting, clips: int, folder: Path) -> None:
+        self.cells, self.setting, self.clips, self.folder = cells, setting, clips, folder
+        self.built = {cell.engine: build(cell, setting) for cell in cells}
+        self.dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+        self.limits = machine.limits(cells[0].model == QUICK, setting.device, self.dtype)
+        self.runs = {name: limit.run for name, limit in self.limits.items()}
+        self.timer = clock(setting.device)
+
+    def in_turn(self) -> tuple[dict[str, list[float]], dict[str, Seen]]:
+        """Steps on random clips, engines and limits in turn: (seconds of the limits, by engine)."""
+        steps = {}
+        for cell in self.cells:
+            video = make_clips(cell.cfg, self.clips, self.setting)
+            step = stepper(cell, self.built[cell.engine], video, self.setting)
+            steps[cell.engine] = step
+            step(), step()
+        seconds, traces = defaultdict(list), defaultdict(list)
+        for _ in range(ROUNDS):
+            for name, samples in interleave(self.runs | steps, 1, timer=self.timer).items():
+                seconds[name] += samples
+            for name, step in steps.items():
+                traces[name].append(self.trace(name, step, warm=0))
+        seen = {n: Seen(seconds[n], traces[n], self.memory(n, step)) for n, step in steps.items()}
+        return seconds, seen
+
+    def loading(self, videos: str, workers: int) -> tuple[dict[str, list[float]], dict[str, Seen]]:
+        """As `in_turn`, with loading: one engine after the other, since two loaders would share the
+        cores, and so many steps before each trace that no batch is left of those made in a
+        pause."""
+        seconds, seen = interleave(self.runs, ROUNDS, timer=self.timer), {}
+        for cell in self.cells:
+            name = cell.engine
+            with LoadedClips(cell, self.setting, self.clips, videos, workers) as source:
+                step = stepper(cell, self.built[name], source, self.setting)
+                traces = [self.trace(name, step, source.ahead + 1) for _ in range(ROUNDS)]
+                seen[name] = Seen([t.unprofiled for t in traces], traces, self.memory(name, step))
+        return seconds, seen
+
+    def trace(self, name: str, step: Callable, warm: int, memory: bool = False) -> Trace:
+        return trace(self.built[name], step, self.setting.device, warm, memory)
+
+    def memory(self, name: str, step: Callable) -> Timeline:
+        """Of one more step, with its allocations."""
+        device = self.setting.device
+        with snapshot(self.folder / f"{name}.memory.pickle", device):
+            found = self.trace(name, step, warm=0, memory=True)
+        return timeline(found, device)
+
+    def document(self, videos: str, workers: int) -> dict[str, Any]:
+        """Steps without a profiler, and with it, beside the machine's limits."""
+        seconds, seen = self.loading(videos, workers) if videos else self.in_turn()
+        rates = {n: x.amount / statistics.median(seconds[n]) for n, x in self.limits.items()}
+        product = max(rates[name] for name, limit in self.limits.items() if limit.unit == "flop")
+        engines: dict[str, dict[str, Any]] = {}
+        for cell in self.cells:
+            found = seen[cell.engine]
+            median, first = statistics.median(found.seconds), found.traces[0]
+            trace_path = self.folder / f"{cell.engine}.trace.json"
+            first.profile.export_chrome_trace(str(trace_path))
+            work = least(cell.engine, cell.cfg, self.clips, cell.masking, self.dtype)
+            engines[cell.engine] = {
+                "profiled_seconds": statistics.median(t.seconds for t in found.traces),
+                "parts": parts(found.traces, median, work, product, rates["copy"]),
+                "launches": sum(row.launches for row in first.rows.values()),
+                "state_mb": state_mb(self.built[cell.engine]),
+                "memory": found.memory._asdict(),
+            }
+        return {
+            "kind": "profile",
+            "what": "one training step by phase and op" + (", with loading" if videos else ""),
+            "model": self.cells[0].model,
+            "batch_clips": self.clips,
+            "ratio": self.cells[0].ratio,
+            "strategy": self.cells[0].strategy,
+            **asdict(self.setting),
+            "workers": workers if videos else None,
+            "limits": machine.as_record(self.limits, seconds),
+            "product_rate": product,
+            "copy_rate": rates["copy"],
+            "engines": engines,
+            "seconds": {name: found.seconds for name, found in seen.items()},
+            "environment": environment(),
         }
-    return {
-        "kind": "profile",
-        "what": "one training step by phase and op" + (", with loading" if videos else ""),
-        "model": cells[0].model,
-        "batch_clips": clips,
-        "ratio": cells[0].ratio,
-        "strategy": cells[0].strategy,
-        **asdict(setting),
-        "workers": workers if videos else None,
-        "limits": machine.as_record(limits, seconds),
-        "product_rate": product,
-        "copy_rate": rates["copy"],
-        "engines": engines,
-        "seconds": {name: found.seconds for name, found in seen.items()},
-        "environment": environment(),
-    }
-
-
-def see_in_turn(
-    cells: list[Cell],
-    built: dict[str, Built],
-    clips: int,
-    limits: dict[str, machine.Limit],
-    setting: Setting,
-    folder: Path,
-) -> tuple[dict[str, list[float]], dict[str, Seen]]:
-    """Steps on random clips, engines and limits in turn: (seconds of the limits, by engine)."""
-    steps = {}
-    for cell in cells:
-        video = make_clips(cell.cfg, clips, setting)
-        steps[cell.engine] = stepper(cell, built[cell.engine], video, setting)
-        for _ in range(2):
-            steps[cell.engine]()
-    runs = {name: limit.run for name, limit in limits.items()} | steps
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    traces: dict[str, list[Trace]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, samples in interleave(runs, 1, timer=clock(setting.device)).items():
-            seconds[name] += samples
-        for name, step in steps.items():
-            traces[name].append(trace(built[name], step, setting.device, warm=0))
-    seen = {
-        name: Seen(seconds[name], traces[name], memory_of(name, built, step, setting, folder))
-        for name, step in steps.items()
-    }
-    return seconds, seen
-
-
-def see_loading(
-    cells: list[Cell],
-    built: dict[str, Built],
-    sources: list[LoadedClips],
-    limits: dict[str, machine.Limit],
-    setting: Setting,
-    folder: Path,
-) -> tuple[dict[str, list[float]], dict[str, Seen]]:
-    """As `see_in_turn`, with loading: one engine after the other, since two loaders would share the
-    cores, and so many steps before each trace that no batch is left of those made in a pause."""
-    runs = {name: limit.run for name, limit in limits.items()}
-    seconds, seen = interleave(runs, ROUNDS, timer=clock(setting.device)), {}
-    for cell, source in zip(cells, sources, strict=True):
-        name = cell.engine
-        with source:
-            step = stepper(cell, built[name], source, setting)
-            warm = source.ahead + 1
-            traces = [trace(built[name], step, setting.device, warm) for _ in range(ROUNDS)]
-            held = memory_of(name, built, step, setting, folder)
-            seen[name] = Seen([t.unprofiled for t in traces], traces, held)
-    return seconds, seen
-
-
-def memory_of(
-    name: str, built: dict[str, Built], step: Callable, setting: Setting, folder: Path
-) -> Timeline:
-    """Of one more step, with its allocations."""
-    with snapshot(folder / f"{name}.memory.pickle", setting.device):
-        allocated = trace(built[name], step, setting.device, warm=0, memory=True)
-    return timeline(allocated, setting.device)
 
 
 def parts(
@@ -220,7 +196,7 @@ def parts(
     for where, row in traces[0].rows.items():
         seconds = statistics.median(t.rows[where].seconds for t in traces if where in t.rows)
         todo = work.get(where)
-        limit = todo.seconds(product, copy) if todo else None
+        limit = todo and todo.seconds(product, copy)
         told.append(
             {
                 "phase": where.phase,
@@ -230,8 +206,8 @@ def parts(
                 "launches": row.launches,
                 "seconds": seconds,
                 "share": seconds / step,
-                "flop": todo.flop if todo else None,
-                "bytes": todo.bytes if todo else None,
+                "flop": todo and todo.flop,
+                "bytes": todo and todo.bytes,
                 "limit_seconds": limit,
                 "share_of_limit": limit / seconds if limit and seconds else None,
             }
@@ -285,17 +261,17 @@ def run_with_nvtx(cell: Cell, setting: Setting, clips: int) -> None:
 
 def write(told: dict[str, Any], folder: Path, device: str) -> list[str]:
     """profile.json and the pictures; the files' names, the traces among them."""
-    from mae_fast.profile.pictures import draw_memory, draw_roofline
+    from mae_fast.profile.pictures import draw
 
     write_file(folder / "profile.json", jsonlib.dumps(told) + "\n")
-    files = [folder / "profile.json"]
-    files += [folder / f"{name}.trace.json" for name in told["engines"]]
-    files += [draw(told, folder) for draw in (draw_roofline, draw_memory)]
+    engines = list(told["engines"])
+    files = [folder / "profile.json", *(folder / f"{name}.trace.json" for name in engines)]
+    files += draw(told, folder)
     if device == "cuda":
-        files += [folder / f"{name}.memory.pickle" for name in told["engines"]]
+        files += [folder / f"{name}.memory.pickle" for name in engines]
         files.append(folder / "deeper.sh")
-        files[-1].write_text(DEEPER.format(**told, name=next(iter(told["engines"]))))
-    return [str(f) for f in files if f]
+        files[-1].write_text(DEEPER.format(**told, name=engines[0]))
+    return [str(f) for f in files]
 
 
 # Not run yet: there was no GPU.
@@ -328,7 +304,7 @@ def print_tables(told: dict[str, Any]) -> None:
             f"unaccounted {left / step:+.1%}"
             + (f"; {engine['launches']} launches" if told["device"] == "cuda" else "")
         )
-        print(text_table(HEAD, list(_rows(engine, told))))
+        print(text_table(HEAD, _rows(engine)))
         held = engine["memory"]
         top = ", ".join(f"{n} {mb:.1f}" for n, mb in list(held["at_peak"].items())[:5])
         print(
@@ -337,7 +313,7 @@ def print_tables(told: dict[str, Any]) -> None:
         )
     for other in others:
         print(f"\n{first} beside {other}, milliseconds")
-        print(text_table(BESIDE, list(_beside(told, first, other))))
+        print(text_table(BESIDE, _beside(told, first, other)))
     print("wrote " + ", ".join(told["files"]))
 
 
@@ -346,49 +322,51 @@ HEAD += ["of limit", "could save"]
 BESIDE = ["phase", "op", "ours", "theirs", "speed-up"]
 
 
-def _grouped(engine: dict[str, Any]) -> Iterator[tuple[tuple[str, str], dict[str, dict]]]:
-    """((phase, op), {direction: part}) in the order of the parts."""
+def _grouped(engine: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict]]:
+    """{(phase, op): {direction: part}} in the order of the parts."""
     found: dict[tuple[str, str], dict[str, dict]] = {}
     for part in engine["parts"]:
         found.setdefault((part["phase"], part["op"]), {})[part["direction"]] = part
-    yield from found.items()
+    return found
 
 
-def _rows(engine: dict[str, Any], told: dict[str, Any]) -> Iterator[list[str]]:
-    for (phase, op), both in _grouped(engine):
-        seconds = sum(p["seconds"] for p in both.values())
-        flop, moved = (sum(p.get(k) or 0 for p in both.values()) for k in ("flop", "bytes"))
-        limit = sum(p.get("limit_seconds") or 0 for p in both.values())
+def _ms(seconds: float | None) -> str:
+    return number(None if seconds is None else 1e3 * seconds, ".1f")
+
+
+def _rows(engine: dict[str, Any]) -> Iterator[list[str]]:
+    for (phase, op), both in _grouped(engine).items():
+        seconds, share, calls, flop, moved, limit = (
+            sum(part.get(key) or 0 for part in both.values())
+            for key in ("seconds", "share", "calls", "flop", "bytes", "limit_seconds")
+        )
+        forward, backward = (both.get(d, {}).get("seconds") for d in ("forward", "backward"))
         known = limit > 0 and seconds > 0
-
-        def milliseconds(direction: str, both: dict = both) -> str:
-            return f"{1e3 * both[direction]['seconds']:.1f}" if direction in both else "-"
-
         yield [
             phase,
             op,
-            str(sum(p.get("calls", 0) for p in both.values()) or "-"),
-            milliseconds("forward") if op else f"{1e3 * seconds:.1f}",
-            milliseconds("backward"),
-            f"{sum(p['share'] for p in both.values()):.1%}",
-            f"{flop / 1e9:.1f}" if flop else "-",
-            f"{moved / 1e6:.0f}" if moved else "-",
-            f"{flop / seconds / 1e9:.0f}" if flop and seconds else "-",
-            f"{moved / seconds / 1e9:.1f}" if moved and seconds else "-",
-            f"{limit / seconds:.0%}" if known else "-",
-            f"{1e3 * max(0.0, seconds - limit):.1f} ms" if known else "-",
+            str(calls or "-"),
+            _ms(forward if op else seconds),
+            _ms(backward),
+            f"{share:.1%}",
+            number(flop / 1e9 if flop else None, ".1f"),
+            number(moved / 1e6 if moved else None, ".0f"),
+            number(flop / seconds / 1e9 if flop and seconds else None, ".0f"),
+            number(moved / seconds / 1e9 if moved and seconds else None, ".1f"),
+            number(limit / seconds if known else None, ".0%"),
+            number(1e3 * max(0.0, seconds - limit) if known else None, ".1f", " ms"),
         ]
 
 
 def _beside(told: dict[str, Any], first: str, other: str) -> Iterator[list[str]]:
     """Rows of the same phase and op; an empty cell where only one engine has it."""
     ours, theirs = (
-        {key: sum(p["seconds"] for p in both.values()) for key, both in _grouped(e)}
+        {key: sum(p["seconds"] for p in both.values()) for key, both in _grouped(e).items()}
         for e in (told["engines"][first], told["engines"][other])
     )
     for phase, op in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get((phase, op)), theirs.get((phase, op))
         times = f"{b / a:.2f}x" if a and b and phase not in ("idle", "unaccounted") else "-"
-        yield [phase, op, *("-" if x is None else f"{1e3 * x:.1f}" for x in (a, b)), times]
+        yield [phase, op, _ms(a), _ms(b), times]
     total = [statistics.median(told["seconds"][name]) for name in (first, other)]
-    yield ["step", "", *(f"{1e3 * t:.1f}" for t in total), f"{total[1] / total[0]:.2f}x"]
+    yield ["step", "", *map(_ms, total), f"{total[1] / total[0]:.2f}x"]

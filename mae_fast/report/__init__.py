@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from mae_fast.bench import records
-from mae_fast.bench.ratio_table import CELL_HEAD, LOST, NOISY, cell_row, paper_table, summary
+from mae_fast.bench.ratio_table import CELL, LOST, NOISY, cell_row, paper_table, summary
 from mae_fast.bench.records import Record
 from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import spread
@@ -121,7 +121,7 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
     for number, (key, cells) in enumerate(groups.items()):
         title = _group_title(key)
         page.figure(f"speed-up-{number}", pictures.speed_up(cells, title), f"Speed-up: {title}")
-        page.table(CELL_HEAD, map(cell_row, cells))
+        page.table([*CELL], map(cell_row, cells))
         page.code(paper_table(cells).strip())
     page.section(
         "What is lost",
