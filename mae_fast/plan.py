@@ -239,7 +239,8 @@ def downstream(
         raise ConfigError(f"{batch} clips do not fit on one {device.name}: give a smaller --batch")
     parts: dict[str, float] = {}
     for t in (t for r in course for t in cost.encoder_terms(cfg, batch, r, device, train)):
-        parts[t.name] = parts.get(t.name, 0.0) + t.seconds / len(course)
+        parts[t.name] = parts.get(t.name, 0.0) + t.seconds
+    parts = {name: seconds / len(course) for name, seconds in parts.items()}
     sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device) if train else 0.0
     loading = batch * min(gpus, gpus_per_node) / data_rate if data_rate else 0.0
     step = _step(sum(parts.values()), sent, loading)

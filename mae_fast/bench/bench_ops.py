@@ -17,12 +17,8 @@ def planned(config: pytest.Config) -> Planned:
     return next((p for p in plugins if isinstance(p, Planned)), Planned(quick, []))
 
 
-def plan_of(config: pytest.Config) -> Plan:
-    return planned(config).plan
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    plan = plan_of(metafunc.config)
+    plan = planned(metafunc.config).plan
     if metafunc.function is bench_op:
         items = [
             pytest.param(pair, direction, id=f"{pair[0].op}-{pair[0].shape}-{direction}")
@@ -37,8 +33,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def limits(pytestconfig):
-    plan = plan_of(pytestconfig)
+def plan(pytestconfig):
+    return planned(pytestconfig).plan
+
+
+@pytest.fixture(scope="session")
+def limits(plan):
     return machine.limits(plan.model == QUICK, plan.device, plan.dtype)
 
 
@@ -54,14 +54,13 @@ def finish(pytestconfig, benchmark):
     return keep
 
 
-def bench_op(benchmark, pytestconfig, limits, finish, pair, direction):
-    finish(measure(plan_of(pytestconfig), *pair, direction, limits, benchmark=benchmark))
+def bench_op(benchmark, plan, limits, finish, pair, direction):
+    finish(measure(plan, *pair, direction, limits, benchmark=benchmark))
 
 
-def bench_adamw(benchmark, pytestconfig, limits, finish, part):
-    plan = plan_of(pytestconfig)
+def bench_adamw(benchmark, plan, limits, finish, part):
     finish(adamw(plan, config_of(plan.model), limits, benchmark=benchmark, part=part))
 
 
-def bench_call(benchmark, pytestconfig, finish, op):
-    finish(time_smallest(op, plan_of(pytestconfig).rounds, benchmark))
+def bench_call(benchmark, plan, finish, op):
+    finish(time_smallest(op, plan.rounds, benchmark))

@@ -116,7 +116,7 @@ class Call:
     def both(self, function: Callable, of: Callable[[Tensor], Tensor] = lambda dout: dout) -> Run:
         """A run of the function and its backward: outputs, then gradients. Without anything to
         differentiate, the outputs. `of` brings an output's gradient into the function's order."""
-        args, leaves = self._leaves()
+        args, leaves = self.leaves()
         douts: list[Tensor] = []
 
         def run() -> Sequence[Tensor]:
@@ -136,7 +136,7 @@ class Call:
 
     def backward(self, function: Callable) -> Run:
         """A run of the backward alone."""
-        args, leaves = self._leaves()
+        args, leaves = self.leaves()
         outs = _tuple(function(*args))
         douts = [torch.ones_like(o) for o in outs]
 
@@ -146,7 +146,7 @@ class Call:
 
         return run
 
-    def _leaves(self) -> tuple[list, list[Tensor]]:
+    def leaves(self) -> tuple[list, list[Tensor]]:
         """The arguments, and those of them that want a gradient."""
         args = [a.detach().requires_grad_() if _floating(a) else a for a in self.args]
         return args, [a for a in args if _floating(a)]

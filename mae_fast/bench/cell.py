@@ -5,7 +5,6 @@ loss, and steps that load their clips. `in_own_process` starts that process, whi
 mae_fast.bench.cell`.
 """
 
-import dataclasses
 import json
 import os
 import resource
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,11 @@ class Setting:
     device: str
     precision: str
     seed: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 def make_clips(cfg: ModelConfig, clips: int, setting: Setting) -> Tensor:
@@ -185,24 +189,15 @@ def with_data(
         for _ in range(WARM + TIMED):
             seconds.append(timer(step))
             waits.append(source.waited)
-    return {
-        "clips": clips,
-        "seconds": seconds[WARM:],
-        "waits": waits[WARM:],
-        "repeat": source.repeat,
-    }
+    found = {"clips": clips, "seconds": seconds[WARM:], "waits": waits[WARM:]}
+    return found | {"repeat": source.repeat}
 
 
 def in_own_process(what: str, cell: Cell, setting: Setting, **arguments: Any) -> dict[str, Any]:
     """The result of `probe` or `with_data`. {"memory": why} where it does not fit; ConfigError,
     with its last words, where the process fails otherwise."""
-    order = {
-        "what": what,
-        "cell": dataclasses.asdict(cell),
-        "setting": dataclasses.asdict(setting),
-        "arguments": arguments,
-    }
-    command = [sys.executable, "-m", "mae_fast.bench.cell", json.dumps(order)]
+    order = json.dumps([what, asdict(cell), asdict(setting), arguments])
+    command = [sys.executable, "-m", "mae_fast.bench.cell", order]
     env = os.environ | (MALLOC if what == "probe" else {})
     run = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = run.stdout.splitlines()
@@ -215,16 +210,15 @@ def in_own_process(what: str, cell: Cell, setting: Setting, **arguments: Any) ->
 
 
 def main(order: str) -> None:
-    told = json.loads(order)
-    cell, setting = Cell(**told["cell"]), Setting(**told["setting"])
-    if setting.device == "cpu":
+    what, cell, setting, arguments = json.loads(order)
+    if setting["device"] == "cpu":
         limit_memory()
     try:
-        found = globals()[told["what"]](cell, setting, **told["arguments"])
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        found = {"memory": str(e)}
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e):
+        measure = {"probe": probe, "with_data": with_data}[what]
+        found = measure(Cell(**cell), Setting(**setting), **arguments)
+    except (RuntimeError, MemoryError) as e:
+        kinds = torch.OutOfMemoryError, MemoryError
+        if not isinstance(e, kinds) and "can't allocate memory" not in str(e):
             raise
         found = {"memory": str(e)}
     except MaeFastError as e:

@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -20,27 +20,6 @@ DRAWS = 4000  # of the bootstrap
 CONFIDENCE = 0.95
 PRODUCTS = ("engine_product", "product", "torch_mm")  # the limit that a time is held against
 NO_DIFFERENCE = "no difference seen"
-
-
-class Change(NamedTuple):
-    """B's time over A's, and the interval that holds it; `machine`: what the machine's own products
-    took in B's rounds over A's, where both records have them. The ratio is then without it."""
-
-    ratio: float
-    low: float
-    high: float
-    machine: float | None
-
-    @property
-    def verdict(self) -> str:
-        if self.low <= 1 <= self.high:
-            return NO_DIFFERENCE
-        if self.low > 1:
-            return f"B takes {self.ratio:.2f}x as long"
-        return f"B is {1 / self.ratio:.2f}x as fast"
-
-    def told(self) -> dict[str, Any]:
-        return {**self._asdict(), "verdict": self.verdict}
 
 
 def compare(
@@ -93,25 +72,29 @@ def compare_records(
             "from": _origin(one),
             "to": _origin(two),
             "name": name,
-            **change(one, two, name, generator, level).told(),
+            **_change(one, two, name, generator, level),
         }
         for one, two, name in pairs
     ]
 
 
-def change(
-    a: Record, b: Record, name: str, generator: np.random.Generator, level: float = CONFIDENCE
-) -> Change:
-    """Of the median time of `name` between two records."""
-    x, y = _seconds(a)[name], _seconds(b)[name]
+def _change(
+    a: Record, b: Record, name: str, generator: np.random.Generator, level: float
+) -> dict[str, Any]:
+    """B's median time over A's, and the interval that holds it; "machine": what the machine's own
+    products took in B's rounds over A's, where both records have them. The ratio is then without
+    it."""
+    x, y, machine = _seconds(a)[name], _seconds(b)[name], None
     product = next((p for p in PRODUCTS if _product(a, p, x) and _product(b, p, y)), None)
-    if product is None:
-        return Change(*interval(x, y, generator, level), None)
-    one, two = _product(a, product, x), _product(b, product, y)
-    units = ([s / p for s, p in zip(*pair, strict=True)] for pair in ((x, one), (y, two)))
-    return Change(
-        *interval(*units, generator, level), statistics.median(two) / statistics.median(one)
-    )
+    if product:
+        one, two = _product(a, product, x), _product(b, product, y)
+        machine = statistics.median(two) / statistics.median(one)
+        x, y = ([s / p for s, p in zip(*pair, strict=True)] for pair in ((x, one), (y, two)))
+    ratio, low, high = interval(x, y, generator, level)
+    verdict = f"B takes {ratio:.2f}x as long" if low > 1 else f"B is {1 / ratio:.2f}x as fast"
+    if low <= 1 <= high:
+        verdict = NO_DIFFERENCE
+    return {"ratio": ratio, "low": low, "high": high, "machine": machine, "verdict": verdict}
 
 
 def interval(
@@ -169,16 +152,14 @@ def history(
 def _draw_history(
     axis: Any, found: list[Record], name: str, generator: np.random.Generator
 ) -> None:
-    at, median, below, above = [], [], [], []
-    for number, record in enumerate(found):
-        samples = _seconds(record).get(name)
+    points = []
+    for at, samples in enumerate(_seconds(record).get(name) for record in found):
         if samples:
             _, low, high = interval([1.0], samples, generator)
-            at.append(number)
-            median.append(statistics.median(samples))
-            below.append(median[-1] - low)
-            above.append(high - median[-1])
-    axis.errorbar(at, median, [below, above], marker="o", capsize=3, label=name)
+            median = statistics.median(samples)
+            points.append((at, median, median - low, high - median))
+    at, medians, *bars = zip(*points, strict=True) if points else ((), (), (), ())
+    axis.errorbar(at, medians, bars, marker="o", capsize=3, label=name)
 
 
 def _pick(what: str) -> dict[tuple, Record]:

@@ -1,6 +1,5 @@
 """`mae-fast bench data`: clips a second that a core can load, and where its time goes."""
 
-import functools
 import json as jsonlib
 import os
 import resource
@@ -111,12 +110,8 @@ def _round(rows, cfg: DataConfig, steps: int, k: int) -> dict[str, float]:
     clips = sum(len(batch) for batch in loader)
     wall, cpu = time.perf_counter() - began, _cpu() - before
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {
-        "clips": clips,
-        "clips_per_s": clips / wall,
-        "clips_per_s_core": clips / cpu,
-        "memory_mb": memory,
-    }
+    rates = {"clips_per_s": clips / wall, "clips_per_s_core": clips / cpu}
+    return {"clips": clips, "memory_mb": memory, **rates}
 
 
 def _cpu() -> float:
@@ -217,43 +212,39 @@ def _packed_ladder(dataset: ClipDataset) -> dict[str, Any]:
 
 
 def _file_ladder(dataset: ClipDataset) -> dict[str, Any]:
-    def opened(video):
-        path = os.fsdecode(dataset._paths[video])
-        return VideoReader(path, "pyav", dataset._access_of(video), dataset.cfg.strict)
+    def opened(read):
+        def step(video, wanted):
+            path, access = os.fsdecode(dataset._paths[video]), dataset._access_of(video)
+            with VideoReader(path, "pyav", access, dataset.cfg.strict) as reader:
+                read(reader, wanted)
 
-    def only_open(video, wanted):
-        with opened(video):
-            pass
+        return step
 
-    def decode(video, wanted):
-        with opened(video) as reader:
-            for run in reader._runs(wanted):
-                for _ in reader._decode(run):
-                    pass
+    def decode(reader, wanted):
+        for run in reader._runs(wanted):
+            for _ in reader._decode(run):
+                pass
 
-    def planes(video, wanted):
-        with opened(video) as reader:
-            reader.pictures(wanted, dataset.cfg.short_side)
+    def planes(reader, wanted):
+        reader.pictures(wanted, dataset.cfg.short_side)
 
-    return {"open": only_open, "decode": decode, "planes": planes}
-
-
-@functools.cache
-def _takes() -> dict[str, float]:
-    """Clips a second that one H100 would take, as `mae-fast plan` predicts."""
-    where, out = cost.DEVICES["h100"], {}
-    for name in ("vit_base", "vit_large", "vit_huge"):
-        cfg = preset(name)
-        batch = min(64, memory.greatest_batch(cfg, 0.9, where.product_bytes, where.memory))
-        out[name] = cost.clips_per_second(cfg, batch, 0.9, where, gpus=1)
-    return out
+    return {
+        "open": opened(lambda reader, wanted: None),
+        "decode": opened(decode),
+        "planes": opened(planes),
+    }
 
 
 def needs(rate: float) -> dict[str, dict[str, float]]:
-    return {
-        name: {"clips_per_s_predicted": takes, "cores": takes / rate}
-        for name, takes in _takes().items()
-    }
+    """Clips a second that one H100 would take, as `mae-fast plan` predicts, and the cores at so
+    many a second that feed it."""
+    where, found = cost.DEVICES["h100"], {}
+    for name in ("vit_base", "vit_large", "vit_huge"):
+        cfg = preset(name)
+        batch = min(64, memory.greatest_batch(cfg, 0.9, where.product_bytes, where.memory))
+        takes = cost.clips_per_second(cfg, batch, 0.9, where, gpus=1)
+        found[name] = {"clips_per_s_predicted": takes, "cores": takes / rate}
+    return found
 
 
 def tell(found: dict[str, Any]) -> str:

@@ -1,19 +1,14 @@
 """What this machine can do at most: the bandwidth of a copy and the rate of fp32 products.
-
-    python -m mae_fast.bench.machine
-
 Whatever is held against these is measured in the same process, and round by round with them.
 """
 
 import os
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from mae_fast.bench.timing import interleave, spread
 from mae_fast.ops.linear import linear
 
 COPY_BYTES = 128 << 20  # of each of the two tensors: beyond any cache
@@ -64,19 +59,3 @@ def free_mb(device: str) -> float:
         return int(text.split("MemAvailable:")[1].split()[0]) / 2**10
     except (OSError, IndexError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def main() -> None:
-    found = limits()
-    seconds = interleave({name: limit.run for name, limit in found.items()}, rounds=7)
-    for name, samples in seconds.items():
-        rate = found[name].amount / 1e9
-        unit = "GB/s" if found[name].unit == "bytes" else "GFLOP/s"
-        print(
-            f"{name:15} {rate / statistics.median(samples):7.1f} {unit}, best "
-            f"{rate / min(samples):.1f}, spread {spread(samples):.0%}"
-        )
-
-
-if __name__ == "__main__":
-    main()

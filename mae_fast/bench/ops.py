@@ -6,11 +6,13 @@ as it is; `make gpu`, where nothing may be installed, calls `measure` itself. A 
 against fp64 is more than twice plain torch's is not timed.
 """
 
+import contextlib
 import importlib
 import json as jsonlib
 import random
 import statistics
 import sys
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from mae_fast.bench.baselines.ops import baseline
 from mae_fast.bench.calls import Call, Run, calls, check
 from mae_fast.bench.engines import QUICK, config_of
 from mae_fast.bench.records import append
+from mae_fast.bench.table import text_table
 from mae_fast.bench.timing import clock, interleave, ratio, share, spread
 from mae_fast.config import ModelConfig, TrainConfig
 from mae_fast.environment import environment
@@ -170,13 +173,10 @@ def run_suite(plan: Plan, quiet: bool) -> tuple[list[dict[str, Any]], int]:
             f"bench ops needs pytest-benchmark (pip install pytest-benchmark): {e}"
         ) from e
     planned = Planned(plan, [])
-    stdout, sys.stdout = sys.stdout, sys.stderr if quiet else sys.stdout
-    try:
-        options = "-q -p no:cacheprovider -p no:xdist --benchmark-disable-gc --benchmark-quiet"
-        suite = str(Path(__file__).with_name("bench_ops.py"))
+    options = "-q -p no:cacheprovider -p no:xdist --benchmark-disable-gc --benchmark-quiet"
+    suite = str(Path(__file__).with_name("bench_ops.py"))
+    with contextlib.redirect_stdout(sys.stderr if quiet else sys.stdout):
         code = pytest.main([suite, *options.split()], plugins=[planned])
-    finally:
-        sys.stdout = stdout
     return planned.records, int(code)
 
 
@@ -216,13 +216,13 @@ def measure(
         "direction": direction,
         "calls_a_step": call.count,
         "baseline": base,
-        **recorded(plan, amount, runs, limits, seconds),
+        **_record(plan, amount, runs, limits, seconds),
         "declined": declined,
         "wrong": wrong,
     }
 
 
-def recorded(
+def _record(
     plan: Plan,
     work: Work,
     runs: dict[str, Run],
@@ -379,7 +379,7 @@ def adamw(
         "direction": "step",
         "calls_a_step": 1,
         "baseline": "official",
-        **recorded(plan, Work(0.0, ADAMW_BYTES * count), runs, limits, seconds),
+        **_record(plan, Work(0.0, ADAMW_BYTES * count), runs, limits, seconds),
         "declined": declined,
         "wrong": wrong,
     }
@@ -407,13 +407,12 @@ def smallest(op: str) -> dict[str, Callable[[], object]]:
         param.grad = torch.ones(1, device="cpu")
         optimizer = torch.optim.AdamW([param], lr=0.0, fused=True)
         args = optimizer, torch.ones((), device="cpu"), torch.zeros((), device="cpu")
-        found = {"public": lambda: public(*args), "reference": lambda: reference(*args)}
-        return found | {"bare": optimizer.step}
-    call = next(c for c in calls(SMALLEST, 1, 0.5, torch.float32) if c.op == op).real()
-    args = [
-        a.requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in call.args
-    ]
+    else:
+        call = next(c for c in calls(SMALLEST, 1, 0.5, torch.float32) if c.op == op)
+        args, _ = call.real().leaves()
     found = {"public": lambda: public(*args), "reference": lambda: reference(*args)}
+    if op == "adamw":
+        return found | {"bare": optimizer.step}
     with _Bare() as seen:
         public(*args)
     if seen.called:
@@ -425,17 +424,13 @@ def smallest(op: str) -> dict[str, Callable[[], object]]:
 def time_smallest(op: str, rounds: int, benchmark: Any = None) -> dict[str, Any]:
     """The record of what one call costs before it computes anything, by way."""
 
-    def repeated(function: Callable[[], object]) -> Callable[[], None]:
-        def many() -> None:
-            for _ in range(CALLS_A_SAMPLE):
-                function()
+    def timer(function: Callable[[], object]) -> float:
+        return timeit.timeit(function, number=CALLS_A_SAMPLE) / CALLS_A_SAMPLE
 
-        return many
-
-    runs = {way: repeated(function) for way, function in smallest(op).items()}
+    ways = smallest(op)
     if benchmark is not None:
-        benchmark(smallest(op)["public"])
-    seconds = interleave(runs, rounds)
+        benchmark(ways["public"])
+    seconds = interleave(ways, rounds, timer)
     return {
         "kind": "call",
         "what": "one call of an op on its smallest input, forward",
@@ -444,15 +439,13 @@ def time_smallest(op: str, rounds: int, benchmark: Any = None) -> dict[str, Any]
         "device": "cpu",
         "calls_a_sample": CALLS_A_SAMPLE,
         "baseline": "reference",
-        "seconds": {way: [s / CALLS_A_SAMPLE for s in x] for way, x in seconds.items()},
+        "seconds": seconds,
         "environment": environment(),
     }
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """A line for each backend of each call, why others are not there, and the overhead of calls."""
-    from mae_fast.bench.ratio_table import text_table
-
     rows, notes = [], []
     for r in found:
         for name, samples in r["seconds"].items():

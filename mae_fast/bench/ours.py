@@ -1,5 +1,6 @@
 """mae_fast as one more engine: built and stepped as the baselines are (benchmarks/baselines)."""
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -37,24 +38,18 @@ class Ours:
         model.spec = model.spec._replace(keep=device == "cuda")
         optimizer = make_optimizer(model, TrainConfig())
 
-        def clips_of(pixels: list[Tensor]) -> Tensor | Source:
-            return Source(*pixels, cfg.img_size) if len(pixels) == 2 else pixels[0]
-
-        def loss(*inputs: Tensor) -> Tensor:
+        def loss(encode_all: bool, *inputs: Tensor) -> Tensor:
             *pixels, keep, masked = inputs
-            clips = clips_of(pixels)
-            how = dict(without=self.without, target=model.target(clips))
+            clips = Source(*pixels, cfg.img_size) if len(pixels) == 2 else pixels[0]
+            target = model.target(clips)
+            if encode_all:
+                return encode_all_loss(model, clips, keep, masked, target=target)
+            how = dict(without=self.without, target=target)
             return forward(model.params(), model.spec, clips, keep, masked, **how)[0]
 
-        def loss_seeing_all(*inputs: Tensor) -> Tensor:
-            *pixels, keep, masked = inputs
-            clips = clips_of(pixels)
-            return encode_all_loss(model, clips, keep, masked, target=model.target(clips))
-
-        steps = [
-            Step(model, optimizer, each, clip=CLIP_GRAD, precision=precision, graph=self.graph)
-            for each in (loss, loss_seeing_all)
-        ]
+        how = dict(clip=CLIP_GRAD, precision=precision, graph=self.graph)
+        losses = (functools.partial(loss, encode_all) for encode_all in (False, True))
+        steps = [Step(model, optimizer, each, **how) for each in losses]
 
         def step(
             clips: Tensor | Source,

@@ -115,27 +115,20 @@ def ratio(
     return None
 
 
-class Progress:
+class Progress(bar.Progress):
     """What is going on and how long it will take, on stderr: a bar on a terminal, else lines."""
 
     def __init__(self, what: str, total: float) -> None:
-        self.what, self.total, self.so_far, self.began = what, total, 0.0, time.monotonic()
         columns = [bar.TextColumn("{task.description}"), bar.BarColumn(bar_width=20)]
         columns += [bar.TimeElapsedColumn(), bar.TextColumn("left"), bar.TimeRemainingColumn()]
         console = Console(stderr=True)
-        self.bar = bar.Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task(what, total=total or None)
-
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.what, self.total, self.so_far, self.began = what, total, 0.0, time.monotonic()
+        self.task = self.add_task(what, total=total or None)
 
     def tell(self, now: str) -> None:
-        self.bar.update(self.task, description=f"{self.what}: {now}")
-        if self.bar.disable:
+        self.update(self.task, description=f"{self.what}: {now}")
+        if self.disable:
             passed = time.monotonic() - self.began
             left = passed * (self.total / self.so_far - 1) if self.so_far else None
             words = "" if left is None else f", {left / 60:.1f} min left"
@@ -143,7 +136,7 @@ class Progress:
 
     def done(self, amount: float) -> None:
         self.so_far += amount
-        self.bar.advance(self.task, amount)
+        self.advance(self.task, amount)
 
 
 class Run:
@@ -322,8 +315,8 @@ class Run:
                     seen = trace(built[cell.engine], step, self.setting.device, warm=0)
                     self._add({"cell": cell.key, "parts": seen.phases()})
                 progress.done(2 * estimate[cell.key])
-            dtype = torch.bfloat16 if self.setting.precision == "bf16" else torch.float32
-            limits = machine.limits(cells[0].model == QUICK, self.setting.device, dtype)
+            how = self.setting.device, self.setting.dtype
+            limits = machine.limits(cells[0].model == QUICK, *how)
             while cells := [c for c in cells if taken[c.key] < self.rounds]:
                 number = min(taken[c.key] for c in cells)
                 progress.tell(f"round {number + 1} of {self.rounds}")

@@ -105,8 +105,7 @@ class Profiler:
     def __init__(self, cells: list[Cell], setting: Setting, clips: int, folder: Path) -> None:
         self.cells, self.setting, self.clips, self.folder = cells, setting, clips, folder
         self.built = {cell.engine: build(cell, setting) for cell in cells}
-        self.dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-        self.limits = machine.limits(cells[0].model == QUICK, setting.device, self.dtype)
+        self.limits = machine.limits(cells[0].model == QUICK, setting.device, setting.dtype)
         self.runs = {name: limit.run for name, limit in self.limits.items()}
         self.timer = clock(setting.device)
 
@@ -161,7 +160,7 @@ class Profiler:
             median, first = statistics.median(found.seconds), found.traces[0]
             trace_path = self.folder / f"{cell.engine}.trace.json"
             first.profile.export_chrome_trace(str(trace_path))
-            work = least(cell.engine, cell.cfg, self.clips, cell.masking, self.dtype)
+            work = least(cell.engine, cell.cfg, self.clips, cell.masking, self.setting.dtype)
             engines[cell.engine] = {
                 "profiled_seconds": statistics.median(t.seconds for t in found.traces),
                 "parts": parts(found.traces, median, work, product, rates["copy"]),

@@ -9,6 +9,7 @@ import tyro
 from mae_fast.bench import records
 from mae_fast.bench.ratio_table import CELL, LOST, NOISY, cell_row, paper_table, summary
 from mae_fast.bench.records import Record
+from mae_fast.bench.table import number
 from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import spread
 from mae_fast.errors import ConfigError
@@ -69,8 +70,8 @@ def build(found: list[Record], sources: list[str]) -> Page:
     _ratio_sections(page, ratios)
     _engines_section(page, engines)
     _ops_section(page, [r for r in latest if r["kind"] == "op"])
-    for number, record in enumerate(r for r in latest if r["kind"] == "profile"):
-        _profile_section(page, record, number)
+    for n, record in enumerate(r for r in latest if r["kind"] == "profile"):
+        _profile_section(page, record, n)
     _memory_section(page, [*ratios, *steps])
     _all_section(page, found)
     _environment_section(page, found, sources)
@@ -79,22 +80,20 @@ def build(found: list[Record], sources: list[str]) -> Page:
 
 def _lead(ratios: list[Record], ladders: list[Record]) -> list[str]:
     """What masking and the engine buy together, in a sentence for each model and machine."""
-    said = []
-    for cell in (c for group in _grouped(ratios).values() for c in summary(group)["cells"]):
-        if cell["engine"] != OURS or cell["ratio"] != 0.9 or not cell["against_official_at_0"]:
-            continue
-        at_0, here = cell["against_official_at_0"], cell["against_official"]
-        said.append(
-            f"{cell['model']}, {cell['strategy']} masking of 90%, {cell['precision']}, "
-            f"{cell['device']}: a step is {at_0['times']:.1f}x as fast as the official code's at "
-            f"0%, and {here['times']:.2f}x as fast as the official code's at 90%."
-        )
-    if not said:
-        for r in ladders:
-            names = r["seconds"]
-            if OURS in names and OFFICIAL in names:
-                faster = times(names[OFFICIAL], names[OURS])
-                said.append(f"{records.title(r)}: {faster:.2f}x as fast as {OFFICIAL}.")
+    cells = [c for group in _grouped(ratios).values() for c in summary(group)["cells"]]
+    said = [
+        f"{c['model']}, {c['strategy']} masking of 90%, {c['precision']}, {c['device']}: a step is "
+        f"{c['against_official_at_0']['times']:.1f}x as fast as the official code's at 0%, and "
+        f"{c['against_official']['times']:.2f}x as fast as the official code's at 90%."
+        for c in cells
+        if c["engine"] == OURS and c["ratio"] == 0.9 and c["against_official_at_0"]
+    ]
+    said = said or [
+        f"{records.title(r)}: {times(r['seconds'][OFFICIAL], r['seconds'][OURS]):.2f}x as fast as "
+        f"{OFFICIAL}."
+        for r in ladders
+        if {OURS, OFFICIAL} <= r["seconds"].keys()
+    ]
     return said or ["No record here holds both mae_fast and the official code."]
 
 
@@ -118,9 +117,9 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         "every token; the decoder and the loss are those of 90%. A spread above "
         f"{NOISY:.0%} is marked with !; * is a ratio of medians of different rounds.",
     )
-    for number, (key, cells) in enumerate(groups.items()):
+    for n, (key, cells) in enumerate(groups.items()):
         title = _group_title(key)
-        page.figure(f"speed-up-{number}", pictures.speed_up(cells, title), f"Speed-up: {title}")
+        page.figure(f"speed-up-{n}", pictures.speed_up(cells, title), f"Speed-up: {title}")
         page.table([*CELL], map(cell_row, cells))
         page.code(paper_table(cells).strip())
     page.section(
@@ -128,11 +127,11 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         "What a step spends where masking does not shrink it: its share, and what the speed-up "
         "over 0% would be without it.",
     )
-    for number, (key, cells) in enumerate(groups.items()):
+    for n, (key, cells) in enumerate(groups.items()):
         ours = [c for c in cells if c["engine"] == OURS and c["parts_a_clip"]]
         title = f"{OURS}, {_group_title(key)}"
         if ours:
-            page.figure(f"parts-{number}", pictures.parts(ours, title), f"Parts of a step: {title}")
+            page.figure(f"parts-{n}", pictures.parts(ours, title), f"Parts of a step: {title}")
         rows = [
             [
                 f"{c['ratio']:.0%}",
@@ -152,10 +151,10 @@ def _engines_section(page: Page, found: list[Record]) -> None:
     if not found:
         return
     page.section("Engines", "Training steps taken in turn; ratios round by round.")
-    for number, record in enumerate(found):
+    for n, record in enumerate(found):
         title = records.title(record)
         figure = pictures.ladder(list(record["seconds"].items()), title)
-        page.figure(f"engines-{number}", figure, f"Engines: {title}")
+        page.figure(f"engines-{n}", figure, f"Engines: {title}")
         page.table(STEP_HEAD, step_rows(record))
 
 
@@ -172,7 +171,7 @@ def _ops_section(page: Page, found: list[Record]) -> None:
     page.table(OP_HEAD, map(op_row, found))
 
 
-def _profile_section(page: Page, record: Record, number: int) -> None:
+def _profile_section(page: Page, record: Record, n: int) -> None:
     title = records.title(record)
     page.section(
         f"Profile: {title}",
@@ -180,11 +179,11 @@ def _profile_section(page: Page, record: Record, number: int) -> None:
         "GB/s. Shares are of the step without a profiler; unaccounted is what is left of it.",
     )
     for kind, figure in (("roofline", roofline_figure), ("memory", memory_figure)):
-        page.figure(f"{kind}-{number}", figure(record), f"{kind.capitalize()}: {title}")
+        page.figure(f"{kind}-{n}", figure(record), f"{kind.capitalize()}: {title}")
     rows = []
     for name, engine in record["engines"].items():
         for part in engine["parts"]:
-            flop, limit = part.get("flop"), part.get("share_of_limit")
+            flop = part.get("flop")
             rate = flop / part["seconds"] / 1e9 if flop and part["seconds"] > 0 else None
             rows.append(
                 [
@@ -194,8 +193,8 @@ def _profile_section(page: Page, record: Record, number: int) -> None:
                     part["direction"] or "-",
                     f"{1e3 * part['seconds']:.2f}",
                     f"{part['share']:.1%}",
-                    "-" if rate is None else f"{rate:.0f}",
-                    "-" if limit is None else f"{limit:.0%}",
+                    number(rate, ".0f"),
+                    number(part.get("share_of_limit"), ".0%"),
                 ]
             )
     head = ["engine", "phase", "op", "direction", "ms", "share of step", "GFLOP/s", "of limit"]
@@ -235,26 +234,21 @@ def _all_section(page: Page, found: list[Record]) -> None:
 
 def _environment_section(page: Page, found: list[Record], sources: list[str]) -> None:
     page.section("Environment")
-    keys = list(dict.fromkeys(k for r in found for k in r["environment"]))
-    values: dict[str, dict[str, None]] = {key: {} for key in keys}
-    for record in found:
-        for key, value in record["environment"].items():
-            values[key][str(value)] = None
+    values: dict[str, dict[str, None]] = {}
+    for key, value in (pair for record in found for pair in record["environment"].items()):
+        values.setdefault(key, {})[str(value)] = None
     page.table(["what", "found"], [[k, "; ".join(v)] for k, v in values.items()])
     page.section(
         "How to repeat it",
         "On a quiet machine, at one of the commits above. Times differ from machine to machine; "
         "ratios that were taken in turn differ less.",
     )
-    page.code("\n".join([*_commands(found), f"mae-fast report {' '.join(sources)} -o report.html"]))
-
-
-def _commands(found: list[Record]) -> list[str]:
-    """What measures such records again, once each."""
-    return list(dict.fromkeys(_command(r) for r in found))
+    again = dict.fromkeys(map(_command, found))
+    page.code("\n".join([*again, f"mae-fast report {' '.join(sources)} -o report.html"]))
 
 
 def _command(r: Record) -> str:
+    """What measures such a record again."""
     if "stage" in r:
         return "make gpu"
     model, clips = f"--model {r.get('model')}", f"--batch {r.get('batch_clips')}"

@@ -3,6 +3,7 @@
 import statistics
 
 from mae_fast.bench.records import Record
+from mae_fast.bench.table import number
 from mae_fast.bench.timing import ratio, share, spread
 
 OURS, AFTER = "mae_fast", "accelerated"  # another's model, by mae_fast.accelerate
@@ -28,7 +29,6 @@ def step_rows(record: Record) -> list[list[str]]:
             faster = f"{ratio(samples, seconds[ours]):.2f}x"
             if before and engine.get("until_update"):
                 until = f"{ratio(engine['until_update'], before):.2f}x"
-        wait, peak = engine.get("data_wait_share"), engine.get("peak_memory_mb")
         rows.append(
             [
                 name,
@@ -38,8 +38,8 @@ def step_rows(record: Record) -> list[list[str]]:
                 str(len(samples)),
                 faster,
                 until,
-                "-" if wait is None else f"{wait:.1%}",
-                "-" if peak is None else f"{peak:.0f}",
+                number(engine.get("data_wait_share"), ".1%"),
+                number(engine.get("peak_memory_mb"), ".0f"),
             ]
         )
     return rows
