@@ -1,4 +1,5 @@
 """What this machine can do at most: the bandwidth of a copy and the rate of fp32 products.
+
 Whatever is held against these is measured in the same process, and round by round with them.
 """
 
