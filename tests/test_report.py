@@ -133,6 +133,8 @@ def test_the_page_is_whole_and_asks_nobody(folder):
     ):
         assert f">{heading}</h2>" in text
     assert "limit: FLOP of the official code" in text
+    row = ["mae_fast", "decoder", "attention", "forward", "500.00", "50.0%", "2", "40%"]
+    assert re.search("<tr>" + "".join(rf"<td[^>]*>{re.escape(c)}</td>" for c in row), text)
     assert "mae-fast bench ratio --model vit_base --batch 2" in text
     assert "&lt;x&gt; &amp; y" in text and "<x>" not in text
 

@@ -83,6 +83,26 @@ def test_a_backend_that_is_wrong_is_not_timed():
     assert problems(record) == []
 
 
+def test_the_table_has_every_backend():
+    limits = {"copy": {"bytes": 10, "seconds": [1.0, 1.0]}}
+    record = {"kind": "op", "op": "bias_gelu", "shape": "[2]", "direction": "forward"}
+    record |= {"bytes": 5, "flop": 0, "baseline": "torch", "limits": limits}
+    record |= {
+        "declined": {"cuda": "not here"},
+        "seconds": {"cpp": [1.0, 1.0], "torch": [2.0, 3.0]},
+    }
+    call = {"kind": "call", "op": "linear", "baseline": "reference"}
+    call["seconds"] = {"public": [2e-6], "reference": [1e-6]}
+    _, _, *rows, note = ops.table([record, call]).splitlines()
+    assert [row.split() for row in rows] == [
+        ["bias_gelu", "[2]", "forward", "cpp", "1000.000", "0%", "50%", "2.50x", "torch"],
+        ["bias_gelu", "[2]", "forward", "torch", "2500.000", "40%", "21%", "1.00x", "torch"],
+        ["linear", "smallest", "call", "public", "0.0020"],
+        ["linear", "smallest", "call", "reference", "0.0010"],
+    ]
+    assert note == "bias_gelu: declined: cuda: not here"
+
+
 def test_adamw_by_backend():
     record = ops.adamw(QUICK, config_of("quick"), machine.limits(True), part="decoder_blocks")
     assert {"torch", "reference", "official"} <= record["seconds"].keys()

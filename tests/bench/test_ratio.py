@@ -1,6 +1,7 @@
 """`mae-fast bench ratio`: what a cell is, what is measured once, and what the numbers say."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from mae_fast.bench.cell import Cell, Setting, build, in_own_process, make_clips
 from mae_fast.bench.engines import OURS, Masking
 from mae_fast.bench.ratio import Run
 from mae_fast.bench.records import problems
+from mae_fast.bench.table import text_table
 from mae_fast.config import ModelConfig, preset
 from mae_fast.errors import ConfigError
 from mae_fast.masking import STRATEGIES, draw_ids
@@ -298,6 +300,34 @@ def test_what_is_lost_and_noise():
     assert told["lost"]["decoder"]["speed_up_without"] == pytest.approx(9 / 1.1)
     assert told["lost"]["data"]["share"] == pytest.approx(1.8 / 4)
     assert told["data"]["waiting"] == 0.25
+
+
+def test_columns_hold_what_their_heads_say():
+    numbers = {"ratio": 0.9, "clips": 3, "seconds_a_step": 1.5, "spread": 0.2, "noisy": True}
+    numbers |= {"clips_a_second": 2.0, "peak_memory_mb": 700.0, "gflop_a_clip": 50.0}
+    times = {
+        f"against_{name}": {"times": times, "apart": times == 4.0}
+        for name, times in (("itself_at_0", 4.0), ("official_at_0", 5.0), ("official", 2.0))
+    }
+    cell = {"engine": "ours", **numbers, **times, "share_of_product_rate": None, "flop_limit": 7.7}
+    head, line, row = text_table([*ratio_table.CELL], [ratio_table.cell_row(cell)]).splitlines()
+    assert head.startswith("masked  engine  clips  s a step  spread") and set(line) == {"-", " "}
+    names, found = (re.split(r"  +", x) for x in (head, row))
+    assert dict(zip(names, found, strict=True)) == {
+        "masked": "90%",
+        "engine": "ours",
+        "clips": "3",
+        "s a step": "1.500",
+        "spread": "20%!",
+        "clips/s": "2",
+        "peak MB": "700",
+        "GFLOP a clip": "50",
+        "of rate": "-",
+        "over itself at 0%": "4.00x*",
+        "official at 0%": "5.00x",
+        "official here": "2.00x",
+        "FLOP limit": "7.7x",
+    }
 
 
 def test_engines_that_do_not_fit_together_are_apart(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from mae_fast.bench.flops import official_step_flop, step_flop
 from mae_fast.errors import ConfigError
 from mae_fast.ops.work import Work
 from mae_fast.profile import labels, memory
+from mae_fast.profile import step as step_module
 from mae_fast.profile.memory import timeline
 from mae_fast.profile.step import parts, profile
 from mae_fast.profile.trace import Where, trace
@@ -118,6 +119,27 @@ def test_parts_add_up_to_the_step():
     alone = parts(found[:1], found[0].seconds, {}, 1e11, 1e10)
     assert alone[-1]["seconds"] == pytest.approx(0, abs=1e-6)
     assert linear["share_of_limit"] == linear["limit_seconds"] / linear["seconds"]
+
+
+def test_rows_of_the_tables():
+    work = {"flop": 3e9, "bytes": 2e9, "limit_seconds": 0.02}
+    both = [("forward", 0.01, 1), ("backward", 0.04, 2)]
+    parts = [
+        {"phase": "decoder", "op": "linear", "direction": way, "seconds": s, "share": s, "calls": n}
+        for way, s, n in both
+    ]
+    parts[0] |= work
+    left = {"phase": "idle", "op": "", "direction": "", "seconds": 0.5, "share": 0.5}
+    engine, other = {"parts": [*parts, left]}, {"parts": [parts[1]]}
+    linear = ["decoder", "linear", "3", "10.0", "40.0", "5.0%", "3.0", "2000", "60", "40.0"]
+    idle = ["idle", "", "-", "500.0", "-", "50.0%", *"------"]
+    assert list(step_module._rows(engine)) == [[*linear, "40%", "30.0 ms"], idle]
+    told = {"engines": {"a": engine, "b": other}, "seconds": {"a": [1.0], "b": [3.0]}}
+    assert list(step_module._beside(told, "a", "b")) == [
+        ["decoder", "linear", "50.0", "40.0", "0.80x"],
+        ["idle", "", "500.0", "-", "-"],
+        ["step", "", "1000.0", "3000.0", "3.00x"],
+    ]
 
 
 def test_memory_tells_who_holds_it():
