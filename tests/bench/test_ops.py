@@ -116,3 +116,9 @@ def test_the_smallest_call_runs_by_every_way(op):
         way()
     assert ways.keys() >= {"public", "reference"}
     assert json.dumps(ops.time_smallest("layer_norm", 1)["seconds"])
+
+
+def test_the_smallest_call_s_time_is_of_one(monkeypatch):
+    monkeypatch.setattr(ops.timeit, "timeit", lambda function, number: 0.5 * number)
+    seconds = ops.time_smallest("layer_norm", 2)["seconds"]
+    assert seconds["public"] == seconds["reference"] == [0.5, 0.5]

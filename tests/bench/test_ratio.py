@@ -244,6 +244,23 @@ def test_memory_that_is_not_there_is_told_by_the_process(tmp_path):
     assert "can't allocate memory" in found["memory"]
 
 
+@pytest.mark.parametrize("error", [MemoryError("x"), RuntimeError("can't allocate memory: y")])
+def test_only_want_of_memory_is_told_as_such(error, monkeypatch, capsys):
+    order = json.dumps(["probe", vars(Cell("quick", "random", 0.9, OURS)), vars(SETTING), {}])
+
+    def probe(cell, setting):
+        assert (cell.ratio, setting) == (0.9, SETTING)
+        raise error
+
+    monkeypatch.setattr(cell_module, "limit_memory", lambda: None)
+    monkeypatch.setattr(cell_module, "probe", probe)
+    cell_module.main(order)
+    assert json.loads(capsys.readouterr().out) == {"memory": str(error)}
+    error = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        cell_module.main(order)
+
+
 def test_steps_with_data(tiny, folder):
     cell = Cell("any", "random", 0.75, OFFICIAL)
     found = cell_module.with_data(cell, SETTING, 2, str(folder), 0)
@@ -328,6 +345,16 @@ def test_columns_hold_what_their_heads_say():
         "official here": "2.00x",
         "FLOP limit": "7.7x",
     }
+
+
+def test_two_columns_stand_to_the_left():
+    table = text_table(["a", "name", "of it"], [["left", "b", "1"], ["c", "longer", "22"]])
+    assert table.splitlines() == [
+        "a     name    of it",
+        "----  ------  -----",
+        "left  b           1",
+        "c     longer     22",
+    ]
 
 
 def test_engines_that_do_not_fit_together_are_apart(tmp_path, monkeypatch):

@@ -65,7 +65,9 @@ def test_bench_data_and_what_plan_makes_of_it(packed, tmp_path, capsys):
         found = json.loads(capsys.readouterr().out)
         assert json.loads(out.read_text()) == found
         assert found["kind"] == ("pack" if kind == "pack" else "files")
-        assert found["needs"]["vit_large"]["cores"] > 0 and found["bytes_a_clip"] > 0
+        need, rate = found["needs"]["vit_large"], found["clips_per_s_core"]
+        assert need["cores"] * rate == pytest.approx(need["clips_per_s_predicted"])
+        assert found["bytes_a_clip"] > 0
         rates[kind] = found["clips_per_s_core"]
         stages = ["read"] if kind == "pack" else ["open"]
         stages += ["decode", "planes", "sample, copy, join", "patches"]
