@@ -127,7 +127,8 @@ def problems(record: Any) -> list[str]:
     if "seconds" in fields and not samples:
         found.append("it has no samples")
     for series, values in samples.items():
-        if not values or not all(_is_time(v) for v in values):
+        times = (isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values)
+        if not values or not all(times):
             found.append(f"samples of {series} must be seconds above 0, got {values!s:.60}")
     if "baseline" in record and record["baseline"] not in samples:
         found.append(f"baseline {record['baseline']} is none of {', '.join(samples)}")
@@ -182,10 +183,6 @@ def where(record: Record) -> str:
 def newest(records: Iterable[Record]) -> dict[tuple, Record]:
     """{subject: its last record}, in the order in which subjects first appear."""
     return {subject(r): r for r in records}
-
-
-def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def _name(kind: Any) -> str:

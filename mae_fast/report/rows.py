@@ -13,17 +13,13 @@ OP_HEAD = ["op", "shape", "direction", "precision", "backend", "ms", "spread", "
 OP_HEAD += ["speed-up", "over", "commit"]
 
 
-def ours_of(record: Record, name: str) -> str | None:
-    """The engine of a record of steps that this one is held against."""
-    known = (f"{name}_{AFTER}", OURS, AFTER)
-    return next((ours for ours in known if ours in record["seconds"]), None)
-
-
 def step_rows(record: Record) -> list[list[str]]:
     """A row for each engine of a record of steps, under STEP_HEAD."""
     engines, seconds, rows = record["engines"], record["seconds"], []
     for name, samples in seconds.items():
-        engine, faster, until, ours = engines[name], "-", "-", ours_of(record, name)
+        engine, faster, until = engines[name], "-", "-"
+        # What it is held against.
+        ours = next((n for n in (f"{name}_{AFTER}", OURS, AFTER) if n in seconds), None)
         before = engines[ours].get("until_update") if ours else None
         if ours and name != ours:
             faster = f"{ratio(samples, seconds[ours]):.2f}x"
