@@ -145,6 +145,15 @@ def test_a_gpu_keeps_what_its_memory_holds():
         assert not memory.keeps(cfg, 64, 0.9, 2, kept / memory.USABLE - 1e6)
 
 
+def test_a_target_encoder_computes_as_the_encoder_does():
+    cfg, h100 = preset("vit_tiny", target="features"), cost.DEVICES["h100"]
+    terms = {t.name: t for t in cost.terms(cfg, 2, 0.9, h100)}
+    for kind, like in (("products", "encoder products"), ("attention", "attention products")):
+        term = terms[f"target encoder {kind}"]
+        assert (term.share, term.ceiling) == (h100.shares[like], h100.products)
+        assert term.amount > 0
+
+
 def test_communication():
     cfg, h100 = preset("vit_large"), cost.DEVICES["h100"]
     assert cost.communication_seconds(cfg, 1, 8, h100) == 0
