@@ -76,7 +76,6 @@ class ClipsConfig(DataConfig):
     """[data] of a labelled run: pretrain's keys, and how a clip lies in its video."""
 
     repeat_aug: int = 2
-    short_side: int = 320
     crop_area: tuple[float, float] = (0.08, 1.0)
     sampling: Sampling = "seconds"
     """seconds: a span at target_fps, as MAE-ST; frames: every sampling_rate-th frame, as VideoMAE;
@@ -225,7 +224,7 @@ _MAE_ST = _recipe(
         count_repeats=True, scale_min_lr=False, weight_decay=0.05, betas=(0.9, 0.999),
         clip_grad=5.0, layer_decay=0.75,
     ),
-    test=dict(temporal=10, spatial=3, short_side=224),
+    test=dict(temporal=10, spatial=3),
 )  # fmt: skip
 
 
@@ -262,7 +261,7 @@ _VIDEOMAE = _recipe(
         count_repeats=False, scale_min_lr=True, weight_decay=0.05, betas=(0.9, 0.999),
         clip_grad=0.0, layer_decay=0.75,
     ),
-    test=dict(temporal=5, spatial=3, short_side=224),
+    test=dict(temporal=5, spatial=3),
 )  # fmt: skip
 
 RECIPES = {
@@ -282,7 +281,7 @@ RECIPES = {
     "videomae_ssv2": _VIDEOMAE | {
         "data": _VIDEOMAE["data"] | dict(sampling="uniform", flip=0.0),
         "train": _VIDEOMAE["train"] | dict(epochs=30.0),
-        "test": dict(temporal=2, spatial=3, short_side=224),
+        "test": dict(temporal=2, spatial=3),
     },
     "videomae_ava": VIDEOMAE_AVA,
 }  # fmt: skip

@@ -60,6 +60,17 @@ def config(motions, output, **changes):
     return from_dict(tree)
 
 
+def test_the_defaults_that_help_shows_are_the_recipes():
+    assert from_dict({"recipe": "mae_st_k400"}) == FinetuneConfig()
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "videomae_ava"])
+def test_views_follow_the_side_of_the_model(recipe):
+    """A view of a smaller model is the whole of the frame's height, not a piece of it."""
+    cfg = from_dict({"recipe": recipe, "model": {"img_size": 64}})
+    assert (cfg.test.short_side or cfg.model.img_size) == 64
+
+
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "videomae_ava"])
 def test_recipe_by_name_is_whole(recipe):
     cfg = from_dict({"recipe": recipe})
