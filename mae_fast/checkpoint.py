@@ -166,7 +166,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file whole or not at all. OSError or SafetensorError where it cannot."""
     tmp = path.with_name(path.name + ".tmp")
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # of any file here; safetensors keeps its own to their owner
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata)
+        tmp.chmod(mode)
         sync(tmp)
         os.replace(tmp, path)
         sync(path.parent)

@@ -55,11 +55,16 @@ def commit() -> str | None:
     return head.stdout.strip()[:12] + ("+changes" if dirty.stdout.strip() else "")
 
 
+def usable_cores() -> int:
+    """Those that this process may run on, where the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def devices() -> dict[str, str]:
     """The CPU, and each CUDA device or the reason why there is none."""
-    cores = f"{os.cpu_count()} cores"
-    if hasattr(os, "sched_getaffinity"):
-        cores += f", {len(os.sched_getaffinity(0))} usable"
+    cores = f"{os.cpu_count()} cores, {usable_cores()} usable"
     try:
         import torch
 

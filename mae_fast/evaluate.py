@@ -85,8 +85,9 @@ class Probes:
         self.train = read_index(cfg.eval.train_index)
         self.test = read_index(cfg.eval.test_index, broken=True)  # a broken one counts as wrong
         numbers_of(self.test, classes_of(self.train))
-        d, same = cfg.data, "sampling_rate target_fps short_side decoder strict workers"
-        self.clips = ClipsConfig(**{name: getattr(d, name) for name in same.split()})
+        d, same = cfg.data, "sampling_rate target_fps decoder strict workers"
+        # The whole picture, at the model's own size.
+        self.clips = ClipsConfig(short_side=0, **{name: getattr(d, name) for name in same.split()})
         self.seed = cfg.train.seed
 
     def due(self, step: int, total: int) -> bool:

@@ -254,6 +254,7 @@ def test_a_file_is_synced_before_and_its_folder_after_the_rename(tmp_path, monke
     checkpoint.write_text(tmp_path / "b", "words")
     assert done[:2] == ["b.tmp", "b.tmp -> b"]
     assert (tmp_path / "b").read_text() == "words"
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert len(os.listdir("/proc/self/fd")) == before
 

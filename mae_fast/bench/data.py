@@ -17,7 +17,7 @@ from mae_fast.data import remote
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, read_source
 from mae_fast.data.loader import ClipDataset, join, make_loader
-from mae_fast.environment import environment
+from mae_fast.environment import environment, usable_cores
 from mae_fast.fields import require
 from mae_fast.files import write
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD
@@ -98,7 +98,7 @@ def measure(rows: list[VideoRow], cfg: DataConfig, seconds: float, rounds: int) 
         "bytes_a_clip": bytes_a_clip,
         "memory_mb": samples[-1]["memory_mb"],
         "stages_ms": stages(dataset),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "needs": needs(rate),
     }
 
@@ -149,8 +149,9 @@ def stages(dataset: ClipDataset) -> dict[str, float]:
     read = dataset._read
 
     def note(video, path, frames, wanted, *size):
-        asked.append((video, wanted.tolist()))
-        return read(video, path, frames, wanted, *size)
+        found = read(video, path, frames, wanted, *size)
+        asked.append((video, wanted.tolist()))  # which can be read: a damaged one was replaced
+        return found
 
     dataset._read = note
     try:

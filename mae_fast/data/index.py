@@ -20,6 +20,7 @@ from mae_fast.data.packed import INDEX, fetch, folder_of, here, is_pack, sound_i
 from mae_fast.data.remote import is_remote
 from mae_fast.data.sources import Source, find_videos
 from mae_fast.data.timeline import Access
+from mae_fast.environment import usable_cores
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import check_fields, require, shown
 from mae_fast.files import write, writing
@@ -130,16 +131,19 @@ _COLUMNS = [f.name for f in dataclasses.fields(VideoRow)]
 @dataclass(frozen=True)
 class IndexSummary:
     """What build_index found: usable videos and their hours, broken ones counted by the kind of
-    reason, and how many rows were taken over from an earlier run."""
+    reason, how many rows were taken over from an earlier run, and the number of labels."""
 
     path: str
     videos: int
     hours: float
     broken: dict[str, int]
     reused: int
+    labels: int = 0
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.videos} videos, {self.hours:.2f} hours"
+        if self.labels:
+            text += f", {self.labels} labels"
         if self.broken:
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.broken.items())
             text += f"; {sum(self.broken.values())} broken ({kinds})"
@@ -194,7 +198,7 @@ def build_index(
         end_last_line(partial)
         log = open(partial, "ab", buffering=0)  # nothing is left to be written at its end
     with log, progress_bar("indexing", len(found), reused, progress) as advance:
-        for source, row in _probe_all(todo, workers or os.cpu_count() or 1, timeout, verify):
+        for source, row in _probe_all(todo, workers or usable_cores(), timeout, verify):
             rows[source] = row
             with writing(partial):
                 log.write(json.dumps(dataclasses.asdict(row)).encode() + b"\n")
@@ -205,7 +209,8 @@ def build_index(
     good = [r for r in ordered if not r.error]
     broken = Counter(r.error.split(":")[0] for r in ordered if r.error)
     hours = sum(r.duration for r in good) / 3600
-    return IndexSummary(str(out), len(good), hours, dict(broken.most_common()), reused)
+    labels = len({r.label for r in good} - {None})
+    return IndexSummary(str(out), len(good), hours, dict(broken.most_common()), reused, labels)
 
 
 def read_index(path: str | Path, broken: bool = False, checked: bool = True) -> list[VideoRow]:

@@ -27,6 +27,7 @@ from mae_fast.data.helpers import answers
 from mae_fast.data.index import VideoRow, progress_bar, read_index, write_index
 from mae_fast.data.packed import HOW, INDEX, PACKET, TABLE, find_damage, how_made, is_pack
 from mae_fast.data.remote import is_remote
+from mae_fast.environment import usable_cores
 from mae_fast.errors import ConfigError, DataError, WriteError
 from mae_fast.fields import require
 from mae_fast.files import write, writing
@@ -93,7 +94,7 @@ def pack(
     how |= {name: value for name, value in zip(filters.OPTIONS, given, strict=True) if value}
     if shots:
         filters.check_shots()
-    print(write_pack(source, output, how, workers or os.cpu_count() or 1))
+    print(write_pack(source, output, how, workers or usable_cores()))
 
 
 def check_pack(folder: str | Path) -> str:
@@ -372,6 +373,9 @@ class _Work:
                 f"; PSNR of three frames of each against the scaled source {np.mean(psnr):.1f} dB, "
                 f"the lowest {psnr[worst]:.1f} ({os.path.basename(good[worst].source)})"
             )
+        damaged = sum(r.damaged > 0 for r in good)
+        if damaged:
+            said += f"; {damaged} with damaged frames, which are refused when drawn (data.strict)"
         return said + _broken(rows)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mae_fast.data.lists import VIDEO_SUFFIXES, Entry, read_list
-from mae_fast.errors import DataError
+from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import shown
 
 
@@ -31,16 +31,16 @@ def find_videos(
     """All videos of folders, lists (.txt, .csv, .tsv, .list, .json) and single files, each once, in
     a fixed order. Relative paths in a list begin at `root`, by default at the list's own folder. A
     file named in a list need not exist. weights: of each source, by default 1; of a video that is
-    in several the first counts. Raises DataError."""
+    in several the first counts. Raises DataError, and ConfigError for wrong weights."""
     found: dict[tuple, Source] = {}
     if root is not None and not os.path.isdir(root):
         raise DataError(f"{root}: no such folder")
     sources = list(sources)
     if weights and len(weights) != len(sources):
-        raise DataError(f"{len(weights)} weights for {len(sources)} sources: one each")
+        raise ConfigError(f"{len(weights)} weights for {len(sources)} sources: one each")
     for weight in weights:
         if not 0 < weight < math.inf:
-            raise DataError(f"a source's weight must be a number above 0, got {weight}")
+            raise ConfigError(f"a source's weight must be a number above 0, got {weight}")
     for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True):
         path = Path(os.path.abspath(source))
         if not os.path.exists(path):

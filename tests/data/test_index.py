@@ -49,7 +49,7 @@ def test_rows_and_summary(tmp_path, video, suffix):
     summary = build([root], out)
     assert (summary.videos, summary.broken, summary.reused) == (2, {"empty": 1}, 0)
     assert summary.hours == pytest.approx(3 / 3600)
-    assert "1 broken (1 empty)" in str(summary)
+    assert "hours, 1 labels; 1 broken (1 empty)" in str(summary)
     broken, top, jump = read_index(out, broken=True)
     assert read_index(out) == [top, jump]
     assert broken.error == "empty: 0 bytes" and broken.path == str(root / "broken.mp4")

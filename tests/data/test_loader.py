@@ -194,7 +194,7 @@ def test_weights_of_sources_decide_how_often(folder, tmp_path, capsys):
     assert main(["index", *sources, "-o", str(tmp_path / "i.jsonl"), *other]) == 0
     assert [r.weight for r in read_index(tmp_path / "i.jsonl")] == [3.0, *ten[1:]]
     for wrong in (shares[:-1], [*shares[:-1], "0"], [*shares[:-1], "nan"]):
-        assert main(["index", *sources, "-o", str(tmp_path / "j.jsonl"), *wrong]) == 65
+        assert main(["index", *sources, "-o", str(tmp_path / "j.jsonl"), *wrong]) == 2
         assert "weight" in capsys.readouterr().err
 
 

@@ -20,6 +20,7 @@ import torch
 from in_process import in_process
 
 from mae_fast import cli, resume
+from mae_fast.bench.data import stages
 from mae_fast.config import DataConfig
 from mae_fast.data import VideoReader, build_index, make_loader, read_index
 from mae_fast.data.container import BadVideo
@@ -342,9 +343,11 @@ def test_frames_that_a_source_had_lost_stay_lost(tmp_path):
     data = bytearray((VIDEOS / "gop60.mp4").read_bytes())
     data[pos : pos + size] = bytes(size)
     (tmp_path / "damaged.mp4").write_bytes(data)
-    build_index([tmp_path / "damaged.mp4"], tmp_path / "i.jsonl", workers=1, progress=False)
-    write_pack(tmp_path / "i.jsonl", tmp_path / "pack", HOW, 1)
-    [row] = read_index(tmp_path / "pack")
+    sources = [tmp_path / "damaged.mp4", VIDEOS / "gop60.mp4"]
+    build_index(sources, tmp_path / "i.jsonl", workers=1, progress=False)
+    said = write_pack(tmp_path / "i.jsonl", tmp_path / "pack", HOW, 1)
+    assert "; 1 with damaged frames" in said
+    row, whole = read_index(tmp_path / "pack")
     refused: list[list[int]] = [[], []]
     with VideoReader(row.source) as source:
         ways = (source.read, lambda i: PackReader().read(place(row), i))
@@ -356,6 +359,9 @@ def test_frames_that_a_source_had_lost_stay_lost(tmp_path):
                     numbers.append(i)
     assert refused[0] == refused[1] and 0 < len(refused[0]) < 60
     assert row.damaged == len(refused[1])
+    # `bench data` times what stands in where such a frame is drawn.
+    dataset = ClipDataset([row, whole], DataConfig(repeat_aug=1), 16, seed=0)
+    assert any(dataset[g].bad for g in range(8)) and len(stages(dataset)) == 5
 
 
 def test_an_unwritable_pack_is_refused(small, tmp_path):

@@ -18,7 +18,7 @@ import torch
 from base_run import STEP, config, copies, labelled, observed
 from small_runs import Poisoned
 
-from mae_fast import checkpoint, distributed, metrics, train
+from mae_fast import checkpoint, distributed, metrics, probe, train
 from mae_fast.config import EvalConfig
 from mae_fast.data import VideoReader, read_index, write_index
 from mae_fast.distributed import World
@@ -346,10 +346,17 @@ def test_more_steps_than_a_name_can_count_are_refused(index, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_probes_judge_a_run_and_change_nothing(base, index, rows, tmp_path):
+def test_probes_judge_a_run_and_change_nothing(base, index, rows, tmp_path, monkeypatch):
     """Every third step and at the end, from the encoder as it then is; the run is the base's."""
     changes = labelled(rows, tmp_path) | {"eval.probe": 3}
     cfg = config(index, tmp_path / "run", **changes, **{"train.log_every": 99})
+    judge = probe.judge
+
+    def of_whole_pictures(net, train, test, clips, **how):
+        assert clips.short_side == 0 != cfg.data.short_side  # the model's own
+        return judge(net, train, test, clips, **how)
+
+    monkeypatch.setattr(probe, "judge", of_whole_pictures)
     row = pretrain(cfg)
     probed = [r["step"] for r in by_hand.rows_of(cfg.output) if "probe_knn" in r]
     assert probed == [3, 4] and row["step"] == 4
