@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import mae_fast
 from mae_fast.adapters import videomae as own_videomae
 from mae_fast.adapters import videomae_v2 as own_videomae_v2
+from mae_fast.bench.baselines import official_repository as official
+from mae_fast.bench.baselines import transformers_videomae as peer
 from mae_fast.bench.baselines.official import normalise
-from mae_fast.bench.baselines.official_repository import OfficialRepository, given_noise
-from mae_fast.bench.baselines.transformers_videomae import TransformersVideoMAE, nearest
 from mae_fast.config import ModelConfig
 from mae_fast.masking import draw_ids, mask_from_keep
 
@@ -54,20 +54,9 @@ def __getattr__(name: str) -> Callable[..., tuple[nn.Module, LossOf, bool]]:
     return made
 
 
-def hidden(noise: Tensor, ratio: float) -> Tensor:
-    """The mask [B, L] of these keys, True where masked."""
-    ranks = noise.argsort(dim=1).argsort(dim=1)
-    return ranks >= int(noise.shape[1] * (1 - ratio))
-
-
 def _mae_st(cfg: ModelConfig, path: str) -> Made:
-    model = OfficialRepository(path).build(cfg).model
-
-    def loss(clips: Tensor, noise: Tensor, ratio: float) -> Tensor:
-        with given_noise(noise):
-            return model(normalise(clips), mask_ratio=ratio)[0]
-
-    return model, loss, loss, False
+    model, loss, fused = official.OfficialRepository(path).parts(cfg)
+    return model, loss, loss, fused
 
 
 def _slowfast(cfg: ModelConfig, path: str) -> Made:
@@ -96,33 +85,28 @@ def _slowfast(cfg: ModelConfig, path: str) -> Made:
 
 def _transformers(attention: str, cfg: ModelConfig, path: str) -> Made:
     """Trainer's default optimizer is torch's fused AdamW."""
-    model = TransformersVideoMAE(attention, attention).build(nearest(cfg)).model
-
-    def loss(clips: Tensor, noise: Tensor, ratio: float) -> Tensor:
-        clips = _imagenet(clips).transpose(1, 2)
-        return model(clips, bool_masked_pos=hidden(noise, ratio)).loss
-
+    model, loss, _ = peer.TransformersVideoMAE(attention, attention).parts(peer.nearest(cfg))
     return model, loss, loss, True
 
 
 def _videomae(cfg: ModelConfig, path: str) -> Made:
-    cfg = nearest(cfg)
+    cfg = peer.nearest(cfg)
     model = _pretrain_model(_module(path, "modeling_pretrain"), cfg)
 
     def loss(clips: Tensor, noise: Tensor, ratio: float) -> Tensor:
-        clips, masked = _imagenet(clips), hidden(noise, ratio)
+        clips, masked = peer.normalise(clips), peer.hidden(noise, ratio)
         labels = _labels(clips, cfg)[masked].unflatten(0, (len(clips), -1))
         return F.mse_loss(model(clips, masked), labels)
 
     def accelerated(clips: Tensor, noise: Tensor, ratio: float) -> Tensor:
-        clips, masked = _imagenet(clips), hidden(noise, ratio)
+        clips, masked = peer.normalise(clips), peer.hidden(noise, ratio)
         return own_videomae.loss(model(clips, masked), clips, masked, cfg.patch_size)
 
     return model, loss, accelerated, False
 
 
 def _videomae_v2(cfg: ModelConfig, path: str) -> Made:
-    cfg = nearest(cfg)
+    cfg = peer.nearest(cfg)
     model = _pretrain_model(_module(path, "models.modeling_pretrain"), cfg)
 
     def masks(clips: Tensor, noise: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -130,17 +114,17 @@ def _videomae_v2(cfg: ModelConfig, path: str) -> Made:
         seed = int(1e6 * float(noise[0, 0]))
         drawn = dict(seed=seed, step=0, samples=torch.arange(len(clips)))
         keep, _ = draw_ids("running_cell", cfg.grid, DECODER_RATIO, **drawn)
-        return hidden(noise, ratio), mask_from_keep(keep, cfg.num_patches).bool()
+        return peer.hidden(noise, ratio), mask_from_keep(keep, cfg.num_patches).bool()
 
     def loss(clips: Tensor, noise: Tensor, ratio: float) -> Tensor:
-        clips, (masked, skipped) = _imagenet(clips), masks(clips, noise, ratio)
+        clips, (masked, skipped) = peer.normalise(clips), masks(clips, noise, ratio)
         labels = _labels(clips, cfg)[~skipped].unflatten(0, (len(clips), -1))
         each = (model(clips, masked, skipped) - labels).square().mean(dim=-1)
         counted = masked[~skipped].view_as(each)
         return (each * counted).sum() / counted.sum()
 
     def accelerated(clips: Tensor, noise: Tensor, ratio: float) -> Tensor:
-        clips, (masked, skipped) = _imagenet(clips), masks(clips, noise, ratio)
+        clips, (masked, skipped) = peer.normalise(clips), masks(clips, noise, ratio)
         pred = model(clips, masked, skipped)
         return own_videomae_v2.loss(pred, clips, masked, skipped, cfg.patch_size)
 
@@ -164,21 +148,10 @@ def _pretrain_model(code: ModuleType, cfg: ModelConfig) -> nn.Module:
     )
 
 
-def _constants(clips: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (1, 3, 1, 1, 1)
-    return tuple(torch.tensor(t).view(shape).to(clips.device) for t in own_videomae.IMAGENET)
-
-
-def _imagenet(clips: Tensor) -> Tensor:
-    """uint8 clips as VideoMAE's loaders give them."""
-    mean, std = _constants(clips)
-    return (clips.float() / 255 - mean) / std
-
-
 @torch.no_grad()
 def _labels(clips: Tensor, cfg: ModelConfig) -> Tensor:
     """What VideoMAE's loops compute as labels of every token: [B, L, P]."""
-    mean, std = _constants(clips)
+    mean, std = peer.imagenet(clips.device)
     pixels = (clips * std + mean).unflatten(2, (-1, cfg.t_patch_size))
     pixels = pixels.unflatten(4, (-1, cfg.patch_size)).unflatten(6, (-1, cfg.patch_size))
     cells = torch.einsum("bctuhpwq->bthwupqc", pixels).flatten(4, 6).flatten(1, 3)  # [B, L, n, C]
@@ -188,17 +161,15 @@ def _labels(clips: Tensor, cfg: ModelConfig) -> Tensor:
 
 def _module(path: str, name: str) -> ModuleType:
     """A module of a checkout, with stand-ins for the names of timm that it uses in pre-training."""
-    timm = {name: ModuleType(name) for name in ("timm.models.layers", "timm.models.registry")}
-    timm["timm.models.layers"].__dict__.update(
-        drop_path=None,  # never called at a drop path of 0
-        to_2tuple=lambda x: x if isinstance(x, tuple) else (x, x),
-        trunc_normal_=nn.init.trunc_normal_,
-    )
-    timm["timm.models.registry"].register_model = lambda function: function
-    packages = {name: ModuleType(name) for name in ("timm", "timm.models")}
-    paths = mock.patch.object(sys, "path", [path, *sys.path])
-    with mock.patch.dict(sys.modules, packages | timm), paths:  # and as they were afterwards
-        return importlib.import_module(name)
+    layers = {"to_2tuple": official.to_2tuple, "trunc_normal_": nn.init.trunc_normal_}
+    contents = {
+        "timm": {},
+        "timm.models": {},
+        "timm.models.layers": {**layers, "drop_path": None},  # never called at a drop path of 0
+        "timm.models.registry": {"register_model": lambda function: function},
+    }
+    with mock.patch.object(sys, "path", [path, *sys.path]):
+        return official.import_beside(name, contents)
 
 
 FAMILIES: dict[str, Callable[[ModelConfig, str], Made]] = {

@@ -338,4 +338,4 @@ def test_videomae_refuses_what_it_is_not() -> None:
 def test_videomae_without_transformers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="pip install transformers"):
-        PEERS["transformers_eager"].build()
+        PEERS["transformers_eager"].build(VIDEOMAE_B)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_fast.bench.baselines.official import OfficialMAE, normalise
-from mae_fast.bench.baselines.training import Built, make_built
+from mae_fast.bench.baselines.training import Baseline, LossOf
 from mae_fast.bench.baselines.transformers_videomae import PEERS
 from mae_fast.config import ModelConfig
 from mae_fast.model import init_weights
@@ -23,7 +23,7 @@ if __name__ != "mae_fast.bench.baselines":
 
 
 @dataclass(frozen=True)
-class Official:
+class Official(Baseline):
     """One rung: the official model, and what has been improved in it."""
 
     name: str
@@ -32,14 +32,7 @@ class Official:
     compiled: bool = False
     compiler: str = "inductor"
 
-    def build(
-        self,
-        cfg: ModelConfig,
-        mask_ratio: float = 0.9,
-        device: str = "cpu",
-        precision: str = "fp32",
-    ) -> Built:
-        """The model, with the variant's starting values, its optimizer, and one training step."""
+    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
         model = OfficialMAE(cfg, self.attention)
         init_weights(model)
         if self.compiled:
@@ -52,7 +45,7 @@ class Official:
             with span("compiled", "compiled") if self.compiled else contextlib.nullcontext():
                 return model(clips, ratio, noise, encode_all)[0]
 
-        return make_built(model, loss_of, mask_ratio, device, precision, self.fused_adamw)
+        return model, loss_of, self.fused_adamw
 
 
 OFFICIAL = {

@@ -10,36 +10,29 @@ import hashlib
 import importlib
 import io
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from mae_fast.bench.baselines.official import EPS, normalise
-from mae_fast.bench.baselines.training import Built, make_built
+from mae_fast.bench.baselines.training import Baseline, LossOf
 from mae_fast.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class OfficialRepository:
+class OfficialRepository(Baseline):
     """models_mae.py of the checkout at `path`, trained as its engine_pretrain.py does."""
 
     path: str
     name: str = "official_repository"
 
-    def build(
-        self,
-        cfg: ModelConfig,
-        mask_ratio: float = 0.9,
-        device: str = "cpu",
-        precision: str = "fp32",
-    ) -> Built:
-        """The model with its own starting values. ValueError on a variant that it is not."""
+    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
         if cfg.variant != "mae_st":
             raise ValueError(f"the official repository has no variant {cfg.variant}")
         names = "img_size patch_size in_chans embed_dim depth num_heads decoder_embed_dim"
@@ -51,7 +44,9 @@ class OfficialRepository:
                 norm_layer=partial(nn.LayerNorm, eps=EPS), **settings
             )
 
-        def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
+        def loss_of(
+            clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool = False
+        ) -> Tensor:
             if encode_all:
                 raise ValueError("the official repository cannot encode every token")
             if clips.dtype == torch.uint8:
@@ -59,7 +54,7 @@ class OfficialRepository:
             with given_noise(noise):
                 return model(clips, ratio)[0]
 
-        return make_built(model, loss_of, mask_ratio, device, precision)
+        return model, loss_of, False
 
     def source(self) -> str:
         """A hash of the files that make the model, for records: a checkout may have no git."""
@@ -93,40 +88,32 @@ def import_models(path: str) -> ModuleType:
     """models_mae.py of the checkout. Raises FileNotFoundError where there is none."""
     if not (Path(path) / "models_mae.py").exists():
         raise FileNotFoundError(f"{path} has no models_mae.py: it is no checkout of mae_st")
-    with _stand_ins(path):
-        return importlib.import_module("mae_st.models_mae")
-
-
-@contextlib.contextmanager
-def _stand_ins(path: str) -> Iterator[None]:
-    """Modules under the names that the repository imports, for as long as it does so."""
-    package = ModuleType("mae_st")
-    package.__path__ = [path]
     contents = {
+        "mae_st": {"__path__": [path]},
         "timm": {},
         "timm.models": {},
-        "timm.models.layers": {"to_2tuple": lambda x: x if isinstance(x, tuple) else (x, x)},
+        "timm.models.layers": {"to_2tuple": to_2tuple},
         "timm.models.vision_transformer": {"DropPath": _NoDropPath, "Mlp": _Mlp},
         "iopath": {},
         "iopath.common": {},
         "iopath.common.file_io": {"g_pathmgr": None},
         "simplejson": {},
     }
-    made = {"mae_st": package}
-    for name, names in contents.items():
-        made[name] = ModuleType(name)
-        made[name].__dict__.update(names)
-    before = {name: sys.modules.get(name) for name in made}
-    sys.modules.update(made)
-    try:
-        yield
-    finally:
-        for name in [n for n in sys.modules if n.startswith("mae_st.")]:
-            del sys.modules[name]
-        for name, module in before.items():
-            sys.modules.pop(name)
-            if module is not None:
-                sys.modules[name] = module
+    return import_beside("mae_st.models_mae", contents)
+
+
+def import_beside(name: str, contents: dict[str, dict[str, Any]]) -> ModuleType:
+    """A module of a checkout, imported beside stand-ins of these names and contents; sys.modules is
+    then as it was."""
+    made = {key: ModuleType(key) for key in contents}
+    for key, module in made.items():
+        module.__dict__.update(contents[key])
+    with mock.patch.dict(sys.modules, made):
+        return importlib.import_module(name)
+
+
+def to_2tuple(x: Any) -> tuple:
+    return x if isinstance(x, tuple) else (x, x)
 
 
 class _NoDropPath(nn.Module):

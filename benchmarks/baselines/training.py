@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mae_fast.config import ModelConfig
 from mae_fast.optim import param_groups
 from mae_fast.spans import span
 
 # PRETRAIN.md of MAE-ST. The learning rate is the recipe's at its peak on one GPU (2 videos).
 BETAS, WEIGHT_DECAY, CLIP_GRAD = (0.9, 0.95), 0.05, 0.02
 LR = 1.6e-3 * 2 / 256
+# Of one forward: (clips, noise or None, mask_ratio, encode_all) -> loss.
+LossOf = Callable[[Tensor, Tensor | None, float, bool], Tensor]
 
 
 class Built(NamedTuple):
@@ -29,6 +32,25 @@ class Built(NamedTuple):
     step: Callable[..., float]
 
 
+class Baseline:
+    """What trains by the official loop: `parts` are its model with its own starting values, its
+    forward's loss, and whether its AdamW is fused."""
+
+    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
+        raise NotImplementedError
+
+    def build(
+        self,
+        cfg: ModelConfig,
+        mask_ratio: float = 0.9,
+        device: str = "cpu",
+        precision: str = "fp32",
+    ) -> Built:
+        """The model, its optimizer, and one training step. ValueError on a model it lacks."""
+        model, loss_of, fused = self.parts(cfg)
+        return make_built(model, loss_of, mask_ratio, device, precision, fused)
+
+
 def make_optimizer(model: nn.Module, fused: bool = False) -> torch.optim.AdamW:
     """AdamW on the official groups, multi-tensor as in the official code, or fused."""
     groups = param_groups(model, WEIGHT_DECAY)
@@ -37,14 +59,14 @@ def make_optimizer(model: nn.Module, fused: bool = False) -> torch.optim.AdamW:
 
 def make_built(
     model: nn.Module,
-    loss_of: Callable[[Tensor, Tensor | None, float, bool], Tensor],
+    loss_of: LossOf,
     mask_ratio: float,
     device: str = "cpu",
     precision: str = "fp32",
     fused: bool = False,
 ) -> Built:
     """A model on its device with the official optimizer and one step of the official loop, its host
-    syncs included. `loss_of(clips, noise, mask_ratio, encode_all)` is forward.
+    syncs included.
 
     precision "bf16" runs forward under autocast; the official code is "fp32".
     """

@@ -6,6 +6,7 @@ the decoder, no norm after the encoder, pixels normalised channel by channel.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mae_fast.bench.baselines.training import Built, make_built
+from mae_fast.adapters.videomae import IMAGENET
+from mae_fast.bench.baselines.training import Baseline, LossOf
 from mae_fast.config import ModelConfig, preset
 
 # transformers' VideoMAEConfig(): a decoder of 384, 4 blocks, 6 heads.
@@ -25,8 +27,6 @@ VIDEOMAE_B = preset(
     pred_t_dim=16,
     cls_embed=False,
 )
-# VideoMAE takes its target from pixels it un-normalises with ImageNet's constants.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def nearest(cfg: ModelConfig) -> ModelConfig:
@@ -34,39 +34,49 @@ def nearest(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, pred_t_dim=cfg.num_frames, cls_embed=False, no_qkv_bias=False)
 
 
+@functools.cache
+def imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's means and deviations, [1, 3, 1, 1, 1], with which VideoMAE normalises."""
+    return tuple(torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in IMAGENET)
+
+
+def normalise(clips: Tensor) -> Tensor:
+    """uint8 clips as VideoMAE's loaders give them."""
+    mean, std = imagenet(clips.device)
+    return (clips.float() / 255 - mean) / std
+
+
+def hidden(noise: Tensor, ratio: float) -> Tensor:
+    """The mask [B, L] of these keys, True where masked."""
+    ranks = noise.argsort(dim=1).argsort(dim=1)
+    return ranks >= int(noise.shape[1] * (1 - ratio))
+
+
 @dataclass(frozen=True)
-class TransformersVideoMAE:
-    """transformers' VideoMAEForPreTraining with random weights."""
+class TransformersVideoMAE(Baseline):
+    """transformers' VideoMAEForPreTraining with random weights. ValueError where VideoMAE has no
+    model of cfg's sizes, and ImportError without transformers."""
 
     name: str
     attention: Literal["eager", "sdpa"]
 
-    def build(
-        self,
-        cfg: ModelConfig = VIDEOMAE_B,
-        mask_ratio: float = 0.9,
-        device: str = "cpu",
-        precision: str = "fp32",
-    ) -> Built:
-        """The model of cfg's sizes. Raises ValueError where VideoMAE has no such model, and
-        ImportError without transformers."""
+    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
         settings = _settings(cfg)
         config_class, model_class = _import_videomae()
-        config = config_class(**settings, attn_implementation=self.attention)
-        model = model_class(config)
-        mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (_MEAN, _STD))
+        model = model_class(config_class(**settings, attn_implementation=self.attention))
 
-        def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
+        def loss_of(
+            clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool = False
+        ) -> Tensor:
             if clips.dtype == torch.uint8:
-                clips = (clips.float() / 255 - mean) / std
+                clips = normalise(clips)
             if noise is None:
                 noise = torch.rand(len(clips), cfg.num_patches, device=clips.device)
-            keep = int(cfg.num_patches * (1 - ratio))
-            masked = noise.argsort(dim=1).argsort(dim=1) >= keep
+            masked = hidden(noise, ratio)
             with _all_seen(model, masked) if encode_all else contextlib.nullcontext():
                 return model(clips.transpose(1, 2), bool_masked_pos=masked).loss
 
-        return make_built(model, loss_of, mask_ratio, device, precision)
+        return model, loss_of, False
 
 
 PEERS = {

@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +25,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import ROOT, records
-from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.setting import Setting
 
 SKIPPED = """\
@@ -37,13 +38,19 @@ KILL_AFTER = 5.0  # seconds that a stage may take beyond its time, to end its la
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: a module of benchmarks/gpu/stages. `seconds`: its share of the time; what a stage
-    leaves, the next ones have. `interpret`: the rehearsal runs its Triton kernels on the CPU."""
+    """Items of a module of benchmarks/gpu/stages. `seconds`: their share of the time; what a stage
+    leaves, the next ones have. `interpret`: the rehearsal runs its Triton kernels on the CPU.
+    `where`: MODULE:FUNCTION, where that is not NAME:items."""
 
     name: str
     seconds: float
     what: str
     interpret: bool = False
+    where: str = ""
+
+    def items(self, setting: Setting) -> Iterator[records.Item]:
+        module, function = (self.where or f"{self.name}:items").split(":")
+        return getattr(import_module(f"benchmarks.gpu.stages.{module}"), function)(setting)
 
 
 STAGES = (
@@ -53,9 +60,9 @@ STAGES = (
     Stage("attention", 40, "attention by every backend -> kernels/measured_attention.json", True),
     Stage("tune", 50, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
     Stage("checks", 75, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
-    Stage("rungs", 30, "training steps of the other rungs and sizes"),
+    Stage("rungs", 30, "training steps of the other rungs and sizes", where="steps:items_of_rungs"),
     Stage("kernels", 20, "each op against its limit and against torch, inductor, libraries", True),
-    Stage("ratios", 15, "masking ratios from 0 to 95%"),
+    Stage("ratios", 15, "masking ratios from 0 to 95%", where="steps:items_by_ratio"),
 )
 # Beside the smoke, where nothing is timed: train.py, the CUDA library, and the bar's torch.compile
 # into torch's cache on disk.
@@ -69,7 +76,8 @@ REHEARSAL_SECONDS = 900.0  # a CPU has no hurry, and must reach everything
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
-    parser.add_argument("--stage", help="only this stage, in this process")
+    names = [stage.name for stage in (*BESIDE, *STAGES)]
+    parser.add_argument("--stage", choices=names, help="only this stage, in this process")
     parser.add_argument("--only", default="", help="only items whose name holds this")
     parser.add_argument("--deadline", type=float, default=math.inf, help="in seconds since 1970")
     parser.add_argument("--records", type=Path, help="the file that the stage writes")
@@ -80,9 +88,7 @@ def main() -> int:
     if reason and not args.rehearse:
         print(SKIPPED.format(reason))
         return 0
-    if args.stage:
-        return run_stage(args)
-    return run_all(args.rehearse)
+    return run_stage(args) if args.stage else run_all(args.rehearse)
 
 
 def why_no_device() -> str | None:
@@ -94,27 +100,23 @@ def why_no_device() -> str | None:
 def run_all(rehearse: bool) -> int:
     """Every stage within its time; 1 if an item failed or a stage died."""
     began = time.time()
-    device = Cpu.NAME if rehearse else torch.cuda.get_device_name()
-    found = records.open_records(device, rehearse)
+    found = records.open_records(rehearse)
     print(f"records: {found.path}", flush=True)
-    running = []
+    with contextlib.ExitStack() as at_the_end:  # also where this process is interrupted
 
-    def begin(stage: Stage) -> subprocess.Popen:
-        running.append(start(stage, rehearse, end_of(stage, began, rehearse), found))
-        return running[-1]
-
-    try:
-        beside = [(begin(stage), stage) for stage in BESIDE]
-        for stage in STAGES:
+        def begin(stage: Stage) -> tuple[subprocess.Popen, Stage, float]:
             end = end_of(stage, began, rehearse)
-            print(f"\n== {stage.name}: {stage.what} ({end - time.time():.0f} s)", flush=True)
-            wait(begin(stage), stage, end, found)
-            if stage is STAGES[0]:  # nothing else runs while something is timed
-                for process, other in beside:
-                    wait(process, other, end_of(other, began, rehearse), found)
-    finally:  # also where this process is interrupted
-        for process in running:
-            end_session(process)
+            process = start(stage, rehearse, end, found)
+            at_the_end.callback(end_session, process)
+            return process, stage, end
+
+        beside = [begin(stage) for stage in BESIDE]
+        for stage in STAGES:
+            left = end_of(stage, began, rehearse) - time.time()
+            print(f"\n== {stage.name}: {stage.what} ({left:.0f} s)", flush=True)
+            wait(*begin(stage), found)
+            while beside:  # nothing else runs while something is timed
+                wait(*beside.pop(0), found)
     return summary(found, time.time() - began)
 
 
@@ -165,8 +167,8 @@ def end_session(process: subprocess.Popen) -> None:
 def run_stage(args: argparse.Namespace) -> int:
     """One stage, in this process."""
     setting = Setting.make(args.rehearse, args.deadline, args.records, args.alone)
-    module = import_module(f"benchmarks.gpu.stages.{args.stage}")
-    items = (item for item in module.items(setting) if args.only in item.name)
+    (stage,) = (stage for stage in (*BESIDE, *STAGES) if stage.name == args.stage)
+    items = (item for item in stage.items(setting) if args.only in item.name)
     records.work(args.stage, items, setting.records, setting.deadline)
     return 0
 
@@ -176,10 +178,7 @@ def summary(found: records.Records, seconds: float) -> int:
     last = {(r["stage"], r["item"]): r for r in found.all()}
     print(f"\n{seconds:.0f} s; records in {found.path}")
     for stage in (*BESIDE, *STAGES):
-        counts: dict[str, int] = {}
-        for (name, _), record in last.items():
-            if name == stage.name:
-                counts[record["status"]] = counts.get(record["status"], 0) + 1
+        counts = Counter(r["status"] for (name, _), r in last.items() if name == stage.name)
         print(f"{stage.name:10} " + ", ".join(f"{n} {status}" for status, n in counts.items()))
     failed = [r for r in last.values() if r["status"] == records.FAILED]
     for record in failed:

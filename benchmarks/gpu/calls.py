@@ -22,6 +22,12 @@ def calls(setting: Setting, model: str, batch: int) -> list[Call]:
     return [call for of in kept for call in of]
 
 
+def of_every_call(times: dict[str, list[float]]) -> dict[str, float]:
+    """The sum over calls of each way that took all of them."""
+    most = max(map(len, times.values()))
+    return {way: sum(each) for way, each in times.items() if len(each) == most}
+
+
 class Case(NamedTuple):
     """A call of a model's step, and the same on two clips, small enough to check in fp64."""
 

@@ -49,7 +49,7 @@ ENGINES = {
 
 def build(name: str, cfg: ModelConfig, setting: Setting, ratio: float = 0.9) -> Built:
     """An engine on the setting's device. step(clips, noise) -> loss."""
-    engine, device = ENGINES[name], setting.device.type
+    engine, device = ENGINES[name], setting.device
     maker = engine.maker
     if isinstance(maker, Official) and maker.compiled:
         # Dynamo gives up after eight models that share their code.

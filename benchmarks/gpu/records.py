@@ -76,11 +76,10 @@ class Records:
             f.write("\n" * cut + json.dumps(record).replace(f"{ROOT}/", "") + "\n")
 
 
-def open_records(
-    device: str, rehearsal: bool, path: Path | None = None, alone: bool = False
-) -> Records:
+def open_records(rehearsal: bool, path: Path | None = None, alone: bool = False) -> Records:
     """`path`, or else <$OUT, or benchmarks/results/gpu>/<device>/<date>-<commit>.jsonl. A rehearsal
     without OUT writes to build/. alone: what is recorded in the usual place does not count."""
+    device = "rehearsal-cpu" if rehearsal else torch.cuda.get_device_name()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", device).strip("-")
     here = ROOT / "build/gpu-rehearsal" if rehearsal else RESULTS
     folder = Path(os.environ.get("OUT") or here) / name

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import ROOT
-from benchmarks.gpu.device import Cpu, Cuda
 from benchmarks.gpu.records import Records, open_records
 from mae_fast.bench import machine
 from mae_fast.bench.machine import Limit
+from mae_fast.bench.timing import Timer, clock
 from mae_fast.config import ModelConfig, preset
 from mae_fast.kernels import configs
 
@@ -41,10 +41,10 @@ def model_of(name: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """The device of a run and its records; `tiny`: the rehearsal, where every model is TINY and has
-    few clips; the stage must end at `deadline` (of time.time)."""
+    """ "cuda" and the records of a run; `tiny`: the rehearsal on the "cpu", where every model is
+    TINY and has few clips; the stage must end at `deadline` (of time.time)."""
 
-    device: Cpu | Cuda
+    device: str
     records: Records
     tiny: bool
     deadline: float
@@ -53,12 +53,11 @@ class Setting:
     def make(
         cls, rehearse: bool, deadline: float, path: Path | None = None, alone: bool = False
     ) -> "Setting":
-        device = Cpu() if rehearse else Cuda()
         if rehearse:  # Triton's interpreter does not round or multiply bf16 by itself
             sys.path.append(str(ROOT / "tests/ops"))
             import_module("interpreter")
-        found = open_records(device.name(), rehearse, path, alone)
-        return cls(device, found, rehearse, deadline)
+        found = open_records(rehearse, path, alone)
+        return cls("cpu" if rehearse else "cuda", found, rehearse, deadline)
 
     def cfg(self, model: str) -> ModelConfig:
         return TINY if self.tiny else model_of(model)
@@ -80,8 +79,22 @@ class Setting:
 
     def limits(self) -> dict[str, Limit]:
         """`copy`: bytes read and written; `product`: torch's bf16 matrix product."""
-        found = machine.limits(self.tiny, self.device.type, torch.bfloat16)
+        found = machine.limits(self.tiny, self.device, torch.bfloat16)
         return {"copy": found["copy"], "product": found["torch_mm"]}
+
+    def clock(self, cold: bool = False) -> Timer:
+        """Of one call; cold: with the L2 cache flushed. The rehearsal's times say nothing."""
+        return clock(self.device, cold and not self.tiny)
+
+    def peak_mb(self, call: Callable[[], object]) -> float:
+        """What is allocated on the device at most during a call, in MB."""
+        if not self.tiny:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        call()
+        if not self.tiny:
+            torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
 
     def write_table(self, name: str, table: dict) -> None:
         """A table of kernels/, and a copy beside the records; a rehearsal's only there."""
@@ -93,12 +106,12 @@ class Setting:
             print(f"wrote {path}", flush=True)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device, torch.bfloat16)
 
     def clips(self, cfg: ModelConfig, batch: int) -> Tensor:
         """Random uint8 clips [B, C, T, H, W] on the device."""
         shape = (batch, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device.type)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
 
     def noise(self, cfg: ModelConfig, batch: int) -> Tensor:
-        return torch.rand(batch, cfg.num_patches, device=self.device.type)
+        return torch.rand(batch, cfg.num_patches, device=self.device)

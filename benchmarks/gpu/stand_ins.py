@@ -7,7 +7,8 @@ import struct
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,39 +18,19 @@ DTYPES |= {"BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "
 INSTALLED: list[str] = []
 
 
-class Nothing(ModuleType):
-    """A module, a class, a progress bar: whatever is asked of it, it is."""
-
-    __path__ = ()
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        return None
-
-
 def install() -> list[str]:
     """Put stand-ins where a package is absent; which these are."""
     for name in ("av", "rich", "safetensors"):
         with contextlib.suppress(ImportError):
             import_module(name)
             continue
-        sys.modules[name] = Nothing(name)
-        if name == "rich":
-            for part in ("console", "progress", "table"):
-                sys.modules[f"rich.{part}"] = sys.modules[name]
+        found = mock.MagicMock()  # whatever is asked of it, it is
         if name == "safetensors":
-            found = sys.modules[name] = sys.modules[f"{name}.torch"] = ModuleType(name)
-            found.SafetensorError, found.safe_open, found.save_file = ValueError, Open, save_file
+            found = SimpleNamespace(
+                SafetensorError=ValueError, safe_open=safe_open, save_file=save_file
+            )
+        parts = ("console", "progress", "table") if name == "rich" else ("torch",)
+        sys.modules |= {name: found} | {f"{name}.{part}": found for part in parts}
         INSTALLED.append(name)
     return INSTALLED
 
@@ -83,16 +64,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
-class Open:
-    """safetensors.safe_open, as mae_fast/checkpoint.py uses it."""
-
-    def __init__(self, path, framework: str):
-        self._metadata, self._tensors = read_safetensors(path)
-        self.metadata, self.keys = lambda: self._metadata, self._tensors.keys
-        self.get_tensor = self._tensors.__getitem__
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        return None
+@contextlib.contextmanager
+def safe_open(path, framework: str):
+    """As mae_fast/checkpoint.py uses it."""
+    metadata, tensors = read_safetensors(path)
+    yield SimpleNamespace(
+        metadata=lambda: metadata, keys=tensors.keys, get_tensor=tensors.__getitem__
+    )

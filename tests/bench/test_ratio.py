@@ -101,12 +101,9 @@ def test_an_engine_of_ones_own(tiny, tmp_path, monkeypatch):
         "    def loss_of(clips, noise, ratio):\n"
         "        keep = int(cfg.num_patches * (1 - ratio))\n"
         "        masked = noise.argsort(dim=1).argsort(dim=1) >= keep\n"
-        "        x = (clips.float() / 255 - MEAN) / STD\n"
-        "        return model(x.transpose(1, 2), bool_masked_pos=masked).loss\n"
+        "        return model(normalise(clips).transpose(1, 2), bool_masked_pos=masked).loss\n"
         "    return model, loss_of\n"
-        "import torch\n"
-        "from mae_fast.bench.baselines.transformers_videomae import _MEAN, _STD\n"
-        "MEAN, STD = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (_MEAN, _STD))\n"
+        "from mae_fast.bench.baselines.transformers_videomae import normalise\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     losses = []

@@ -8,7 +8,6 @@ started. An import that is missing, a wrong name or argument stops an item befor
 
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -16,17 +15,13 @@ import torch
 sys.path.insert(0, ".")
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import device, records, setting
+from benchmarks.gpu import records, setting
 from benchmarks.gpu.stages import compile
 from mae_fast.bench import calls
 
 # Of a build with CUDA, of one without, of NCCL, and of Triton.
 NO_DEVICE = ("Found no NVIDIA driver", "not compiled with CUDA", "no GPUs found", "libcuda.so")
 POPEN = subprocess.Popen
-
-
-class Device(device.Cpu):
-    type = "cuda"
 
 
 class Setting(setting.Setting):
@@ -67,9 +62,9 @@ def main(path: Path) -> None:
     torch.cuda.current_device, torch.cuda.get_device_capability = lambda: 0, lambda *of: (9, 0)
     calls.Call.real = lambda self, device: torch.empty(0, device=device)
     compile.start_nvcc, subprocess.Popen = lambda: "it is not started", Popen
-    made = Setting(Device(), records.Records(path, "sources", ()), False, float("inf"))
+    made = Setting("cuda", records.Records(path, "sources", ()), False, float("inf"))
     for stage in (*gpu.BESIDE, *gpu.STAGES):
-        for item in import_module(f"benchmarks.gpu.stages.{stage.name}").items(made):
+        for item in stage.items(made):
             print(stage.name, item.name, reached(item), sep=" | ", flush=True)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import device, engines, records
+from benchmarks.gpu import engines, records
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import checks
 from mae_fast.kernels import configs
@@ -150,7 +150,7 @@ def test_every_item_of_the_real_plans_reaches_the_device(tmp_path):
 
 def test_a_second_run_skips_what_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
-    found = records.open_records(device.Cpu.NAME, rehearsal=True, alone=True)
+    found = records.open_records(rehearsal=True, alone=True)
     found.add("profile", "vit_base 64 clips", records.MEASURED)
     run = run_gpu("--rehearse", "--stage", "profile", OUT=str(tmp_path))
     assert "vit_base 64 clips: recorded before" in run.stdout, run.stdout + run.stderr

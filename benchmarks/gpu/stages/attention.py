@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from benchmarks.gpu.calls import Case, cases
+from benchmarks.gpu.calls import Case, cases, of_every_call
 from benchmarks.gpu.records import MEASURED, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.kernels import BATCH, items_of
@@ -45,17 +45,16 @@ def write_table(setting: Setting) -> None:
 def rows(records: Iterable[dict]) -> dict[str, dict[str, dict[str, float]]]:
     """{architecture: {row: {backend: milliseconds of all calls of a step in this row}}}, of the
     backends that took every one of these calls."""
-    sums: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    times = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["stage"] != "attention" or record["status"] != MEASURED:
             continue
         gradients = record["direction"] != "forward"
-        size = record["width"], record["keys"], torch.bfloat16, gradients
-        row = sums[str(record["architecture"]), measured_key(*size)]
+        key = measured_key(record["width"], record["keys"], torch.bfloat16, gradients)
         for backend, samples in record["seconds"].items():
-            row[backend].append(1e3 * record["calls_a_step"] * statistics.median(samples))
-    table: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
-    for (arch, key), backends in sums.items():
-        most = max(map(len, backends.values()))
-        table[arch][key] = {n: sum(times) for n, times in backends.items() if len(times) == most}
+            milliseconds = 1e3 * record["calls_a_step"] * statistics.median(samples)
+            times[str(record["architecture"]), key][backend].append(milliseconds)
+    table = defaultdict(dict)
+    for (arch, key), backends in times.items():
+        table[arch][key] = of_every_call(backends)
     return table

@@ -13,16 +13,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.calls import calls
-from benchmarks.gpu.device import Cpu
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 from mae_fast.bench.calls import Call
+from mae_fast.graph import Side
 from mae_fast.ops import OPS, dispatch
 
 GOLDEN = "mae_st_tiny"  # what the sanitizer watches; the smoke runs it without
@@ -32,23 +33,27 @@ REHEARSED = ("tests/ops/test_layer_norm.py", "-k", "f32 and (one_row or prime)")
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    yield Item("tests of the ops", lambda: op_tests(setting))
+    yield Item("tests of the ops", partial(op_tests, setting))
     for call in setting.some(calls(setting, "vit_base", 2), 4):
         name = f"CUDA graph of {call.op} {call.shape}"
-        yield Item(name, lambda call=call: graphed(setting, call))
-    yield Item("compute-sanitizer", lambda: sanitizer(setting))
+        yield Item(name, partial(graphed, setting, call))
+    yield Item("compute-sanitizer", partial(sanitizer, setting))
 
 
 def graphed(setting: Setting, call: Call) -> dict:
     """An op's forward and backward, captured and replayed, give what they give without a graph."""
-    call = call.real(setting.device.type)
+    call = call.real(setting.device)
     backend = own_backend(setting, call)
-    run = call.both(call.function(backend))
+    run, side = call.both(call.function(backend)), Side(torch.device(setting.device))
     with setting.autocast():
-        expected = [t.clone() for t in run()]
-        replay = setting.device.graphed(run)
-        for _ in range(2):
-            got = replay()
+        with side.beside():
+            run()
+            expected = [t.clone() for t in run()]
+        graph, block = side.capture()
+        with block:
+            got = run()
+    for _ in range(2):
+        graph.replay()
     for i, (g, e) in enumerate(zip(got, expected, strict=True)):
         assert torch.equal(g, e), f"result {i} differs by {float((g - e).norm()):.1e}"
     return {"backend": backend, "told": f"{backend}: {len(expected)} tensors are equal"}
@@ -104,8 +109,8 @@ def op_tests(setting: Setting) -> dict:
     command += ["-p", "no:cacheprovider", "--confcutdir", "tests/ops", *what]
     # A Python that a test starts must find the checkout too.
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    if not isinstance(setting.device, Cpu):
-        env["MAE_FAST_TEST_DEVICE"] = setting.device.type
+    if not setting.tiny:
+        env["MAE_FAST_TEST_DEVICE"] = setting.device
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{i}.txt" for i in range(shards)]
         running = []

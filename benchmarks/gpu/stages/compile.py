@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,8 @@ JOBS = 4  # of nvcc and the C++ compiler, beside the tests
 def items(setting: Setting) -> Iterator[Item]:
     nvcc = "the rehearsal builds nothing" if setting.tiny else start_nvcc()
     for model, batch in setting.some(PLAN):
-        run = lambda model=model, batch=batch: compiled(setting, model, batch)  # noqa: E731
-        yield Item(f"{model} {batch} clips {BAR}", run)
-    yield Item("csrc/cuda by nvcc", lambda: ended(nvcc))
+        yield Item(f"{model} {batch} clips {BAR}", partial(compiled, setting, model, batch))
+    yield Item("csrc/cuda by nvcc", partial(ended, nvcc))
 
 
 def compiled(setting: Setting, model: str, batch: int) -> dict:

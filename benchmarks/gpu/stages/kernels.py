@@ -4,6 +4,7 @@ what the device can do in the same rounds (mae_fast/bench/ops.py). Attention has
 
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from mae_fast.bench.timing import share
 
 MODELS, BATCH = ("vit_base", "vit_large"), 64
 ROUNDS = 10
-INDUCTOR = "inductor"
+Beside = Callable[[Setting, Case], dict[str, Callable]]
 
 
 def items(setting: Setting) -> Iterator[Item]:
@@ -29,46 +30,35 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def items_of(
-    setting: Setting,
-    case: Case,
-    limits: dict,
-    beside: Callable[[Setting, Case], dict[str, Callable]] | None = None,
+    setting: Setting, case: Case, limits: dict, beside: Beside | None = None
 ) -> Iterator[Item]:
     """A case in each of its directions; `beside`: what else is timed there."""
     for direction in ops.DIRECTIONS[: 1 + case.call.differentiable]:
-
-        def measured(direction: str = direction) -> dict:
-            others = beside(setting, case) if beside else {}
-            return measure(setting, case, direction, limits, others)
-
         named = f"{case.name} {direction}" + (f" {beside.__name__}" if beside else "")
-        yield Item(named, measured)
+        yield Item(named, partial(measure, setting, case, direction, limits, beside))
 
 
 def inductor(setting: Setting, case: Case) -> dict[str, Callable]:
     torch._dynamo.reset()  # dynamo gives up after eight shapes
     reference = case.call.reference()
-    return {INDUCTOR: torch.compile(reference, dynamic=False, backend=setting.compiler)}
+    return {"inductor": torch.compile(reference, dynamic=False, backend=setting.compiler)}
 
 
 def plan(setting: Setting, model: str) -> ops.Plan:
-    device, rounds = setting.device.type, setting.rounds(ROUNDS)
-    return ops.Plan((), model, setting.batch(BATCH), 0.9, "bf16", device, rounds)
+    rounds = setting.rounds(ROUNDS)
+    return ops.Plan((), model, setting.batch(BATCH), 0.9, "bf16", setting.device, rounds)
 
 
 def measure(
-    setting: Setting, case: Case, direction: str, limits: dict, beside: dict[str, Callable]
+    setting: Setting, case: Case, direction: str, limits: dict, beside: Beside | None
 ) -> dict:
     """The record of one call in one direction."""
-    how = plan(setting, case.model), case.call, case.two, direction, limits, beside
-    return told(setting, ops.measure(*how, timer=timer(setting)))
+    others = beside(setting, case) if beside else {}
+    how = plan(setting, case.model), case.call, case.two, direction, limits, others
+    return told(ops.measure(*how, timer=setting.clock(cold=True)))
 
 
-def timer(setting: Setting) -> Callable[[ops.Run], float]:
-    return lambda run: setting.device.time(run, cold=True)
-
-
-def told(setting: Setting, record: dict) -> dict:
+def told(record: dict) -> dict:
     words = (
         f"{name} {1e6 * statistics.median(s):.0f} us {share(record['limits'], record, s):.0%}"
         for name, s in record["seconds"].items()

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+import torch
+from torch.profiler import profile
 
 from benchmarks.gpu.engines import EAGER, OURS, build
 from benchmarks.gpu.records import Item
@@ -30,8 +32,7 @@ LIBRARY = {
 
 def items(setting: Setting) -> Iterator[Item]:
     for model, batch in setting.some(PLAN):
-        run = lambda model=model, batch=batch: profiled(setting, model, batch)  # noqa: E731
-        yield Item(f"{model} {batch} clips", run)
+        yield Item(f"{model} {batch} clips", partial(profiled, setting, model, batch))
 
 
 def profiled(setting: Setting, model: str, batch: int) -> dict:
@@ -41,20 +42,18 @@ def profiled(setting: Setting, model: str, batch: int) -> dict:
 
     def step() -> None:
         engine.step(clips, noise)
-        setting.device.synchronize()  # nothing may still run when the profile ends
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # nothing may still run when the profile ends
 
     for _ in range(3):
         step()
-    activities = [ProfilerActivity.CPU]
-    if setting.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as found:
+    with profile() as found:
         step()
     launches = count_launches(step)
     graph = build(OURS, cfg, setting)
     for _ in range(5):
         graph.step(clips, noise)
-    rows = kernels_of(found.key_averages(), setting.device.type)
+    rows = kernels_of(found.key_averages(), setting.device)
     total, by_op = sum(r["microseconds"] for r in rows), Counter()
     for row in rows:
         by_op[row["op"]] += row["microseconds"]

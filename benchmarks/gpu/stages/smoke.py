@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -18,8 +19,8 @@ GOLDEN = ("mae_st_tiny", "mae_st_tiny_all_frames_raw_pixels")
 
 def items(setting: Setting) -> Iterator[Item]:
     for name in setting.some(GOLDEN):
-        yield Item(f"golden {name}", lambda name=name: golden(setting, name))
-    yield Item("two runs give the same bits", lambda: equal_bits(setting))
+        yield Item(f"golden {name}", partial(golden, setting, name))
+    yield Item("two runs give the same bits", partial(equal_bits, setting))
 
 
 def golden(setting: Setting, name: str) -> dict:
@@ -31,8 +32,8 @@ def golden(setting: Setting, name: str) -> dict:
         values.pop(key)
     model = MaskedAutoencoder(ModelConfig(**values))
     model.load_state_dict({k[6:]: t for k, t in tensors.items() if k.startswith("state.")})
-    model.to(setting.device.type)
-    video, noise = (tensors[k].to(setting.device.type) for k in ("video_u8", "noise"))
+    model.to(setting.device)
+    video, noise = (tensors[k].to(setting.device) for k in ("video_u8", "noise"))
     with products_in(tf32=False):
         loss, _, mask = model(video, ratio, noise=noise)
         loss.backward()
@@ -52,7 +53,7 @@ def golden(setting: Setting, name: str) -> dict:
 def equal_bits(setting: Setting) -> dict:
     """Loss and every gradient of two bf16 steps from the same weights."""
     cfg = setting.cfg("vit_tiny")
-    with torch.device(setting.device.type):
+    with torch.device(setting.device):
         model = MaskedAutoencoder(cfg)
     batch = setting.batch(8)
     clips, noise = setting.clips(cfg, batch), setting.noise(cfg, batch)

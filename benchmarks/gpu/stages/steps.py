@@ -1,5 +1,5 @@
 """Training steps of mae_fast beside each baseline, and at masking ratios beside itself at 90%:
-interleaved, on synthetic uint8 clips. `rungs` and `ratios` are plans of this stage.
+interleaved, on synthetic uint8 clips. `rungs` and `ratios` are stages of their own.
 
 A step is forward, backward, clip and AdamW. A cell whose batch does not fit into memory takes the
 greatest half of it that does; both are compared in clips a second. 0% is an encoder that sees every
@@ -8,8 +8,9 @@ token: the decoder and the loss stay those of the 90% mask, since 0% leaves noth
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import cache, partial
 
+import torch
 from torch import Tensor
 
 from benchmarks.gpu.device import smi
@@ -55,78 +56,71 @@ SECONDS_AN_ITEM = 4.0
 ROUNDS = (3, 10)  # at least and at most
 
 
-@dataclass
 class Reference:
-    """mae_fast, its step as CUDA graphs, at one model and batch at 90%, kept while others take
-    turns beside it."""
+    """mae_fast, its step as CUDA graphs, at 90%, and as many of the clips that were asked for as
+    fit; kept while others take turns beside it."""
 
-    setting: Setting
-    model: str
-    batch: int
-
-    def __post_init__(self) -> None:
-        self.cfg = self.setting.cfg(self.model)
-        self.engine: Built | None = None
-
-    def open(self) -> None:
-        """Build it, and as many clips and masks to step on as fit."""
-        if self.engine is not None:
-            return
-        self.before_mb = self.setting.device.allocated_mb()
-        engine = build(OURS, self.cfg, self.setting)
-        self.state = {k: v.clone() for k, v in engine.model.state_dict().items()}
-        self.clips = self.setting.clips(self.cfg, self.batch)
-        self.noise = self.setting.noise(self.cfg, self.batch)
-        found: list[int] = []
-        self.peak_mb = self.setting.device.peak_mb(
-            lambda: found.append(warmed(engine, self.clips, self.noise))
-        )
-        self.clips, self.noise, self.engine = self.clips[: found[0]], self.noise[: found[0]], engine
-        several(engine, self.clips, self.noise)()  # the graphs are captured, which take no more
+    def __init__(self, setting: Setting, model: str, asked: int) -> None:
+        self.model, self.asked, self.cfg = model, asked, setting.cfg(model)
+        before_mb = allocated_mb()
+        self.engine = build(OURS, self.cfg, setting)
+        self.state = {k: v.clone() for k, v in self.engine.model.state_dict().items()}
+        clips, noise = setting.clips(self.cfg, asked), setting.noise(self.cfg, asked)
+        fits: list[int] = []
+        peak_mb = setting.peak_mb(lambda: fits.append(warmed(self.engine, clips, noise)))
+        self.used_mb = peak_mb - before_mb
+        self.clips, self.noise = clips[: fits[0]], noise[: fits[0]]
+        several(self.engine, self.clips, self.noise)()  # the graphs are captured: they take no more
 
 
 Plan = Sequence[tuple[str, int, Sequence[str]]]
+Opened = Callable[[], Reference]  # built within the first item that needs it
 
 
 def items(setting: Setting, plan: Plan = PLAN) -> Iterator[Item]:
     plan = plan[:1] if setting.tiny else plan
     limits = setting.limits()
     for model, batch, engines in plan:
-        reference = Reference(setting, model, setting.batch(batch))
+        opened = cache(partial(Reference, setting, model, setting.batch(batch)))
         for name in engines:
-            yield Item(
-                f"{model} {batch} clips {name}",
-                lambda reference=reference, name=name: measure(setting, reference, name, limits),
-            )
+            run = partial(measure, setting, opened, name, limits)
+            yield Item(f"{model} {batch} clips {name}", run)
+
+
+def items_of_rungs(setting: Setting) -> Iterator[Item]:
+    """The other rungs and sizes, as `items` takes those that decide."""
+    every = (("vit_base", 64, (*LADDER, *REST)),)  # each engine once
+    return items(setting, every if setting.tiny else RUNGS)
 
 
 def items_by_ratio(setting: Setting) -> Iterator[Item]:
-    references = {m: Reference(setting, m, setting.batch(64)) for m in setting.some(RATIO_MODELS)}
+    """Masking ratios from 0 to 95%, each beside mae_fast at 90%."""
+    models, batch = setting.some(RATIO_MODELS), setting.batch(64)
+    opened = {model: cache(partial(Reference, setting, model, batch)) for model in models}
     for masked in RATIOS:
-        for model, reference in references.items():
-            run = lambda r=reference, masked=masked: measure_ratio(setting, r, masked)  # noqa: E731
+        for model in models:
+            run = partial(measure_ratio, setting, opened[model], masked)
             yield Item(f"{model} {masked:.0%}", run)
 
 
-def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> dict:
+def measure(setting: Setting, opened: Opened, name: str, limits: dict) -> dict:
     """The record of one engine: mae_fast's with the device's limits, others' with mae_fast's."""
-    reference.open()
-    cfg, clips, noise = reference.cfg, reference.clips, reference.noise
-    ours = reference.engine
+    reference = opened()
+    ours, clips, noise = reference.engine, reference.clips, reference.noise
+    beside = {OURS: (ours, len(clips))}
     if name == OURS:
-        engine, batch, used_mb = ours, len(clips), reference.peak_mb - reference.before_mb
+        engine, batch, used_mb = ours, len(clips), reference.used_mb
     else:
-        before_mb = setting.device.allocated_mb()
-        engine = build(name, cfg, setting)
+        before_mb, limits = allocated_mb(), {}
+        engine = build(name, reference.cfg, setting)
         batch = warmed(engine, clips, noise)
         one = several(engine, clips[:batch], noise[:batch], steps=1)
-        used_mb = setting.device.peak_mb(one) - before_mb
+        used_mb = setting.peak_mb(one) - before_mb
+        beside = {name: (engine, batch)} | beside
     losses = first_losses({OURS: ours, name: engine}, clips[:batch], noise[:batch], reference.state)
-    beside = {name: (engine, batch)} | ({} if name == OURS else {OURS: (ours, len(clips))})
-    others = limits if name == OURS else {}
-    record = taken_in_turn(setting, reference, beside, others)
+    record = taken_in_turn(setting, reference, beside, limits)
     record["engines"][name]["peak_memory_mb"] = used_mb
-    rate, flop = record["clips_per_second"], official_step_flop(cfg, 1)
+    rate, flop = record["clips_per_second"], official_step_flop(reference.cfg, 1)
     told = f"{rate[name]:.1f} clips/s, {rate[name] * flop / 1e12:.1f} TFLOP/s of the official count"
     if name != OURS:
         told += f", mae_fast {rate[OURS] / rate[name]:.2f}x"
@@ -134,25 +128,21 @@ def measure(setting: Setting, reference: Reference, name: str, limits: dict) -> 
     return {**record, **of, "told": told}
 
 
-def measure_ratio(setting: Setting, reference: Reference, masked: float) -> dict:
+def measure_ratio(setting: Setting, opened: Opened, masked: float) -> dict:
     """The record of mae_fast at one masking ratio, beside itself at 90%."""
-    reference.open()
-    cfg, dense = reference.cfg, masked == 0
+    reference, dense = opened(), masked == 0
+    cfg, clips, noise = reference.cfg, reference.clips, reference.noise
     name = "mae_fast_encode_all" if dense else OURS
     engine = build(name, cfg, setting, masked or BASE_RATIO)
-    checked(engine, reference.clips[:2], reference.noise[:2])
-    batch, base = warmed(engine, reference.clips, reference.noise), f"{OURS} at {BASE_RATIO:.0%}"
-    beside = {OURS: (engine, batch), base: (reference.engine, len(reference.clips))}
+    checked(engine, clips[:2], noise[:2])
+    batch, base = warmed(engine, clips, noise), f"{OURS} at {BASE_RATIO:.0%}"
+    beside = {OURS: (engine, batch), base: (reference.engine, len(clips))}
     record = taken_in_turn(setting, reference, beside, {})
-    clips = {n: e["clips"] for n, e in record["engines"].items()}
-    flop = {
-        OURS: step_flop(cfg, batch, masked or BASE_RATIO, encode_all=dense),
-        base: step_flop(cfg, clips[base]),
-    }
-    for n, engine_record in record["engines"].items():
-        engine_record["flop"] = flop[n]
-    times = ratio(*(record["seconds"][n] for n in (OURS, base))) * clips[base] / batch
-    work = flop[OURS] / batch / (flop[base] / clips[base])
+    flop = step_flop(cfg, batch, masked or BASE_RATIO, encode_all=dense)
+    base_flop = step_flop(cfg, len(clips))
+    record["engines"][OURS]["flop"], record["engines"][base]["flop"] = flop, base_flop
+    times = ratio(*(record["seconds"][n] for n in (OURS, base))) * len(clips) / batch
+    work = flop / batch / (base_flop / len(clips))
     told = f"{record['clips_per_second'][OURS]:.1f} clips/s; a clip takes {times:.2f}x that of "
     return {
         **record,
@@ -167,26 +157,25 @@ def taken_in_turn(
     setting: Setting, reference: Reference, engines: dict[str, tuple[Built, int]], limits: dict
 ) -> dict:
     """Steps of {name: (engine, clips)} and the device's limits in turn, as a record."""
-    clips, noise = reference.clips, reference.noise
+    clips, noise, timer = reference.clips, reference.noise, setting.clock()
     functions = {n: several(e, clips[:batch], noise[:batch]) for n, (e, batch) in engines.items()}
     functions |= {limit: found.run for limit, found in limits.items()}
     before = smi()
-    once = sum(setting.device.time(run) for run in functions.values())
+    once = sum(map(timer, functions.values()))
     rounds = setting.rounds(int(min(max(SECONDS_AN_ITEM / once, ROUNDS[0]), ROUNDS[1])))
-    found = interleave(functions, rounds, timer=setting.device.time)
+    found = interleave(functions, rounds, timer)
     seconds = {n: [s / STEPS_A_SAMPLE for s in found[n]] for n in engines}
+    rates = {n: batch / statistics.median(seconds[n]) for n, (_, batch) in engines.items()}
     return {
         "kind": "steps",
         "model": reference.model,
-        "batch_asked": reference.batch,
+        "batch_asked": reference.asked,
         "batch_clips": len(clips),
         "precision": "bf16",
-        "device": setting.device.type,
+        "device": setting.device,
         "engines": {n: {"clips": batch} for n, (_, batch) in engines.items()},
         "seconds": seconds,
-        "clips_per_second": {
-            n: batch / statistics.median(seconds[n]) for n, (_, batch) in engines.items()
-        },
+        "clips_per_second": rates,
         "limits": as_record(limits, found),
         "conditions": [before, smi()],
     }
@@ -222,3 +211,7 @@ def several(
             engine.step(clips, noise)
 
     return run
+
+
+def allocated_mb() -> float:
+    return torch.cuda.memory_allocated() / 2**20

@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -21,9 +22,9 @@ SAME = 1e-3  # of a loss in bf16, with a graph and without
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    yield Item("train.py with and without a CUDA graph", lambda: with_and_without(setting))
-    yield Item("train.py saves and resumes", lambda: resumed(setting))
-    yield Item("train.py with one rank of NCCL", lambda: one_rank(setting))
+    yield Item("train.py with and without a CUDA graph", partial(with_and_without, setting))
+    yield Item("train.py saves and resumes", partial(resumed, setting))
+    yield Item("train.py with one rank of NCCL", partial(one_rank, setting))
 
 
 BT709 = 1  # AVCOL_SPC_BT709
@@ -77,7 +78,7 @@ def trained(setting: Setting, folder: Path, steps: int = STEPS, held_out: bool =
     model = TINY if setting.tiny else preset("vit_tiny", img_size=64, depth=2, decoder_depth=2)
     data = DataConfig(index=index, val_index=index if held_out else "", workers=2, repeat_aug=2)
     settings = dict(batch_size=2, accum_steps=2, precision="bf16", log_every=1, blr=0.1)
-    settings |= dict(warmup_steps=1, save_every=steps // 2, device=setting.device.type, steps=steps)
+    settings |= dict(warmup_steps=1, save_every=steps // 2, device=setting.device, steps=steps)
     cfg = Config(str(folder / "run"), model, data=data, train=TrainConfig(**settings | train))
     # The rehearsal's graph is a tape of the CPU's operators (mae_fast/graph.py).
     taped = setting.tiny and replays(setting)

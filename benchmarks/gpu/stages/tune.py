@@ -10,16 +10,20 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks.gpu.calls import Case, cases
+from benchmarks.gpu.calls import Case, cases, of_every_call
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.checks import begin, end_by, own_backend
-from benchmarks.gpu.stages.kernels import plan, timer, told
+from benchmarks.gpu.stages.kernels import plan, told
 from mae_fast.bench import ops
 from mae_fast.bench.calls import Call, Run
 from mae_fast.bench.timing import interleave
@@ -33,18 +37,19 @@ Key = tuple[str, str]  # kernel, shape class
 
 
 def items(setting: Setting) -> Iterator[Item]:
-    yield Item("compile the candidates", lambda: compile_all(setting))
+    yield Item("compile the candidates", partial(compile_all, setting))
     for case in cases_in_order(setting):
-        yield Item(case.name, lambda call=case.call: tune(setting, call))
+        yield Item(case.name, partial(tune, setting, case.call))
     limits = setting.limits()
-    for model in setting.some(MODELS):  # of one size a kernel: its backends beside each other
-
-        def adamw(model: str = model) -> dict:
-            how = plan(setting, model), setting.cfg(model), limits, timer(setting)
-            return told(setting, ops.adamw(*how))
-
-        yield Item(f"{model} adamw", adamw)
+    for model in setting.some(MODELS):
+        yield Item(f"{model} adamw", partial(adamw, setting, model, limits))
     write_table(setting)
+
+
+def adamw(setting: Setting, model: str, limits: dict) -> dict:
+    """Of one size a kernel: its backends beside each other."""
+    how = plan(setting, model), setting.cfg(model), limits, setting.clock(cold=True)
+    return told(ops.adamw(*how))
 
 
 def cases_in_order(setting: Setting) -> list[Case]:
@@ -74,43 +79,37 @@ def compile_all(setting: Setting) -> dict:
 def compile_share(setting: Setting, share: int, of: int) -> None:
     """Each candidate of each call in this share, launched once. Attention's take longest to
     compile, and are split further."""
-    parts = {"attention": 3}
-    tasks = [
-        (case.call, part, parts.get(case.call.op, 1))
-        for case in cases_in_order(setting)
-        for part in range(parts.get(case.call.op, 1))
-    ]
-    for call, part, of_parts in tasks[share::of]:
-        call = call.real(setting.device.type)
+    tasks = []
+    for case in cases_in_order(setting):
+        parts = 3 if case.call.op == "attention" else 1
+        tasks += [(case.call, part, parts) for part in range(parts)]
+    for call, part, parts in tasks[share::of]:
+        call = call.real(setting.device)
         try:
             own_backend(setting, call)
         except Declined:
             continue
         for run in runs(setting, call).values():
             for key in picks(run):
-                for candidate in setting.some(CANDIDATES[key[0]][key[1]], 2)[part::of_parts]:
+                for candidate in candidates_of(setting, key)[part::parts]:
                     try:
-                        with chosen({key: candidate}):
-                            run()
+                        chosen({key: candidate})(run)()
                     except Exception as e:  # too large for this device: `tune` records it
                         print(f"{key} {candidate}: {type(e).__name__}", flush=True)
+
+
+def candidates_of(setting: Setting, key: Key) -> Sequence[dict]:
+    return setting.some(CANDIDATES[key[0]][key[1]], 2)
 
 
 def runs(setting: Setting, call: Call) -> dict[str, Run]:
     """The call's forward and backward, apart, by Triton."""
     function = call.function("triton")
-
-    def cast(run: Run) -> Run:
-        def under_autocast():
-            with setting.autocast():
-                return run()
-
-        return under_autocast
-
-    found = {"forward": cast(call.forward(function))}
+    found = {"forward": setting.autocast()(call.forward(function))}
     if call.differentiable:
         with setting.autocast():
-            found["backward"] = cast(call.backward(function))
+            backward = call.backward(function)
+        found["backward"] = setting.autocast()(backward)
     return found
 
 
@@ -118,15 +117,15 @@ def tune(setting: Setting, call: Call) -> dict:
     """The fastest candidate of each kernel that the call launches, one kernel at a time, the others
     at their best so far. A candidate that does not launch, or gives other results than the first
     that does, is out."""
-    call = call.real(setting.device.type)
+    call = call.real(setting.device)
     own_backend(setting, call)
     sizes, report = {}, []
     for direction, run in runs(setting, call).items():
         for key in sorted(picks(run)):
-            candidates = setting.some(CANDIDATES[key[0]][key[1]], 2)
+            candidates = candidates_of(setting, key)
             timed, out, expected = {}, {}, None
             for i, candidate in enumerate(candidates):
-                this = sized(run, {**sizes, key: candidate})
+                this = chosen({**sizes, key: candidate})(run)
                 try:
                     got = [t.float() for t in this()]
                     expected = expected or got
@@ -136,7 +135,7 @@ def tune(setting: Setting, call: Call) -> dict:
                     text = f"{type(e).__name__}: {e}"
                     out[json.dumps(candidate)] = text.splitlines()[0]
             assert timed, f"{key}: no candidate runs: {out}"
-            seconds = interleave(timed, setting.rounds(ROUNDS), timer(setting))
+            seconds = interleave(timed, setting.rounds(ROUNDS), setting.clock(cold=True))
             medians = {i: statistics.median(s) for i, s in seconds.items()}
             best = candidates[int(min(medians, key=medians.get))]
             sizes[key] = best
@@ -169,28 +168,14 @@ def agree(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     )
 
 
-def sized(run: Run, sizes: dict[Key, dict]) -> Run:
-    def with_sizes():
-        with chosen(sizes):
-            return run()
+def chosen(sizes: dict[Key, dict]) -> Any:
+    """A decorator: inside, kernels take these sizes."""
+    pick = configs._pick
 
-    return with_sizes
+    def of(kernel: str, shape: str, arch: int) -> dict[str, int]:
+        return sizes.get((kernel, shape)) or pick(kernel, shape, arch)
 
-
-@contextmanager
-def chosen(sizes: dict[Key, dict]):
-    """Inside, kernels take these sizes, as if they had been measured."""
-    table = configs.measured().setdefault(str(configs.architecture()), {})
-    before = json.loads(json.dumps(table))
-    for (kernel, shape), size in sizes.items():
-        table.setdefault(kernel, {})[shape] = size
-    configs._pick.cache_clear()
-    try:
-        yield
-    finally:
-        table.clear()
-        table.update(before)
-        configs._pick.cache_clear()
+    return mock.patch.object(configs, "_pick", of)
 
 
 def picks(run: Run) -> set[Key]:
@@ -201,12 +186,9 @@ def picks(run: Run) -> set[Key]:
         found.add((kernel, shape))
         return pick(kernel, shape, arch)
 
-    configs._pick = recorded
-    try:
+    with mock.patch.object(configs, "_pick", recorded):
         with suppress(Exception):  # the guess may be too large for this device
             run()
-    finally:
-        configs._pick = pick
     return {key for key in found if len(CANDIDATES[key[0]][key[1]]) > 1}
 
 
@@ -224,19 +206,14 @@ def write_table(setting: Setting) -> None:
 def fastest(records: Iterable[dict]) -> dict[tuple[str, str, str], dict[str, int]]:
     """{(architecture, kernel, shape class): sizes}: of the candidates that every call of the class
     can take, the one with which a step's calls of it take the least time."""
-    seconds: dict[tuple, dict[str, list[float]]] = {}
+    seconds = defaultdict(lambda: defaultdict(list))
     for record in records:
         for kernel in record.get("kernels", ()) if record["stage"] == "tune" else ():
             key = str(record["architecture"]), kernel["kernel"], kernel["shape_class"]
             for sizes, samples in kernel["seconds"].items():
-                of_step = record["calls_a_step"] * statistics.median(samples)
-                seconds.setdefault(key, {}).setdefault(sizes, []).append(of_step)
-    found = {}
-    for key, candidates in seconds.items():
-        most = max(map(len, candidates.values()))
-        sums = {sizes: sum(s) for sizes, s in candidates.items() if len(s) == most}
-        found[key] = json.loads(min(sums, key=sums.get))
-    return found
+                seconds[key][sizes].append(record["calls_a_step"] * statistics.median(samples))
+    sums = {key: of_every_call(candidates) for key, candidates in seconds.items()}
+    return {key: json.loads(min(of, key=of.get)) for key, of in sums.items()}
 
 
 if __name__ == "__main__":
