@@ -5,8 +5,6 @@
 Same starting values, clips and masks; the losses may differ by rounding only.
 """
 
-from dataclasses import dataclass
-
 import torch
 import tyro
 
@@ -24,8 +22,9 @@ from mae_fast.step import Step
 LR = 1e-3  # large enough that the losses move in a few steps
 
 
-@dataclass(frozen=True)
-class Args:
+def main(
+    model: str = "vit_tiny", steps: int = 20, batch: int = 2, out: str = "", quick: bool = False
+) -> None:
     """Train twice on the same random clips and compare the losses.
 
     Args:
@@ -35,30 +34,21 @@ class Args:
         out: append the record to this file.
         quick: clips of 32 x 32 and three steps, to see that the harness works.
     """
-
-    model: str = "vit_tiny"
-    steps: int = 20
-    batch: int = 2
-    out: str = ""
-    quick: bool = False
-
-
-def main(args: Args) -> None:
-    cfg = preset(args.model, **({"img_size": 32} if args.quick else {}))
-    steps = 3 if args.quick else args.steps
+    cfg = preset(model, **({"img_size": 32} if quick else {}))
+    steps = 3 if quick else steps
     with mae_fast.backends(**dict.fromkeys(OPS, "reference")):
-        reference = losses(cfg, steps, args.batch)
-    chosen = losses(cfg, steps, args.batch)
+        reference = losses(cfg, steps, batch)
+    chosen = losses(cfg, steps, batch)
     greatest = max(abs(c / r - 1) for c, r in zip(chosen, reference, strict=True))
     for step, (c, r) in enumerate(zip(chosen, reference, strict=True)):
         print(f"step {step:3}  chosen {c:.7f}  reference {r:.7f}")
     print(f"greatest relative difference {greatest:.1e}")
-    if args.out:
+    if out:
         record = {
             "kind": "losses",
             "what": "losses, ops chosen against all forced to reference",
-            "model": "quick" if args.quick else args.model,
-            "batch_clips": args.batch,
+            "model": "quick" if quick else model,
+            "batch_clips": batch,
             "ratio": 0.9,
             "precision": "fp32",
             "lr": LR,
@@ -66,7 +56,7 @@ def main(args: Args) -> None:
             "greatest_relative_difference": greatest,
             "environment": environment(),
         }
-        append(args.out, record)
+        append(out, record)
 
 
 def losses(cfg: ModelConfig, steps: int, clips: int) -> list[float]:
@@ -90,4 +80,4 @@ def losses(cfg: ModelConfig, steps: int, clips: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    tyro.cli(main)

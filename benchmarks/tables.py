@@ -84,8 +84,8 @@ def gpu_tables(folder: Path) -> str:
     """Every device's."""
     parts = []
     for _, records in gpu.devices(folder):
-        for words, head, rows in gpu.tables(records):
-            parts.append(f"{words}\n\n{table(head, rows)}")
+        for words, rows in gpu.tables(records):
+            parts.append(f"{words}\n\n{table('|'.join(rows[0]), [list(r.values()) for r in rows])}")
     return "\n".join(parts)
 
 

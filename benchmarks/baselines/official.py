@@ -22,6 +22,13 @@ def normalise(video: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (video.to(dtype) / 255.0 - 0.45) / 0.225
 
 
+def patches(video: Tensor, t_patch: int, patch: int, order: str) -> Tensor:
+    """[N, C, t*u, h*p, w*q], cut into cells, as [N, L, ...]: of its "nctuhpwq" in this order, which
+    begins with "nthw"."""
+    x = video.unflatten(2, (-1, t_patch)).unflatten(4, (-1, patch)).unflatten(6, (-1, patch))
+    return torch.einsum(f"nctuhpwq->{order}", x).flatten(1, 3)
+
+
 class Attention(nn.Module):
     """Self-attention, its scores materialised ("eager") or torch's ("sdpa")."""
 
@@ -229,6 +236,4 @@ class OfficialMAE(nn.Module):
 
     def patchify(self, frames: Tensor) -> Tensor:
         """frames [N, C, t*u, H, W] -> [N, L, u*p*p*C], channel fastest."""
-        u, p = self.pred_t_patch, self.cfg.patch_size
-        x = frames.unflatten(2, (-1, u)).unflatten(4, (-1, p)).unflatten(6, (-1, p))
-        return torch.einsum("nctuhpwq->nthwupqc", x).flatten(4).flatten(1, 3)
+        return patches(frames, self.pred_t_patch, self.cfg.patch_size, "nthwupqc").flatten(2)

@@ -8,9 +8,10 @@ written into the checkout.
 import contextlib
 import hashlib
 import importlib
+import inspect
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -35,14 +36,11 @@ class OfficialRepository(Baseline):
     def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
         if cfg.variant != "mae_st":
             raise ValueError(f"the official repository has no variant {cfg.variant}")
-        names = "img_size patch_size in_chans embed_dim depth num_heads decoder_embed_dim"
-        names += " decoder_depth decoder_num_heads mlp_ratio norm_pix_loss num_frames t_patch_size"
-        names += " no_qkv_bias sep_pos_embed trunc_init cls_embed pred_t_dim"
-        settings = {name: getattr(cfg, name) for name in names.split()}
+        made = import_models(self.path).MaskedAutoencoderViT
+        known = inspect.signature(made).parameters
+        settings = {name: value for name, value in asdict(cfg).items() if name in known}
         with contextlib.redirect_stdout(io.StringIO()):  # it says that it is there
-            model = import_models(self.path).MaskedAutoencoderViT(
-                norm_layer=partial(nn.LayerNorm, eps=EPS), **settings
-            )
+            model = made(norm_layer=partial(nn.LayerNorm, eps=EPS), **settings)
 
         def loss_of(
             clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool = False
@@ -71,17 +69,10 @@ def given_noise(noise: Tensor | None) -> contextlib.AbstractContextManager:
     return mock.patch.object(torch, "rand", _given)
 
 
-class _Given:
-    """In place of torch.rand, the same one at every step: an accelerated model that finds another
-    function is compared anew."""
-
-    noise: Tensor
-
-    def __call__(self, n: int, *size: int, device: torch.device) -> Tensor:
-        return self.noise[:n].to(device)
-
-
-_given = _Given()
+def _given(n: int, *size: int, device: torch.device) -> Tensor:
+    """In place of torch.rand, the same function at every step: an accelerated model that finds
+    another one is compared anew."""
+    return _given.noise[:n].to(device)
 
 
 def import_models(path: str) -> ModuleType:

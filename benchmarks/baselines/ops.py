@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mae_fast.bench.baselines.official import EPS, patches
 from mae_fast.masking import mask_from_keep
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather_ref
-
-EPS = 1e-6
 
 
 def same(*results: Tensor) -> tuple[Tensor, ...]:
@@ -74,9 +73,8 @@ def _patchify_gather(video, ids, t_patch, patch, mean, std, dtype) -> Baseline:
     """All of the clip is normalised and cut up."""
 
     def function(video: Tensor) -> Tensor:
-        x = ((video.to(dtype) / 255 - mean) / std).unflatten(2, (-1, t_patch))
-        x = x.unflatten(4, (-1, patch)).unflatten(6, (-1, patch))
-        return rows(torch.einsum("nctuhpwq->nthwcupq", x).flatten(4).flatten(1, 3), ids)
+        normal = (video.to(dtype) / 255 - mean) / std
+        return rows(patches(normal, t_patch, patch, "nthwcupq").flatten(2), ids)
 
     return Baseline("official", (video,), function)
 
@@ -114,9 +112,7 @@ def _masked_mse(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix) -
     wanted = torch.tensor(frames, device=video.device)
 
     def targets() -> Tensor:
-        x = normal.index_select(2, wanted).unflatten(2, (-1, t_patch))
-        x = x.unflatten(4, (-1, patch)).unflatten(6, (-1, patch))
-        return torch.einsum("nctuhpwq->nthwupqc", x).flatten(4).flatten(1, 3)
+        return patches(normal.index_select(2, wanted), t_patch, patch, "nthwupqc").flatten(2)
 
     if norm_pix == "channel":
 

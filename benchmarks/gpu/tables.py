@@ -13,7 +13,7 @@ from benchmarks.gpu.stages.steps import BAR
 from mae_fast.bench.timing import ratio, spread
 
 SOURCES = RESULTS / "sources.json"  # hash_of_sources -> commit
-Tables = list[tuple[str, str, list[list[str]]]]  # (words, head, rows)
+Rows = list[dict[str, str]]  # cells by column
 
 
 def devices(folder: Path) -> Iterator[tuple[str, list[dict]]]:
@@ -45,6 +45,10 @@ def microseconds(samples: list[float]) -> str:
     return f"{1e6 * statistics.median(samples):.0f}{'!' * (spread(samples) > 0.1)}"
 
 
+def direction(record: dict) -> str:
+    return record["direction"].replace("_", " + ")
+
+
 def steps(records: list[dict]) -> list[dict]:
     """The records of training steps at 90%, by model and clips, ours first."""
     found = [r for r in records if r["kind"] == "steps" and r.get("engine") in ENGINES]
@@ -59,70 +63,49 @@ def faster(record: dict) -> float:
     return times * clips[OURS]["clips"] / clips[engine]["clips"]
 
 
-def tables(records: list[dict]) -> Tables:
-    """Of one device's records."""
-    found = []
-    for stages, make in TABLES.items():
+def tables(records: list[dict]) -> Iterator[tuple[str, Rows]]:
+    """(words, rows) of one device's records."""
+    for stages, (make, words) in TABLES.items():
         used = [r for r in records if r["stage"] in stages]
-        words, head, rows = make(used)
+        rows = make(used)
         if rows:
-            found.append((f"{words} {where(used)}.", head, rows))
-    return found
+            yield f"{words} {where(used)}.", rows
 
 
-def step_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
+def step_rows(records: list[dict]) -> Rows:
     rows = []
     for r in steps(records):
         name, rate = r["engine"], r["clips_per_second"][r["engine"]]
-        done = rate * r["official_flop_a_clip"] / 1e12
-        product = r["limits"].get("product")
-        of = "-"
-        if product:
+        engine, done, of = r["engines"][name], rate * r["official_flop_a_clip"] / 1e12, "-"
+        if product := r["limits"].get("product"):
             peak = product["flop"] / statistics.median(product["seconds"]) / 1e12
             of = f"{done / peak:.0%} of {peak:.0f}"
-        rows.append(
-            [
-                r["model"],
-                str(r["engines"][name]["clips"]),
-                f"`{name}`",
-                f"{rate:.0f}",
-                f"{done:.0f}",
-                of,
-                "-" if name == OURS else f"{faster(r):.2f}x",
-                f"{r['engines'][name]['peak_memory_mb'] / 1024:.1f}",
-                f"{spread(r['seconds'][name]):.0%}",
-            ]
-        )
-    words = (
-        "**Training steps on a GPU**, 90% masked, bf16 autocast with fp32 weights (`official_fp32` "
-        "and `official_tf32` as they are called), clip and AdamW included, synthetic uint8 clips "
-        "on the device. Each engine beside `mae_fast` in the same rounds; the official code is "
-        "written from the specification. `mae_fast` replays CUDA graphs, as training does there."
-    )
-    head = (
-        "model|clips|engine|clips/s|TFLOP/s of the official count|of the product rate, TFLOP/s|"
-        "mae_fast is faster|peak GB|spread"
-    )
-    return words, head, rows
+        row = {
+            "model": r["model"],
+            "clips": str(engine["clips"]),
+            "engine": f"`{name}`",
+            "clips/s": f"{rate:.0f}",
+            "TFLOP/s of the official count": f"{done:.0f}",
+            "of the product rate, TFLOP/s": of,
+            "mae_fast is faster": "-" if name == OURS else f"{faster(r):.2f}x",
+            "peak GB": f"{engine['peak_memory_mb'] / 1024:.1f}",
+            "spread": f"{spread(r['seconds'][name]):.0%}",
+        }
+        rows.append(row)
+    return rows
 
 
-def ratio_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
-    rows = [
-        [
-            r["model"],
-            f"{r['ratio']:.0%}",
-            f"{r['clips_per_second'][OURS]:.0f}",
-            f"{r['times_the_base']:.2f}x",
-            f"{r['times_the_base_in_flop']:.2f}x",
-        ]
+def ratio_rows(records: list[dict]) -> Rows:
+    return [
+        {
+            "model": r["model"],
+            "masked": f"{r['ratio']:.0%}",
+            "clips/s": f"{r['clips_per_second'][OURS]:.0f}",
+            "time of a clip, of that at 90%": f"{r['times_the_base']:.2f}x",
+            "in FLOP": f"{r['times_the_base_in_flop']:.2f}x",
+        }
         for r in sorted(records, key=lambda r: (r["model"], r["ratio"]))
     ]
-    words = (
-        "**What masking buys on a GPU**, 64 clips, bf16, beside 90% in the same rounds. At 0% the "
-        "encoder sees every token; the decoder and the loss stay those of 90%."
-    )
-    head = "model|masked|clips/s|time of a clip, of that at 90%|in FLOP"
-    return words, head, rows
 
 
 def ours_and_others(records: list[dict]) -> Iterator[tuple[dict, float, dict[str, float]]]:
@@ -134,75 +117,86 @@ def ours_and_others(records: list[dict]) -> Iterator[tuple[dict, float, dict[str
             yield r, ours, medians
 
 
-def attention_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
+def attention_rows(records: list[dict]) -> Rows:
     rows = []
-    for r, ours, medians in ours_and_others(records):
-        medians.pop("reference", None)
-        if not medians:
+    for r, ours, others in ours_and_others(records):
+        others.pop("reference", None)
+        if not others:
             continue
-        best = min(medians, key=medians.get)
-        shape = " ".join(x.removeprefix("bfloat16") for x in r["shape"].split()[:2])
-        rows.append(
-            [
-                r["model"],
-                shape,
-                r["direction"].replace("_", " + "),
-                microseconds(r["seconds"]["triton"]),
-                f"{r['flop'] / ours / 1e6:.0f}",
-                f"{microseconds(r['seconds'][best])} (`{best}`)",
-                f"{medians[best] / ours:.2f}x",
-            ]
-        )
-    words = (
-        "**Attention on a GPU**, on the calls of a step at 64 clips in bf16, caches cold: the "
-        "Triton kernel beside the fastest of torch's four kernels and of the libraries that were "
-        "there; ! spread over 10%: the host was not far enough ahead, and is in it."
-    )
-    head = "model|q, and k and v|direction|us|TFLOP/s|fastest library, us|ours is faster"
-    return words, head, rows
+        best = min(others, key=others.get)
+        row = {
+            "model": r["model"],
+            "q, and k and v": " ".join(x.removeprefix("bfloat16") for x in r["shape"].split()[:2]),
+            "direction": direction(r),
+            "us": microseconds(r["seconds"]["triton"]),
+            "TFLOP/s": f"{r['flop'] / ours / 1e6:.0f}",
+            "fastest library, us": f"{microseconds(r['seconds'][best])} (`{best}`)",
+            "ours is faster": f"{others[best] / ours:.2f}x",
+        }
+        rows.append(row)
+    return rows
 
 
-def op_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
+def op_rows(records: list[dict]) -> Rows:
     rows = []
-    for r, ours, medians in ours_and_others(records):
+    for r, ours, others in ours_and_others(records):
         copy = r["limits"]["copy"]
         rate = copy["bytes"] / statistics.median(copy["seconds"])
-        others = ", ".join(f"{us:.0f} (`{n}`)" for n, us in medians.items())
-        share = f"{r['bytes'] / (ours / 1e6) / rate:.0%}"
-        shape = r["shape"].split()[0]
-        samples = microseconds(r["seconds"]["triton"])
-        rows.append([f"`{r['op']}`", shape, r["direction"].replace("_", " + "), samples])
-        rows[-1] += [share, others]
-    words = (
-        "**Ops on a GPU**, on the calls of a step at 64 clips under autocast, caches cold: "
-        "Triton's kernels, the share of a copy's bandwidth at which they move the least bytes, and "
-        "the other ways."
-    )
-    return words, "op|shape|direction|us|of copy|others, us", rows
+        row = {
+            "op": f"`{r['op']}`",
+            "shape": r["shape"].split()[0],
+            "direction": direction(r),
+            "us": microseconds(r["seconds"]["triton"]),
+            "of copy": f"{r['bytes'] / (ours / 1e6) / rate:.0%}",
+            "others, us": ", ".join(f"{us:.0f} (`{n}`)" for n, us in others.items()),
+        }
+        rows.append(row)
+    return rows
 
 
-def profile_table(records: list[dict]) -> tuple[str, str, list[list[str]]]:
-    rows = [
-        [
-            r["model"],
-            str(r["batch_clips"]),
-            f"{r['microseconds'] / 1e3:.1f}",
-            ", ".join(f"{op} {part:.0%}" for op, part in list(r["shares"].items())[:8]),
-            str(sum(r["launches"].values())),
-            str(sum(r["launches_with_graph"].values())),
-        ]
+def profile_rows(records: list[dict]) -> Rows:
+    return [
+        {
+            "model": r["model"],
+            "clips": str(r["batch_clips"]),
+            "ms of kernels": f"{r['microseconds'] / 1e3:.1f}",
+            "shares": ", ".join(f"{op} {part:.0%}" for op, part in list(r["shares"].items())[:8]),
+            "launches": str(sum(r["launches"].values())),
+            "with graphs": str(sum(r["launches_with_graph"].values())),
+        }
         for r in records
     ]
-    words = "**Where a step's time goes on a GPU**: its kernels, by op; what the host launches."
-    return words, "model|clips|ms of kernels|shares|launches|with graphs", rows
 
 
-TABLES = {  # of which stages
-    ("steps", "rungs"): step_table,
-    ("ratios",): ratio_table,
-    ("attention",): attention_table,
-    ("kernels",): op_table,
-    ("profile",): profile_table,
+TABLES = {  # of which stages, and what is said above them
+    ("steps", "rungs"): (
+        step_rows,
+        "**Training steps on a GPU**, 90% masked, bf16 autocast with fp32 weights (`official_fp32` "
+        "and `official_tf32` as they are called), clip and AdamW included, synthetic uint8 clips "
+        "on the device. Each engine beside `mae_fast` in the same rounds; the official code is "
+        "written from the specification. `mae_fast` replays CUDA graphs, as training does there.",
+    ),
+    ("ratios",): (
+        ratio_rows,
+        "**What masking buys on a GPU**, 64 clips, bf16, beside 90% in the same rounds. At 0% the "
+        "encoder sees every token; the decoder and the loss stay those of 90%.",
+    ),
+    ("attention",): (
+        attention_rows,
+        "**Attention on a GPU**, on the calls of a step at 64 clips in bf16, caches cold: the "
+        "Triton kernel beside the fastest of torch's four kernels and of the libraries that were "
+        "there; ! spread over 10%: the host was not far enough ahead, and is in it.",
+    ),
+    ("kernels",): (
+        op_rows,
+        "**Ops on a GPU**, on the calls of a step at 64 clips under autocast, caches cold: "
+        "Triton's kernels, the share of a copy's bandwidth at which they move the least bytes, and "
+        "the other ways.",
+    ),
+    ("profile",): (
+        profile_rows,
+        "**Where a step's time goes on a GPU**: its kernels, by op; what the host launches.",
+    ),
 }
 
 

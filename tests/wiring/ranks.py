@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from base_run import BASE
 
 from mae_fast import metrics, train
 from mae_fast.config import Config, DataConfig, MaskConfig, ModelConfig, TrainConfig
@@ -27,20 +28,7 @@ from mae_fast.sharded import local
 from mae_fast.tasks import classify
 
 TASKS = {"pretrain": train.Pretraining, "finetune": classify.FinetuneRun}
-
-
-MODEL = dict(
-    img_size=16,
-    patch_size=8,
-    num_frames=4,
-    pred_t_dim=2,
-    embed_dim=16,
-    depth=1,
-    num_heads=2,
-    decoder_embed_dim=16,
-    decoder_depth=1,
-    decoder_num_heads=2,
-)
+MODEL = BASE["model"]
 
 
 def config(index, output, **train) -> Config:

@@ -108,7 +108,7 @@ ELSEWHERE = {
     "eval.train_index": "test_probes_judge_a_run_and_change_nothing",
     "eval.test_index": "test_probes_judge_a_run_and_change_nothing",
 }
-# What a resumed run may change.
+# What a resumed run may change: said here again, so that no field is freed by mistake.
 FREE = {
     "output",
     "data.workers",
