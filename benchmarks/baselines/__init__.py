@@ -1,7 +1,7 @@
 """What mae_fast is measured against: the official code, one improvement a rung, and a peer.
 
 model, optimizer, step = BASELINES["official_sdpa"].build(cfg)
-loss = step(clips)  # uint8 [B, C, T, H, W]
+loss = step(clips, noise)  # uint8 [B, C, T, H, W], keys of the mask [B, L]
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Official(Baseline):
             # In place, so that parameters keep their names; a graph for each shape.
             model.compile(dynamic=False, backend=self.compiler)
 
-        def loss_of(clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool) -> Tensor:
+        def loss_of(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool) -> Tensor:
             if clips.dtype == torch.uint8:
                 clips = normalise(clips)
             with span("compiled", "compiled") if self.compiled else contextlib.nullcontext():

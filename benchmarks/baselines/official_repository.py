@@ -42,9 +42,7 @@ class OfficialRepository(Baseline):
         with contextlib.redirect_stdout(io.StringIO()):  # it says that it is there
             model = made(norm_layer=partial(nn.LayerNorm, eps=EPS), **settings)
 
-        def loss_of(
-            clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool = False
-        ) -> Tensor:
+        def loss_of(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool = False) -> Tensor:
             if encode_all:
                 raise ValueError("the official repository cannot encode every token")
             if clips.dtype == torch.uint8:
@@ -60,11 +58,9 @@ class OfficialRepository(Baseline):
         return "sha256 " + hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
-def given_noise(noise: Tensor | None) -> contextlib.AbstractContextManager:
+def given_noise(noise: Tensor) -> contextlib.AbstractContextManager:
     """Inside, the only random number of its forward is this one, of as many clips as are asked for
-    (accelerate compares one first); None: drawn anew."""
-    if noise is None:
-        return contextlib.nullcontext()
+    (accelerate compares one first)."""
     _given.noise = noise
     return mock.patch.object(torch, "rand", _given)
 

@@ -14,17 +14,17 @@ from mae_fast.spans import span
 # PRETRAIN.md of MAE-ST. The learning rate is the recipe's at its peak on one GPU (2 videos).
 BETAS, WEIGHT_DECAY, CLIP_GRAD = (0.9, 0.95), 0.05, 0.02
 LR = 1.6e-3 * 2 / 256
-# Of one forward: (clips, noise or None, mask_ratio, encode_all) -> loss.
-LossOf = Callable[[Tensor, Tensor | None, float, bool], Tensor]
+# Of one forward: (clips, noise, mask_ratio, encode_all) -> loss.
+LossOf = Callable[[Tensor, Tensor, float, bool], Tensor]
 
 
 class Built(NamedTuple):
     """A baseline ready to train: step(clips [B, C, T, H, W], noise [B, L], mask_ratio, encode_all)
     -> loss.
 
-    clips are uint8, or normalised float where the loader's share is not to be timed. noise is drawn
-    when it is None, mask_ratio is by default that of the build. encode_all is masking at 0%: the
-    encoder sees every token; the decoder and the loss stay those of the mask.
+    clips are uint8, or normalised float where the loader's share is not to be timed. mask_ratio is
+    by default that of the build. encode_all is masking at 0%: the encoder sees every token; the
+    decoder and the loss stay those of the mask.
     """
 
     model: nn.Module
@@ -77,7 +77,7 @@ def make_built(
 
     def step(
         clips: Tensor,
-        noise: Tensor | None = None,
+        noise: Tensor,
         mask_ratio: float = mask_ratio,
         encode_all: bool = False,
     ) -> float:

@@ -65,13 +65,9 @@ class TransformersVideoMAE(Baseline):
         config_class, model_class = _import_videomae()
         model = model_class(config_class(**settings, attn_implementation=self.attention))
 
-        def loss_of(
-            clips: Tensor, noise: Tensor | None, ratio: float, encode_all: bool = False
-        ) -> Tensor:
+        def loss_of(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool = False) -> Tensor:
             if clips.dtype == torch.uint8:
                 clips = normalise(clips)
-            if noise is None:
-                noise = torch.rand(len(clips), cfg.num_patches, device=clips.device)
             masked = hidden(noise, ratio)
             with _all_seen(model, masked) if encode_all else contextlib.nullcontext():
                 return model(clips.transpose(1, 2), bool_masked_pos=masked).loss

@@ -41,8 +41,8 @@ def model_of(name: str) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """ "cuda" and the records of a run; `tiny`: the rehearsal on the "cpu", where every model is
-    TINY and has few clips; the stage must end at `deadline` (of time.time)."""
+    """The device of a run, "cuda", and its records; `tiny`: the rehearsal, on the "cpu", where
+    every model is TINY and has few clips; the stage must end at `deadline` (of time.time)."""
 
     device: str
     records: Records

@@ -124,32 +124,31 @@ def tune(setting: Setting, call: Call) -> dict:
         for key in sorted(picks(run)):
             candidates = candidates_of(setting, key)
             timed, out, expected = {}, {}, None
-            for i, candidate in enumerate(candidates):
+            for candidate in candidates:
                 this = chosen({**sizes, key: candidate})(run)
                 try:
                     got = [t.float() for t in this()]
                     expected = expected or got
                     assert agree(got, expected), "gives other results"
-                    timed[str(i)] = this
+                    timed[json.dumps(candidate)] = this
                 except Exception as e:
                     text = f"{type(e).__name__}: {e}"
                     out[json.dumps(candidate)] = text.splitlines()[0]
             assert timed, f"{key}: no candidate runs: {out}"
             seconds = interleave(timed, setting.rounds(ROUNDS), setting.clock(cold=True))
-            medians = {i: statistics.median(s) for i, s in seconds.items()}
-            best = candidates[int(min(medians, key=medians.get))]
-            sizes[key] = best
-            report.append(
-                {
-                    "kernel": key[0],
-                    "shape_class": key[1],
-                    "direction": direction,
-                    "fastest": best,
-                    "seconds": {json.dumps(candidates[int(i)]): s for i, s in seconds.items()},
-                    "out": out,
-                    "over_the_guess": medians.get("0", float("nan")) / min(medians.values()),
-                }
-            )
+            medians = {name: statistics.median(s) for name, s in seconds.items()}
+            sizes[key] = json.loads(min(medians, key=medians.get))
+            guess = medians.get(json.dumps(candidates[0]), float("nan"))
+            found = {
+                "kernel": key[0],
+                "shape_class": key[1],
+                "direction": direction,
+                "fastest": sizes[key],
+                "seconds": seconds,
+                "out": out,
+                "over_the_guess": guess / min(medians.values()),
+            }
+            report.append(found)
     if not report:
         raise Declined(f"{call.op} launches no kernel with candidates")
     words = ", ".join(f"{r['kernel']} {r['over_the_guess']:.2f}x of the guess" for r in report)
