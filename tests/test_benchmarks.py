@@ -333,6 +333,16 @@ def test_the_official_repository_gives_our_loss_and_gradients():
         torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-6)
 
 
+def test_what_a_checkout_imports_is_taken_away_again(tmp_path):
+    from mae_fast.bench.baselines.official_repository import import_beside
+
+    (tmp_path / "models_mae.py").write_text("from timm.models import Mlp")
+    modules = dict(sys.modules)
+    contents = {"mae_st": {"__path__": [str(tmp_path)]}, "timm": {}, "timm.models": {"Mlp": 5}}
+    assert import_beside("mae_st.models_mae", contents).Mlp == 5
+    assert sys.modules == modules
+
+
 def test_the_official_repository_must_be_there(tmp_path):
     from mae_fast.bench.baselines.official_repository import import_models
 

@@ -62,8 +62,12 @@ class TransformersVideoMAE(Baseline):
 
     def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
         settings = _settings(cfg)
-        config_class, model_class = _import_videomae()
-        model = model_class(config_class(**settings, attn_implementation=self.attention))
+        try:
+            from transformers import VideoMAEConfig, VideoMAEForPreTraining
+        except ImportError as e:
+            raise ImportError(f"this baseline needs `pip install transformers` ({e})") from e
+        config = VideoMAEConfig(**settings, attn_implementation=self.attention)
+        model = VideoMAEForPreTraining(config)
 
         def loss_of(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool = False) -> Tensor:
             if clips.dtype == torch.uint8:
@@ -98,15 +102,6 @@ def _all_seen(model: nn.Module, masked: Tensor) -> Iterator[None]:
     finally:
         before.remove()
         after.remove()
-
-
-def _import_videomae() -> tuple[type, type]:
-    """transformers' VideoMAEConfig and VideoMAEForPreTraining."""
-    try:
-        from transformers import VideoMAEConfig, VideoMAEForPreTraining
-    except ImportError as e:
-        raise ImportError(f"this baseline needs `pip install transformers` ({e})") from e
-    return VideoMAEConfig, VideoMAEForPreTraining
 
 
 def _settings(cfg: ModelConfig) -> dict[str, Any]:

@@ -101,6 +101,9 @@ def test_rehearsal_runs_every_stage(tmp_path, tools):
         assert len(row["seconds"][row["engine"]]) == 2
         assert abs(row["losses"][row["engine"]] / row["losses"]["mae_fast"] - 1) < 1e-2
         assert row["conditions"][0]["power.draw"] == "351.20 W"
+    by_ratio = sorted(by_stage["ratios"].values(), key=lambda row: row["ratio"])
+    work = [row["times_the_base_in_flop"] for row in by_ratio]
+    assert work[0] > 1 > work[-1] and work == sorted(work, reverse=True)
     for row in by_stage["attention"].values():
         assert {"triton", "sdpa", "reference"} <= row["seconds"].keys()
         assert row["declined"]["flash_attn_4"]

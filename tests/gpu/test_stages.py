@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ from benchmarks.gpu import engines, predict, records, tables
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import attention, compile, profile, steps, tune
 from mae_fast.bench.calls import Call
+from mae_fast.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,6 +146,14 @@ def test_the_fastest_candidate_is_that_of_the_whole_step():
     found = [record(1, b8=1.0, b16=3.0, b32=1.0), record(24, b16=1.0, b32=2.0)]
     assert tune.fastest(found) == {("90", "k", "any"): {"BLOCK": 16}}
     assert tune.fastest([{"stage": "steps"}]) == {}
+
+
+def test_a_chosen_size_is_what_its_kernel_gets():
+    pick = partial(configs.pick, "adamw_step")
+    kept, other = configs.pick("adamw_norm"), {"BLOCK": 1, "num_warps": 1}
+    assert tune.chosen({("adamw_step", "any"): other})(pick)() == other != pick()
+    assert tune.chosen({("adamw_step", "any"): other})(configs.pick)("adamw_norm") == kept
+    assert tune.picks(pick) == {("adamw_step", "any")}
 
 
 def test_attention_is_ordered_by_all_calls_of_a_row():
