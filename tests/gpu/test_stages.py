@@ -95,6 +95,17 @@ def test_an_engine_with_another_loss_is_not_timed():
         engines.first_losses({"mae_fast": same, "other": other}, None, None, state)
 
 
+def test_memory_of_a_step_is_what_it_adds(tmp_path, monkeypatch):
+    setting = Setting.make(True, math.inf, tmp_path / "a.jsonl", alone=True)
+    monkeypatch.setattr(steps, "allocated_mb", lambda: 100.0)
+    monkeypatch.setattr(Setting, "peak_mb", lambda self, call: call() or 300.0)
+    reference = steps.Reference(setting, "vit_base", 2)
+    assert reference.used_mb == 200.0 and len(reference.clips) == len(reference.noise) == 2
+    record = steps.measure(setting, lambda: reference, "official_bf16", setting.limits())
+    assert record["engines"]["official_bf16"]["peak_memory_mb"] == 200.0
+    assert list(record["seconds"]) == ["official_bf16", "mae_fast"] and not record["limits"]
+
+
 def test_cuda_kernels_are_built_where_nvcc_is(tmp_path, monkeypatch):
     monkeypatch.setattr(compile, "ROOT", tmp_path)
     setup = tmp_path / "setup.py"
