@@ -497,7 +497,7 @@ def loading_tables(records: list[dict]) -> str:
     mega = first["megabytes"]
     small = mega["pack"] / mega["256"]
     judged.append(
-        ["size of the pack over 256, GOP 250", "under 3x", f"{small:.2f}x", _met(small < 3)]
+        ["size of the pack over 256, GOP 250", "under 3x", f"{small:.3f}x", _met(small < 3)]
     )
     psnr = first["psnr"]
     judged.append(
