@@ -154,6 +154,12 @@ def test_a_target_encoder_computes_as_the_encoder_does():
         assert term.amount > 0
 
 
+def test_bytes_of_casts_and_sums():
+    """Of 10 values: in 16 bits one is written and five are read; in fp32 two sums of three."""
+    assert cost._cast(10, 2) == 10 * (2 + 5) * 2
+    assert cost._cast(10, 4) == 10 * 2 * (2 + 1) * 4
+
+
 def test_communication():
     cfg, h100 = preset("vit_large"), cost.DEVICES["h100"]
     assert cost.communication_seconds(cfg, 1, 8, h100) == 0
