@@ -1,6 +1,7 @@
 """Triton's interpreter, made to round fp32 to bf16 as a GPU does (it cuts the digits off), to
-multiply matrices of bf16 (it multiplies their bits), to round an fma once (before 3.9, twice), and
-to count with numpy 2.4 (before 3.8 it takes the number of an array [1], which that refuses).
+multiply matrices of bf16 (it multiplies their bits), to round an fma once (before 3.9, twice), to
+count with numpy 2.4 (before 3.8 it takes the number of an array [1], which that refuses), and to
+spread a truth value over a block as one (3.9 makes a number of it, which no mask may be).
 
 conftest.py imports it; it changes nothing where nothing is interpreted.
 """
@@ -44,6 +45,15 @@ if dispatch.interpreting():
         return TensorHandle(exact.astype(np.float32), tl.float32)
 
     InterpreterBuilder.create_fma = fma_rounded_once
+
+    splat = InterpreterBuilder.create_splat
+
+    def splat_of_truth(self, block, value):
+        if value.data.dtype != bool:
+            return splat(self, block, value)
+        return TensorHandle(np.broadcast_to(value.data, block.shape), tl.int1)
+
+    InterpreterBuilder.create_splat = splat_of_truth
 
     patch = interpreter._patch_lang_tensor
 
