@@ -164,12 +164,12 @@ def test_index_passes_its_arguments(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "mae_fast.data", data)
     assert exit_code(["index", "a", "b.csv", "-o", "c.jsonl"]) == 0
-    assert exit_code(["index", "a", "--workers", "3"]) == 0
+    assert exit_code(["index", "a", "--workers", "3", "--weights", "1", "0.5"]) == 0
     assert exit_code(["index", "a", "--verify", "--root", "d"]) == 0
     assert calls == [
-        (["a", "b.csv"], "c.jsonl", None, False, None),
-        (["a"], "index.jsonl", 3, False, None),
-        (["a"], "index.jsonl", None, True, "d"),
+        (["a", "b.csv"], "c.jsonl", None, False, None, ()),
+        (["a"], "index.jsonl", 3, False, None, (1.0, 0.5)),
+        (["a"], "index.jsonl", None, True, "d", ()),
     ]
 
 
