@@ -21,6 +21,7 @@ from mae_fast.bench import calls
 
 # Of a build with CUDA, of one without, of NCCL, and of Triton.
 NO_DEVICE = ("Found no NVIDIA driver", "not compiled with CUDA", "no GPUs found", "libcuda.so")
+NO_DEVICE += ("requires at least one CUDA device",)  # since torch 2.15
 POPEN = subprocess.Popen
 
 
