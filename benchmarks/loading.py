@@ -29,7 +29,7 @@ from mae_fast.bench.timing import cpu_time, interleave
 from mae_fast.config import DataConfig, preset
 from mae_fast.data.planes import pictures
 from mae_fast.data.sampling import crop_box
-from mae_fast.environment import environment
+from mae_fast.environment import environment, usable_cores
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 
 SIZES = {"720p": 720, "256": 256}
@@ -153,8 +153,8 @@ def decoded(path: Path, seed: int) -> tuple[list[Any], tuple[int, ...], bool]:
 
 
 def step(precision: str, rounds: int) -> list[float]:
-    """Processor seconds a clip of a ViT-B step on clips that lie ready, all cores."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    """Processor seconds a clip of a ViT-B step on clips that lie ready."""
+    torch.set_num_threads(usable_cores())
     cfg = preset("vit_base")
     built = Ours().build(cfg, precision=precision)
     clips = torch.randint(0, 256, (2, 3, 16, 224, 224), dtype=torch.uint8)
@@ -181,7 +181,10 @@ def main() -> None:
     size = {name: mega(args.out / name) for name in (*SIZES, "pack", "copy")}
     psnr = json.loads((args.out / "pack/pack.json").read_text())["psnr"]
     record = {"kind": "loading", "environment": environment()}
-    record |= {"old": subprocess.run(["git", "-C", args.old, "rev-parse", "HEAD"]).stdout}
+    head = ["git", "-C", args.old, "rev-parse", "--short", "HEAD"]
+    record |= {
+        "old": subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    }
     records = []
     for repeats in (1, 4):
         found = loading(ways, repeats, args.rounds, args.seconds)

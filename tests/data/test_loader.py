@@ -380,7 +380,6 @@ def test_workers_end_with_a_program_that_is_killed_or_leaves(tmp_path, folder):
     build_index([folder], tmp_path / "index.jsonl", progress=False)
     code = f"""
 import multiprocessing, os, signal, sys
-from mae_fast.cli import main
 from mae_fast.config import DataConfig
 from mae_fast.data import make_loader, read_index
 rows, cfg = read_index({str(tmp_path / "index.jsonl")!r}), DataConfig(workers=2, repeat_aug=1)
@@ -484,7 +483,6 @@ def test_memory_of_a_worker_is_flat_over_2000_decodes(tmp_path, video):
     code = f"""
 import gc, re, sys
 import torch
-from mae_fast.cli import main
 from mae_fast.config import DataConfig
 from mae_fast.data.index import VideoRow
 from mae_fast.data.loader import ClipDataset
