@@ -3,13 +3,14 @@
 are up to date.
 """
 
-import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.data_tables import clips_table, loading_tables
 from benchmarks.gpu import tables as gpu
+from benchmarks.markdown import cpu, malloc, newest, read, table, target, where
 from mae_fast.bench.flops import step_flop
 from mae_fast.bench.ratio_table import NOISY, summary
 from mae_fast.bench.timing import ratio, share, spread
@@ -89,45 +90,6 @@ def gpu_tables(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def read(path: Path) -> list[dict]:
-    """The records of a file, oldest first, without those of a quick run."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [r for r in map(json.loads, lines) if r.get("model") != "quick"]
-
-
-def newest(records: Iterable[dict], *keys: str) -> list[dict]:
-    """The last record of each combination of these keys' values."""
-    return list({tuple(r[k] for k in keys): r for r in records}.values())
-
-
-def cpu(record: dict) -> str:
-    """The maker and make of the CPU that a record was taken on."""
-    return record["environment"]["cpu"].split(",")[0]
-
-
-def malloc(record: dict) -> str:
-    """What glibc was told of memory that is freed: nothing, or ", NAME=VALUE" each."""
-    found = (f", {k}={v}" for k, v in record["environment"].items() if k.startswith("MALLOC_"))
-    return "".join(found)
-
-
-def where(records: Iterable[dict]) -> str:
-    """Device, torch and commits of some records."""
-    found = {}
-    for r in records:
-        e = r["environment"]
-        machine = f"{e['cpu']}; torch {e['torch']}{malloc(r)}"
-        found.setdefault(machine, {})[str(e["commit"])] = None
-    return "; ".join(f"{machine}; commit {', '.join(c)}" for machine, c in found.items())
-
-
-def table(head: str, rows: list[list[str]]) -> str:
-    """Markdown; the head's columns are parted by |."""
-    columns = head.split("|")
-    lines = "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, *rows)).split("\n", 1)
-    return f"{lines[0]}\n{'|---' * len(columns)}|\n{lines[1]}"
-
-
 def targets_table(ladder: list[dict], ops: list[dict]) -> str:
     """What was to be reached on a CPU in fp32, what was measured, and whether it is enough."""
     base = _ladder(ladder, "vit_base", "official_eager")
@@ -179,7 +141,7 @@ def targets_table(ladder: list[dict], ops: list[dict]) -> str:
             f" A step against official eager, all {len(all_times)} records of any machine and "
             f"commit: {', '.join(f'{x:.1f}x' for x in all_times)}."
         )
-    return f"{text}\n\n" + table("target|at least|measured|met", [_target(*row) for row in rows])
+    return f"{text}\n\n" + table("target|at least|measured|met", [target(*row) for row in rows])
 
 
 def headline(results: Path) -> str:
@@ -219,15 +181,6 @@ def _all_times(ladder: list[dict]) -> list[float]:
     """Official eager's step over ours, of every record of ViT-B at 2 clips, 90%, fp32; sorted."""
     found = (r for r in ladder if _is_base(r, "vit_base") and "official_eager" in r["seconds"])
     return sorted(_faster(r, "official_eager") for r in found)
-
-
-def _target(what: str, least: float | str, measured: float | None) -> list[str]:
-    percent = isinstance(least, str)
-    number = float(least.rstrip("%")) / 100 if percent else least
-    if measured is None:
-        return [what, least if percent else f"{least:g}x", "unmeasured", "-"]
-    text = f"{measured:.0%}" if percent else f"{measured:.2f}x"
-    return [what, least if percent else f"{least:g}x", text, _met(measured >= number)]
 
 
 def _ladder(records: list[dict], model: str, engine: str) -> dict | None:
@@ -300,7 +253,7 @@ def amx_tables(records: list[dict]) -> str:
         ]
         for r in ops
     ]
-    targets = table("target|at least|measured|met", [_target(*row) for row in rows])
+    targets = table("target|at least|measured|met", [target(*row) for row in rows])
     return "\n".join(
         [
             f"{text} {where(records)}.\n\n{targets}",
@@ -342,16 +295,21 @@ def accelerate_table(records: list[dict]) -> str:
     found = newest(records, "family", "model", "batch_clips", "precision", "machine")
     if not found:
         return ""
-    rows = [
-        [f"{r['family']}, {name.removeprefix(r['family'] + '_')}, {r['machine']}", *rest]
-        for r in found
-        for name, *rest in step_rows(r)
-    ]
-    head = "|".join(STEP_HEAD).replace(OURS, AFTER)
+
+    def name(r: dict, engine: str) -> str:
+        return f"{r['family']}, {engine.removeprefix(r['family'] + '_')}, {r['machine']}"
+
     return (
         "**accelerate** - other people's models of B size, 90% masked, before and after the one "
-        f"line, float clips, fp32, interleaved. {where(found)}.\n\n" + table(head, rows)
+        f"line, float clips, fp32, interleaved. {where(found)}.\n\n"
+        + _engines(found, name).replace(OURS, AFTER)
     )
+
+
+def _engines(records: list[dict], name: Callable[[dict, str], str]) -> str:
+    """A table of every engine of some records of steps, under these names."""
+    rows = [[name(r, engine), *rest] for r in records for engine, *rest in step_rows(r)]
+    return table("|".join(STEP_HEAD), rows)
 
 
 def ratio_table(records: list[dict]) -> str:
@@ -465,101 +423,16 @@ def step_table(records: list[dict]) -> str:
     return table("|".join(["step", *STEP_HEAD[1:], "where"]), rows)
 
 
-def loading_tables(records: list[dict]) -> str:
-    """Loading clips, beside the older loader, and what stands beside it: the newest of each."""
-    found = {r["item"]: r for r in records}
-    if not found:
-        return ""
-    first, made = found["repeat_aug 1"], found["patches"]["seconds"]
-    rows = []
-    for name, samples in first["seconds"].items():
-        cells = []
-        for n in (1, 4):
-            seconds = found[f"repeat_aug {n}"]["seconds"]
-            times = " / ".join(f"{ratio(seconds[old], seconds[name]):.1f}x" for old in _OLD)
-            cells.append(f"{1 / statistics.median(seconds[name]):.1f}: {times}")
-        size = first["megabytes"][name.split(",")[0]]
-        rows.append([name, *cells, f"{size:.2f} MB", f"{spread(samples):.0%}"])
-    pack = first["seconds"]["pack"]
-    targets = [
-        ("pack, against the 720p files by the old loader", 30.0, (1, "720p, old", "pack")),
-        ("pack, against 256, GOP 250, by the old loader", 8.0, (1, "256, old", "pack")),
-        ("the first, at repeat_aug 4", 20.0, (4, "720p, old", "pack")),
-        ("the second, at repeat_aug 4", 5.0, (4, "256, old", "pack")),
-        ("`--copy` of the 256 files, by the old loader", 1.5, (1, "256, old", "copy")),
-    ]
-    judged = []
-    for what, least, (n, old, new) in targets:
-        seconds = found[f"repeat_aug {n}"]["seconds"]
-        judged.append(_target(what, least, ratio(seconds[old], seconds[new])))
-    by_rgb = ratio(made["RGB, whole clip"], made["patches from planes"])
-    judged.append(_target("patches from planes, against RGB and the whole clip", 4.0, by_rgb))
-    mega = first["megabytes"]
-    small = mega["pack"] / mega["256"]
-    judged.append(
-        ["size of the pack over 256, GOP 250", "under 3x", f"{small:.3f}x", _met(small < 3)]
-    )
-    psnr = first["psnr"]
-    judged.append(
-        ["its PSNR against the scaled source", "39 dB", f"{psnr:.1f} dB", _met(psnr >= 39)]
-    )
-    for precision in ("fp32", "bf16"):
-        step = found[precision]["seconds"]["mae_fast"]
-        part = statistics.median(pack) / (statistics.median(pack) + statistics.median(step))
-        judged.append(
-            [
-                f"loading's part of a ViT-B step, {precision}",
-                "1%",
-                f"{part:.1%}",
-                _met(part <= 0.01),
-            ]
-        )
-    return (
-        "**Loading**, clips a second and core (processor time), and how many times as many as the "
-        "older loader (commit f7017af) from the 720p files / from short side 256, GOP 250; footage "
-        f"of the demo at 30 frames a second. `python -m benchmarks.loading`. {where([first])}.\n\n"
-        + table("files, loader|repeat_aug 1|repeat_aug 4|size|spread", rows)
-        + "\n"
-        + table("target|at least|measured|met", judged)
-    )
-
-
 def finetune_table(records: list[dict]) -> str:
     """Steps of fine-tuning a classifier: the newest of each."""
     found = newest(records, "model", "batch_clips", "precision")
     if not found:
         return ""
-    rows = [
-        [f"{r['model']}, {r['precision']}, `{name}`", *rest]
-        for r in found
-        for name, *rest in step_rows(r)
-    ]
     return (
         "**Fine-tuning** - steps of a classifier that sees every patch (`masked`: half of them), "
         f"interleaved (`mae-fast bench finetune`). {where(found)}.\n\n"
-        + table("|".join(STEP_HEAD), rows)
+        + _engines(found, lambda r, engine: f"{r['model']}, {r['precision']}, `{engine}`")
     )
-
-
-def clips_table(records: list[dict]) -> str:
-    """What is made of a clip, by operation and by who does it: the newest of each."""
-    parts = []
-    for r in newest(records, "op"):
-        makers = list(dict.fromkeys(name.rpartition(" ")[2] for name in r["seconds"]))
-        rows = [
-            [name, *(f"{1e3 * statistics.median(r['seconds'][f'{name} {m}']):.1f}" for m in makers)]
-            for name in dict.fromkeys(n.rpartition(" ")[0] for n in r["seconds"])
-        ]
-        head = "|".join(["operation", *(f"{m}, ms a clip" for m in makers)])
-        parts.append(f"**{r['what']}**, processor time. {where([r])}.\n\n{table(head, rows)}")
-    return "\n".join(parts)
-
-
-_OLD = ("720p, old", "256, old")
-
-
-def _met(met: bool) -> str:
-    return "yes" if met else "**no**"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every baseline is run with: the official optimizer and the official loop's one step."""
 
+import abc
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,12 +33,12 @@ class Built(NamedTuple):
     step: Callable[..., float]
 
 
-class Baseline:
+class Baseline(abc.ABC):
     """What trains by the official loop: `parts` are its model with its own starting values, its
     forward's loss, and whether its AdamW is fused."""
 
-    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]: ...
 
     def build(
         self,

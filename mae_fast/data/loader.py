@@ -119,15 +119,16 @@ class Batch:
         plain torch: for other models than ours, and what ours is tested against."""
         return crop_resized(Source(self.flat, self.table, size), torch.float32)
 
-    def pack(self) -> tuple[Tensor, tuple]:
-        """(frames as one uint8 vector or several, the rest), for another process; see unpack."""
+    def pack(self) -> tuple[tuple[Tensor, ...], tuple]:
+        """(the frames' uint8 vectors, the rest), for another process; see unpack."""
+        flats = self.flat if isinstance(self.flat, tuple) else (self.flat,)
         given = (self.table, self.samples, self.labels)
         numbers = [None if t is None else t.numpy() for t in given]
-        return self.flat, (numbers, self.paths, self.bad, self.capacity)
+        return flats, (numbers, self.paths, self.bad, self.capacity)
 
     @staticmethod
     def unpack(flat: Tensor, rest: tuple) -> "Batch":
-        """The inverse of pack."""
+        """The inverse of pack; flat: its vectors in a row."""
         numbers, paths, bad, capacity = rest
         table, samples, labels = (None if x is None else torch.from_numpy(x) for x in numbers)
         return Batch(flat, table, samples, paths, bad, labels, capacity)

@@ -171,8 +171,8 @@ def _answer(make: Callable[[Any], Any], task: Any) -> tuple[tuple, int | None]:
     """What is sent for a task: (class, parts) of a batch and where its pixels are, or an error."""
     try:
         batch = make(task)
-        flat, rest = batch.pack()
-        return (type(batch), rest), _in_memory(flat)
+        flats, rest = batch.pack()
+        return (type(batch), rest), _in_memory(flats)
     except DataError as e:
         return (None, (str(e), getattr(e, "bad", []))), None
     except OSError as e:
@@ -181,16 +181,16 @@ def _answer(make: Callable[[Any], Any], task: Any) -> tuple[tuple, int | None]:
         return (None, (traceback.format_exc(), None)), None
 
 
-def _in_memory(flat: torch.Tensor | tuple[torch.Tensor, ...]) -> int:
-    """The descriptor of an anonymous file that holds a uint8 vector, or several in a row."""
+def _in_memory(flats: Sequence[torch.Tensor]) -> int:
+    """The descriptor of an anonymous file that holds uint8 vectors in a row."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("mae_fast")
     else:
         with tempfile.TemporaryFile() as f:
             fd = os.dup(f.fileno())
     try:
-        for each in flat if isinstance(flat, tuple) else (flat,):
-            left = memoryview(each.numpy())
+        for flat in flats:
+            left = memoryview(flat.numpy())
             while left:
                 left = left[os.write(fd, left) :]
     except OSError:

@@ -364,6 +364,32 @@ def test_frames_that_a_source_had_lost_stay_lost(tmp_path):
     assert any(dataset[g].bad for g in range(8)) and len(stages(dataset)) == 5
 
 
+def test_packs_are_coded_for_speed(small):
+    """x264 writes into its first frame what it was asked for."""
+    row = read_index(small / "pack")[0]
+    data = (small / "pack" / os.path.basename(os.path.dirname(row.path))).read_bytes()
+    said = data[data.index(b"x264 - core") :][:1500].split(b"\0")[0].decode()
+    wanted = (
+        "cabac=0",
+        "deblock=0",
+        "psy=0",
+        "aq=1:0.30",
+        "chroma_qp_offset=2",
+        "keyint=1",
+        "crf=20",
+    )
+    assert all(any(w.startswith(x) for w in said.split()) for x in wanted), said
+
+
+def test_encoders_start_by_the_cores_that_may_be_used(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("mae_fast.data.pack.write_pack", lambda *how: asked.append(how[-1]))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 9}, raising=False)
+    assert cli.main(["pack", str(tmp_path / "i.jsonl")]) == 0
+    assert cli.main(["pack", str(tmp_path / "i.jsonl"), "--workers", "7"]) == 0
+    assert asked == [3, 7]
+
+
 def test_an_unwritable_pack_is_refused(small, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="cannot write"):
