@@ -284,3 +284,18 @@ def test_unreadable_indexes(tmp_path):
     refused(json.dumps(broken), "no usable videos among 1 rows")
     pytest.importorskip("pyarrow")
     refused("text", "not a readable index", "i.parquet")
+
+
+def test_readers_start_by_the_cores_that_may_be_used(one, tmp_path, monkeypatch):
+    asked = []
+    probe = index._probe_all
+
+    def spy(todo, workers, *rest):
+        asked.append(workers)
+        return probe(todo, 1, *rest)
+
+    monkeypatch.setattr(index, "_probe_all", spy)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 9}, raising=False)
+    build_index([one], tmp_path / "a.jsonl", progress=False)
+    build_index([one], tmp_path / "b.jsonl", progress=False, workers=7)
+    assert asked == [3, 7]

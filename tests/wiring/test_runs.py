@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import by_hand
@@ -21,6 +22,7 @@ from small_runs import Poisoned
 from mae_fast import checkpoint, distributed, metrics, probe, train
 from mae_fast.config import EvalConfig
 from mae_fast.data import VideoReader, read_index, write_index
+from mae_fast.data.sampling import weights_of
 from mae_fast.distributed import World
 from mae_fast.errors import ConfigError, DataError, Interrupted, NonFiniteError
 from mae_fast.train import pretrain
@@ -373,3 +375,16 @@ def test_probes_judge_a_run_and_change_nothing(base, index, rows, tmp_path, monk
     assert not (tmp_path / "bare").exists()
     with pytest.raises(DataError, match="has no label"):
         pretrain(config(index, tmp_path / "bare", **changes | {"eval.train_index": index}))
+
+
+def test_what_a_rank_was_loading_is_named_by_weight(index, rows, tmp_path):
+    cfg = config(index, tmp_path / "run")
+    run = object.__new__(train.Pretraining)
+    run.cfg, run.world, run.step = cfg, World(0, 1, torch.device("cpu")), 0
+    run.rows = [dataclasses.replace(r, weight=9.0 if i == 0 else 1.0) for i, r in enumerate(rows)]
+    run.weights = weights_of(run.rows)
+    run.total, run.signals = cfg.train.steps, types.SimpleNamespace(look_up=lambda: None)
+    for micro, batch in enumerate(run._loader()):
+        said = run._awaited(*divmod(micro, cfg.train.accum_steps))
+        assert all(path in said for path in batch.paths), (said, batch.paths)
+    assert micro == 7
