@@ -59,8 +59,9 @@ def loading_tables(records: list[dict]) -> str:
         )
     return (
         "**Loading**, clips a second and core (processor time), and how many times as many as the "
-        f"older loader (commit {first['old']}) from the 720p files / from short side 256, GOP 250; footage "
-        f"of the demo at 30 frames a second. `python -m benchmarks.loading`. {where([first])}.\n\n"
+        f"older loader (commit {first['old']}) from the 720p files / from short side 256, GOP 250; "
+        "footage of the demo at 30 frames a second. `python -m benchmarks.loading`. "
+        f"{where([first])}.\n\n"
         + table("files, loader|repeat_aug 1|repeat_aug 4|size|spread", rows)
         + "\n"
         + table("target|at least|measured|met", judged)
