@@ -11,6 +11,16 @@ from mae_fast.kernels import configs
 # then under a ninth of what a backward reads and writes of its rows in bf16.
 LEAST_ROWS = 24
 
+SIZES = {
+    "sum_parts": {
+        "any": [
+            {"ROWS": 128, "COLUMNS": 16, "num_warps": 4},
+            {"ROWS": 64, "COLUMNS": 32, "num_warps": 4},
+            {"ROWS": 32, "COLUMNS": 64, "num_warps": 4},
+        ]
+    },
+}
+
 
 def as_rows(x):
     """x [..., D] as [outer, inner, D] whose rows are contiguous: a slice of tokens is no copy."""

@@ -22,6 +22,23 @@ PARAM, GRAD, MEAN, SQUARE, STEP, COPY, SIZE, WIDE = (tl.constexpr(i) for i in ra
 # 1 / sqrt(1 - beta2^t), beta1, 1 - beta1, beta2, 1 - beta2, eps.
 NUMBERS = 8
 
+SIZES = {
+    "adamw_norm": {
+        "any": [
+            {"BLOCK": 1024, "PROGRAMS": 2112, "num_warps": 4},
+            {"BLOCK": 2048, "PROGRAMS": 1056, "num_warps": 4},
+            {"BLOCK": 4096, "PROGRAMS": 528, "num_warps": 8},
+        ]
+    },
+    "adamw_step": {
+        "any": [
+            {"BLOCK": 1024, "num_warps": 4},
+            {"BLOCK": 512, "num_warps": 4},
+            {"BLOCK": 2048, "num_warps": 8},
+        ]
+    },
+}
+
 
 @triton.jit
 def _pointer(address, WIDE: tl.constexpr, DTYPE: tl.constexpr = tl.float32):

@@ -1,6 +1,27 @@
 """add_layer_norm in Triton: layer_norm's kernels, with the addition in the same pass."""
 
+from mae_fast.kernels import layer_norm
 from mae_fast.kernels.layer_norm import backward, forward
+
+SIZES = {
+    "add_layer_norm_fwd": {
+        "512": [
+            {"ROWS": 4, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 8, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "1024": [
+            {"ROWS": 1, "PROGRAMS": 4224, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 2112, "num_warps": 8},
+            {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "2048": [
+            {"ROWS": 1, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+    },
+    "add_layer_norm_bwd": layer_norm.SIZES["layer_norm_bwd"],
+}
 
 
 def add_layer_norm_fwd(x, y, weight, bias, eps, dtype):

@@ -29,6 +29,47 @@ from mae_fast.kernels import configs
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+def _tiles(*candidates):
+    names = "BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"
+    return [dict(zip(names, sizes, strict=True)) for sizes in candidates]
+
+
+# Shape classes: head dims up to that number, "short" up to 512 keys; fp32 has no tensor cores. By
+# warps an SM from registers and shared memory, then instructions a score.
+SIZES = {
+    "attention_fwd": {
+        "d32": _tiles((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 4, 3)),
+        "d64_short": _tiles((64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2)),
+        "d64_long": _tiles((64, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 8, 3)),
+        "d80": _tiles((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+        "d128": _tiles((64, 32, 8, 2), (64, 64, 8, 2)),
+        "f32_d32": _tiles((32, 32, 8, 1)),
+        "f32_d64": _tiles((16, 16, 8, 1)),
+        "f32": _tiles((16, 16, 8, 1)),
+    },
+    "attention_bwd_dq": {
+        "d32": _tiles((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (64, 128, 4, 2)),
+        "d64_short": _tiles((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+        "d64_long": _tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
+        "d80": _tiles((64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+        "d128": _tiles((64, 32, 8, 2)),
+        "f32_d32": _tiles((16, 32, 8, 1)),
+        "f32_d64": _tiles((16, 16, 8, 2)),
+        "f32": _tiles((16, 32, 8, 1)),
+    },
+    "attention_bwd_dkv": {
+        "d32": _tiles((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 3)),
+        "d64_short": _tiles((32, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
+        "d64_long": _tiles((32, 64, 4, 3), (64, 128, 8, 2), (64, 64, 8, 2)),
+        "d80": _tiles((32, 64, 4, 2), (32, 64, 4, 3), (32, 64, 8, 2)),
+        "d128": _tiles((16, 64, 8, 2), (16, 128, 8, 2)),
+        "f32_d32": _tiles((32, 16, 8, 2)),
+        "f32_d64": _tiles((16, 16, 8, 2)),
+        "f32": _tiles((32, 16, 8, 2)),
+    },
+}
+
+
 @triton.jit
 def _part(rows, keep, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED):
     cols = FIRST + tl.arange(0, WIDTH)[None, :]
@@ -300,7 +341,7 @@ def _attention_bwd_dkv_kernel(
 
 
 def _shape_class(k: Tensor) -> str:
-    """The nearest of the shapes in configs.py: by dtype, head dim and number of keys."""
+    """The nearest of the shape classes of SIZES: by dtype, head dim and number of keys."""
     length, d = k.shape[1], k.shape[3]
     if k.dtype == torch.float32:
         return "f32_d32" if d <= 32 else "f32_d64" if d <= 64 else "f32"

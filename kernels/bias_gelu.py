@@ -7,6 +7,24 @@ import triton.language as tl
 from mae_fast.kernels import configs
 from mae_fast.kernels._rows import LEAST_ROWS, row_programs, sum_parts
 
+SIZES = {
+    "bias_gelu_fwd": {
+        "any": [
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 2, "COLUMNS": 1024, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 4224, "num_warps": 4},
+        ]
+    },
+    "bias_gelu_bwd": {
+        "any": [
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 256, "PROGRAMS": 132, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 132, "num_warps": 4},
+            {"ROWS": 4, "COLUMNS": 512, "PROGRAMS": 264, "num_warps": 4},
+        ]
+    },
+}
+
 
 @triton.jit
 def _normal(h, NARROW: tl.constexpr):

@@ -15,6 +15,22 @@ from mae_fast.kernels._rows import sum_parts
 # Each program of the backward has so many positions at least, and one partial sum of mask tokens.
 LEAST_POSITIONS = 16
 
+SIZES = {
+    "decoder_tokens_fwd": {
+        "any": [
+            {"ROWS": 4, "num_warps": 4},  # of 512 values in ViT-B and L
+            {"ROWS": 8, "num_warps": 4},
+            {"ROWS": 8, "num_warps": 8},
+        ]
+    },
+    "decoder_tokens_bwd": {
+        "any": [
+            {"ROWS": 16, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},  # rows of some clips
+            {"ROWS": 32, "COLUMNS": 128, "PROGRAMS": 264, "num_warps": 4},
+        ]
+    },
+}
+
 
 @triton.jit(do_not_specialize=["rows", "tokens", "kept", "length"])
 def _decoder_tokens_fwd_kernel(

@@ -12,6 +12,43 @@ import triton.language as tl
 from mae_fast.kernels import configs
 from mae_fast.kernels._rows import LEAST_ROWS, as_rows, row_offsets, row_programs, sum_parts
 
+SIZES = {
+    # Rows' shape classes: their width as a power of two. PROGRAMS: how many share the rows.
+    "layer_norm_fwd": {
+        "512": [
+            {"ROWS": 4, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 1, "PROGRAMS": 8448, "num_warps": 1},
+            {"ROWS": 8, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "1024": [
+            {"ROWS": 2, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 1, "PROGRAMS": 4224, "num_warps": 2},
+            {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+        "2048": [
+            {"ROWS": 1, "PROGRAMS": 2112, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 1056, "num_warps": 8},
+        ],
+    },
+    "layer_norm_bwd": {
+        "512": [
+            {"ROWS": 4, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 4, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 8, "PROGRAMS": 264, "num_warps": 8},
+        ],
+        "1024": [
+            {"ROWS": 2, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 2, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 4, "PROGRAMS": 264, "num_warps": 8},
+        ],
+        "2048": [
+            {"ROWS": 2, "PROGRAMS": 264, "num_warps": 8},
+            {"ROWS": 1, "PROGRAMS": 528, "num_warps": 4},
+        ],
+    },
+}
+
 
 @triton.jit(do_not_specialize=["rows", "inner", "y_inner"])
 def _layer_norm_fwd_kernel(

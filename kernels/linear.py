@@ -7,6 +7,17 @@ import triton.language as tl
 from mae_fast.kernels import configs
 from mae_fast.kernels._rows import LEAST_ROWS, row_programs, sum_parts
 
+SIZES = {
+    "linear_sums": {
+        "any": [
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 528, "num_warps": 4},
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 264, "num_warps": 4},
+            {"ROWS": 16, "COLUMNS": 256, "PROGRAMS": 1056, "num_warps": 4},
+            {"ROWS": 32, "COLUMNS": 256, "PROGRAMS": 528, "num_warps": 8},
+        ]
+    },
+}
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_sums_kernel(x, parts, rows, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):

@@ -16,6 +16,20 @@ import triton.language as tl
 from mae_fast.kernels import configs
 from mae_fast.kernels.patchify_gather import locate, normalise, offsets
 
+SIZES = {
+    "masked_mse_fwd": {
+        "any": [  # values at a time; one warp alone would exchange bytes by shuffles, 32 for each
+            {"CHUNK": 256, "num_warps": 2},
+            {"CHUNK": 1024, "num_warps": 4},
+            {"CHUNK": 1024, "num_warps": 2},
+            {"CHUNK": 512, "num_warps": 2},
+        ]
+    },
+    "masked_mse_bwd": {
+        "any": [{"BLOCK": 4096, "num_warps": 4}, {"BLOCK": 1024, "num_warps": 4}],
+    },
+}
+
 
 @triton.jit
 def _statistics(pixels, mask, std, VALUES: tl.constexpr, CHANNEL: tl.constexpr):

@@ -17,6 +17,19 @@ from mae_fast.kernels import configs
 from mae_fast.kernels.linear import linear_sums
 from mae_fast.kernels.patchify_gather import patchify_gather_fwd
 
+SIZES = {
+    "patch_embed_add": {
+        "any": [
+            {"ROWS": 4, "num_warps": 4},
+            {"ROWS": 2, "num_warps": 4},
+            {"ROWS": 8, "num_warps": 8},
+        ]
+    },
+    "patch_embed_dpos": {
+        "any": [{"BLOCK": 256, "num_warps": 1}, {"BLOCK": 1024, "num_warps": 4}],
+    },
+}
+
 
 @triton.jit(do_not_specialize=["total"])
 def _patch_embed_add_kernel(

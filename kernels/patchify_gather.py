@@ -12,6 +12,17 @@ import triton.language as tl
 
 from mae_fast.kernels import configs
 
+SIZES = {
+    "patchify_gather_fwd": {
+        "any": [
+            {"LINES": 32, "num_warps": 1},  # of the 96 lines of a token of ViT-B
+            {"LINES": 128, "num_warps": 4},
+            {"LINES": 32, "num_warps": 2, "maxnreg": 80},
+            {"LINES": 16, "num_warps": 1},
+        ]
+    },
+}
+
 
 @triton.jit
 def divide(a, b, reciprocal):

@@ -144,7 +144,7 @@ def compiling(arch: int, candidate: int | None = None) -> Iterator[list]:
         return compiled[-1][1]
 
     def pick_candidate(kernel: str, shape: str = "any") -> dict[str, int]:
-        candidates = configs.CANDIDATES[kernel][shape]
+        candidates = configs.candidates()[kernel][shape]
         return candidates[candidate % len(candidates)]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +246,7 @@ def rows(op: str, arch: int, everything: bool = False) -> list[Row]:
     """One op's kernels, compiled for one architecture: as configs.pick chooses for MODELS, or every
     candidate for all models."""
     found: dict[int, tuple[Any, Row]] = {}  # by the compiled kernel, which Triton gives again
-    most = max(len(c) for shapes in configs.CANDIDATES.values() for c in shapes.values())
+    most = max(len(c) for shapes in configs.candidates().values() for c in shapes.values())
     candidates = (None, *range(most)) if everything else (None,)
     models = MODELS + MORE_MODELS if everything else MODELS
     for dtype in DTYPES:

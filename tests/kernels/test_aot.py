@@ -128,7 +128,7 @@ def test_no_kernel_and_no_candidate_is_forgotten(monkeypatch):
         operators = {name for pair in pairs for name, _ in aot.launch(*pair, models)}
     assert set(ON_TRITON) <= CASES.keys()
     assert launched == _defined()
-    assert picked == {(k, shape) for k, shapes in configs.CANDIDATES.items() for shape in shapes}
+    assert picked == {(k, shape) for k, shapes in configs.candidates().items() for shape in shapes}
     for version in aot.versions():
         assert {row.operator for row in aot.committed(version)[1]} == operators, (version, AGAIN)
 

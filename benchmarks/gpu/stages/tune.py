@@ -1,4 +1,4 @@
-"""The sizes of every kernel: each candidate of kernels/configs.py, timed on the calls of a training
+"""The sizes of every kernel: each candidate of its SIZES, timed on the calls of a training
 step -> kernels/measured.json. Candidates are compiled first, by as many processes as there are
 cores, into Triton's cache on disk.
 
@@ -28,7 +28,6 @@ from mae_fast.bench import ops
 from mae_fast.bench.calls import Call, Run
 from mae_fast.bench.timing import interleave
 from mae_fast.kernels import configs
-from mae_fast.kernels.configs import CANDIDATES
 
 MODELS, BATCH = ("vit_large", "vit_base"), 64
 ROUNDS = 9
@@ -58,7 +57,7 @@ def cases_in_order(setting: Setting) -> list[Case]:
     tuned = [
         case
         for case in cases(setting, MODELS, BATCH)
-        if any(kernel.startswith(f"{case.call.op}_") for kernel in CANDIDATES)
+        if any(kernel.startswith(f"{case.call.op}_") for kernel in configs.candidates())
     ]
     return setting.some(sorted(tuned, key=lambda case: case.call.op != "attention"), 5)
 
@@ -99,7 +98,7 @@ def compile_share(setting: Setting, share: int, of: int) -> None:
 
 
 def candidates_of(setting: Setting, key: Key) -> Sequence[dict]:
-    return setting.some(CANDIDATES[key[0]][key[1]], 2)
+    return setting.some(configs.candidates()[key[0]][key[1]], 2)
 
 
 def runs(setting: Setting, call: Call) -> dict[str, Run]:
@@ -188,7 +187,7 @@ def picks(run: Run) -> set[Key]:
     with mock.patch.object(configs, "_pick", recorded):
         with suppress(Exception):  # the guess may be too large for this device
             run()
-    return {key for key in found if len(CANDIDATES[key[0]][key[1]]) > 1}
+    return {key for key in found if len(configs.candidates()[key[0]][key[1]]) > 1}
 
 
 def write_table(setting: Setting) -> None:
