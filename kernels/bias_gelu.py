@@ -27,7 +27,7 @@ SIZES = {
 
 
 @triton.jit
-def _normal(h, NARROW: tl.constexpr):
+def normal(h, NARROW: tl.constexpr):
     """(the normal distribution's cdf at h, exp(-h^2 / 2)): with the exact erf, or for 16 bits with
     one to 1.5e-7 (Abramowitz and Stegun 7.1.26), which needs the same exponential."""
     bell = tl.exp(-0.5 * h * h)
@@ -54,7 +54,7 @@ def _bias_gelu_fwd_kernel(
         at = row[:, None] * F + column[None, :]
         mask = (row < rows)[:, None] & (column < F)[None, :]
         h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b
-        cdf, _ = _normal(h, x.dtype.element_ty.primitive_bitwidth == 16)
+        cdf, _ = normal(h, x.dtype.element_ty.primitive_bitwidth == 16)
         tl.store(out + at, h * cdf, mask=mask)
 
 
@@ -71,7 +71,7 @@ def _bias_gelu_bwd_kernel(
         mask = (row < rows)[:, None] & (column < F)[None, :]
         h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) + b
         d = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
-        cdf, bell = _normal(h, x.dtype.element_ty.primitive_bitwidth == 16)
+        cdf, bell = normal(h, x.dtype.element_ty.primitive_bitwidth == 16)
         d *= cdf + h * (0.3989422804014327 * bell)
         tl.store(dx + at, d, mask=mask)
         dbias += d

@@ -11,6 +11,7 @@ from mae_fast.ops import (  # noqa: F401  every op, so that dispatch.OPS is whol
     linear,
     masked_hog_mse,
     masked_mse,
+    mlp,
     patch_embed,
     patchify_gather,
 )

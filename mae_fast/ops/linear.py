@@ -113,10 +113,10 @@ class _HalfLinear(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         rows = [len(w) for w in weights]
         x16 = x.to(dtype)
-        weight = _in_one(weights, rows, x16, x.shape[-1])
+        weight = in_one(weights, rows, x16, x.shape[-1])
         bias = None
         if any(b is not None for b in biases):
-            bias = _in_one(biases, rows, x16)
+            bias = in_one(biases, rows, x16)
         ctx.save_for_backward(x16, weight)
         ctx.rows, ctx.dtype = rows, x.dtype
         return F.linear(x16, weight, bias)
@@ -136,7 +136,7 @@ class _HalfLinear(torch.autograd.Function):
                 dweights, dbiases = dweight.split(ctx.rows), dbias.split(ctx.rows)
         else:
             if any(needs[:count]):
-                dweights = _wide_product(g.t(), x2).split(ctx.rows)
+                dweights = wide_product(g.t(), x2).split(ctx.rows)
             if any(needs[count:]):
                 dbiases = torch.ops.mae_fast.linear_sums(g).split(ctx.rows)
         grads = (t if need else None for t, need in zip((*dweights, *dbiases), needs, strict=True))
@@ -167,7 +167,7 @@ class Copies:
 _copies: Copies | None = None
 
 
-def _in_one(parts: Sequence[Tensor | None], rows: list[int], like: Tensor, *width: int) -> Tensor:
+def in_one(parts: Sequence[Tensor | None], rows: list[int], like: Tensor, *width: int) -> Tensor:
     """A tensor as `like` whose rows are those of the parts, rounded; zeros where there is none."""
     key = *map(id, parts), *rows, like.dtype
     if _copies is not None and key in _copies.known:
@@ -184,12 +184,12 @@ def _in_one(parts: Sequence[Tensor | None], rows: list[int], like: Tensor, *widt
     return whole
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of 16-bit tensors, in fp32 as it is summed."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _why_not_half(x: Tensor, weight: Tensor) -> str | None:
+def why_not_half(x: Tensor, weight: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "a compiler makes its own"
     if dispatch.autocast_dtype(x.device.type) not in (torch.bfloat16, torch.float16):
@@ -226,7 +226,7 @@ dispatch.MACHINE["half"] = why_no_half
 OP = dispatch.Op(
     "linear",
     "products: fp32 by the faster CPU library, under autocast several in one",
-    {"onednn": _why_not_onednn, "half": _why_not_half, "reference": dispatch.anything},
+    {"onednn": _why_not_onednn, "half": why_not_half, "reference": dispatch.anything},
 )
 
 

@@ -22,7 +22,7 @@ from mae_fast.config import ModelConfig, preset
 from mae_fast.forward import forward
 from mae_fast.kernels import configs, launchers
 from mae_fast.masking import ids_from_noise, num_keep
-from mae_fast.ops import dispatch, linear
+from mae_fast.ops import dispatch, linear, mlp
 from mae_fast.ops.source import COLUMNS, Source, frame_bytes
 
 TABLE = Path(__file__).with_name("budget.json")
@@ -83,6 +83,10 @@ def kind_of(name: str) -> str:
     return "other"
 
 
+def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 def size(t: torch.Tensor) -> int:
     """Bytes in memory: what is expanded counts once."""
     count = 1
@@ -103,7 +107,8 @@ def step(name: str, decoded: bool = False) -> Budget:
             (dispatch, "why_not_triton", lambda *tensors: None),
             (dispatch, "why_not_cpp", lambda *tensors: "traced as on a GPU"),
             (dispatch, "check_range", lambda *args: None),
-            (linear, "_wide_product", lambda a, b: torch.mm(a, b, out_dtype=torch.float32)),
+            (linear, "wide_product", wide_product),
+            (mlp, "wide_product", wide_product),
             (models, "init_weights", lambda *args: None),
             (ModelConfig, "target_frames", cfg.target_frames),  # a fake tensor has no values
             (configs, "architecture", lambda: 90),

@@ -12,7 +12,9 @@ if not dispatch.interpreting():
     pytest.skip("TRITON_INTERPRET=1 runs it, in a process of its own", allow_module_level=True)
 
 # The others feed a model, step its parameters, are another target's loss, or autocast's alone.
-OUTSIDE = {"adamw", "linear", "crop_resize_patchify_gather", "masked_hog_mse", "patchify_gather"}
+OUTSIDE = {
+    "adamw", "crop_resize_patchify_gather", "linear", "masked_hog_mse", "mlp", "patchify_gather"
+}  # fmt: skip
 IN_FORWARD = set(ON_TRITON) - OUTSIDE
 
 
