@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from cases import DTYPES, ON_TRITON, calls, launcher, op_of
+from clocks import clocks
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -75,6 +76,7 @@ class Row:
     wide_stores: float
     waits: int = 0  # for all wgmma begun
     overwritten: int = 0  # instructions that write what a wgmma in flight reads
+    clocks: dict[str, int] = field(default_factory=dict)  # of attention on sm_90, by unit
     cases: list[str] = field(default_factory=list)
 
     @property
@@ -107,6 +109,8 @@ class Row:
             wrong.append(f"{self.dots} dots of 16 bits, were {before.dots}")
         if before.tensor_core and not self.tensor_core:
             wrong.append(f"no tensor-core instruction, was {before.tensor_core}")
+        if max(self.clocks.values(), default=0) > max(before.clocks.values(), default=0):
+            wrong.append(f"clocks for 4,096 scores {self.clocks}, were {before.clocks}")
         if self.bulk >= before.bulk:
             for name in ("wide_loads", "wide_stores"):
                 now, was = getattr(self, name), getattr(before, name)
@@ -211,13 +215,15 @@ def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: An
     )
     warps = max(warps, int(threads[1]) // 32) if threads else warps
     columns = getattr(meta, "tmem_size", 0) or 0
+    sizes = _sizes(function, kernel)
+    tile = re.search(r"BLOCK_Q=(\d+) BLOCK_K=(\d+)", sizes) if arch == 90 else None
     dots = re.findall(r"tt\.dot .*: tensor<\w+x(?:bf16|f16)[ ,>]", kernel.asm["ttir"])
     return Row(
         operator=operator,
         kernel=function.__name__,
         dtype=dtype,
         arch=arch,
-        sizes=_sizes(function, kernel),
+        sizes=sizes,
         chosen=False,
         registers=used["REG"],
         spilled=used["STACK"],
@@ -230,6 +236,7 @@ def read(operator: str, dtype: str, arch: int, function: JITFunction, kernel: An
         wide_stores=_wide([i for i in instructions if i.startswith("STG.")]),
         waits=len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", code)),
         overwritten=len(overwritten(code)),
+        clocks=clocks(code, meta.num_warps, int(tile[1]) * int(tile[2])) if tile else {},
     )
 
 

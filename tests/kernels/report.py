@@ -75,6 +75,19 @@ an SM's warps, each thread with 16-byte loads in flight, so its sizes stay until
 |---|---|---|---|{rules}|
 {rows}
 """
+CLOCKS = """
+## Attention by units
+
+Clocks that an SM of sm_90 needs for 4,096 scores in a kernel's loop, by unit
+(`tests/kernels/clocks.py`), at ViT-B's shapes: a bound, the largest of a row, and no speed. An H200
+takes more: there kernels wait, larger tiles with fewer clocks were slower, and so was a backward of
+one pass ([gpu.md](gpu.md)).
+
+| kernel | sizes | Triton | {units} | bound |
+|---|---|---|{rules}|---|
+{rows}
+"""
+UNITS = ("issue", "exponentials", "integers", "tensor", "shared")
 MUTATION = """
 ## Planted defects
 
@@ -113,7 +126,7 @@ def page() -> str:
             for e in eager
         ),
     )
-    return HEAD + bytes_ + _defects() + _machine_code()
+    return HEAD + bytes_ + _defects() + _clocks() + _machine_code()
 
 
 def _machine_code() -> str:
@@ -143,6 +156,19 @@ def _machine_code() -> str:
         heads=" | ".join(f"Triton {version}" for version in tables),
         rules="|".join("---" for _ in tables),
         rows=_table(sorted(rows)),
+    )
+
+
+def _clocks() -> str:
+    """Those of the chosen kernels of ViT-B, under each version of Triton."""
+    rows = []
+    for version in aot.versions():
+        for r in aot.committed(version)[1]:
+            if r.chosen and r.clocks and any(case.split()[0] == "vit_b" for case in r.cases):
+                of = [r.clocks.get(unit, 0) for unit in UNITS]
+                rows.append((f"`{r.kernel}`", r.sizes, version, *of, max(of)))
+    return CLOCKS.format(
+        units=" | ".join(UNITS), rules="|".join("---" for _ in UNITS), rows=_table(sorted(rows))
     )
 
 
