@@ -31,6 +31,7 @@ from mae_fast.errors import AccelerateError
 from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all
 from mae_fast.ops.dispatch import autocast_dtype
 from mae_fast.ops.dispatch import backends as forced
+from mae_fast.remade import keeping
 
 log = logging.getLogger("mae_fast")
 
@@ -52,6 +53,7 @@ def accelerate(
     verify: bool = True,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
+    keep: bool = False,
 ) -> nn.Module:
     """The same model, its forward fused from now on; `restore` undoes it, twice is once.
 
@@ -59,8 +61,10 @@ def accelerate(
     runs the model's own forward, and says so, for calls while an inner module has hooks. `verify`
     sends one clip of noise through both forwards at the first call, and at the first after modules
     were exchanged, in the parameters' dtype; not under torch.compile. With `mean` and `std`, a
-    number or one a channel, uint8 clips are taken too: (x / 255 - mean) / std. Raises
-    AccelerateError with the parts that do not fit (`explain` prints them all).
+    number or one a channel, uint8 clips are taken too: (x / 255 - mean) / std. `keep` keeps
+    for backward the norms and activations that are else made again there: faster on a GPU, of more
+    memory (what the rest of a program needs of it, only its author knows). Raises AccelerateError
+    with the parts that do not fit (`explain` prints them all).
     """
     family, findings = _examine(model, strict)
     refused = [f for f in findings if f.why_not]
@@ -69,7 +73,7 @@ def accelerate(
     if (mean is None) != (std is None):
         raise AccelerateError("mean and std go together")
     pixels = None if mean is None else Pixels(_numbers(mean), _numbers(std))
-    fused = Fused(model, family.FAMILY, dict(backends or {}), strict, verify, pixels)
+    fused = Fused(model, family.FAMILY, dict(backends or {}), strict, verify, pixels, keep)
     fused.guard.examined()
     known = wrapped.find(model)
     if known is not None:  # twice is once, inside of whatever was wrapped around it since
@@ -117,9 +121,10 @@ class Fused:
         strict: bool,
         verify: bool,
         pixels: Pixels | None,
+        keep: bool,
     ) -> None:
         self.model, self.family, self.backends = model, family, backends
-        self.strict, self.verify, self.pixels = strict, verify, pixels
+        self.strict, self.verify, self.pixels, self.keep = strict, verify, pixels, keep
         self.on = True
         self.said: set[str] = set()
         self.replica_of: nn.Module | None = None
@@ -138,6 +143,7 @@ class Fused:
         return {k: v for k, v in vars(self).items() if k != "guard"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {"keep": False} | state  # which older pickles lack
         vars(self).update(state, guard=Guard(self._examine, self._prepare))  # compared anew
 
     def __call__(self, *args, **kwargs):
@@ -237,7 +243,8 @@ class Fused:
         if self.pixels is None and any(map(_is_uint8_clip, _tensors([args, kwargs]))):
             raise AccelerateError("uint8 clips need accelerate(model, mean=..., std=...)")
         forward = adapters.FAMILIES[self.family].forward
-        with forced(**self.backends) if self.backends else contextlib.nullcontext():
+        backends = forced(**self.backends) if self.backends else contextlib.nullcontext()
+        with backends, keeping(self.keep):
             if torch.compiler.is_compiling() or not self.guard.known:  # traced; a replica
                 return forward(self.model, self.pixels, *args, **kwargs)
             with known_bare(self.guard.known[0].bare):

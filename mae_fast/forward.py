@@ -6,6 +6,7 @@ mathematics does not need it; SAVINGS names each of these, and each can be switc
 """
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from mae_fast.ops.mlp import OP as MLP
 from mae_fast.ops.mlp import mlp
 from mae_fast.ops.patch_embed import patch_embed
 from mae_fast.ops.source import Source
-from mae_fast.remade import remade
+from mae_fast.remade import keeping, kept, remade
 from mae_fast.spans import spanned
 
 # What the official code computes and this does not, by name; `without` switches one off.
@@ -125,7 +126,7 @@ class Spec(NamedTuple):
     `norm_pix`: the values of a target patch that are normalised together; `hog`: the targets are
     their histograms of gradients. `keep_encoder_cls`: the decoder's cls token is the encoder's,
     projected, plus decoder_cls. `checkpoint`: a block keeps its input only, and runs again in
-    backward; `keep`: it keeps its norms and activations too, which else are made again there.
+    backward.
     """
 
     t_patch: int
@@ -139,7 +140,6 @@ class Spec(NamedTuple):
     mean: float = 0.45
     std: float = 0.225
     checkpoint: bool = False
-    keep: bool = False
     hog: bool = False
 
 
@@ -362,10 +362,14 @@ def _run(
     if not isinstance(p, Block):
         return p(x, y, first, lambda x, y, p: _run(spec, x, y, p, heads, first))
     if not spec.checkpoint or not torch.is_grad_enabled():
-        return transformer_block(x, y, p, heads, first, qkv, again=not spec.keep)
-    # What a block keeps lives for the length of its own backward only.
-    how = dict(use_reentrant=False, preserve_rng_state=not p.is_plain(), again=False)
-    return checkpoint(transformer_block, x, y, p, heads, first, qkv, **how)
+        return transformer_block(x, y, p, heads, first, qkv)
+
+    def run(*args) -> tuple[Tensor, Tensor]:
+        with keeping():  # what a block keeps lives for the length of its own backward only
+            return transformer_block(*args)
+
+    how = dict(use_reentrant=False, preserve_rng_state=not p.is_plain())
+    return checkpoint(run, x, y, p, heads, first, qkv, **how)
 
 
 def transformer_block(
@@ -375,30 +379,29 @@ def transformer_block(
     heads: int,
     first: int = 0,
     qkv: list[Tensor] | None = None,
-    again: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The block's output for the tokens from `first` on, as the two parts [B, S - first, D] of a
     sum that the next norm takes; its input is x + y [B, S, D] (y None: x alone).
 
-    qkv, where given, is what `_qkv` gives of the input.
-    again: norms and activations are made again in backward, not kept.
+    qkv, where given, is what `_qkv` gives of the input. Norms and activations are made again in
+    backward, but within `keeping`.
     """
     if qkv is None:
         x, h = _norm(x, y, p.norm1)
-        qkv = _qkv(x, h, p, heads, first, again)
+        qkv = _qkv(x, h, p, heads, first)
     a = _attend(p, qkv, first).flatten(2)  # [B, S - first, D]
     x, h = _norm(x[:, first:], apply_layer(a, p.proj), p.norm2)
     if type(p.fc1) is type(p.fc2) is Affine and MLP.choose(h, *p.fc1, *p.fc2) != "apart":
-        with remade(again, h, layer_norm, x, *p.norm2, h.dtype):
-            return x, mlp(h, *p.fc1, *p.fc2, keep=not again)
+        with remade(h, layer_norm, x, *p.norm2, h.dtype):
+            return x, mlp(h, *p.fc1, *p.fc2, keep=kept())
     if type(p.fc1) is Affine:
-        with remade(again, h, layer_norm, x, *p.norm2, h.dtype):
+        with remade(h, layer_norm, x, *p.norm2, h.dtype):
             activation = bias_gelu, linear(h, p.fc1.weight), p.fc1.bias
     else:
         activation = F.gelu, apply_layer(h, p.fc1)
     g = activation[0](*activation[1:])
     # A module of another's may write into its input: it keeps what it likes.
-    with remade(again and type(p.fc2) is Affine, g, *activation):
+    with remade(g, *activation) if type(p.fc2) is Affine else nullcontext():
         return x, apply_layer(g, p.fc2)
 
 
@@ -409,13 +412,13 @@ def _attend(p: Block, qkv: list[Tensor], first: int) -> Tensor:
     return p.attend(*split_qkv(*qkv, first)) if p.attend else attention_qkv(*qkv, first)
 
 
-def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int, again: bool) -> list[Tensor]:
+def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int) -> list[Tensor]:
     """q [B, S - first, heads, d], k and v [B, S, heads, d] of h [B, S, D], the norm of x; or all in
     one tensor [B, S, 3, heads, d]."""
     if p.k is None:
         q, k, v = p.q(h)
         return [t.unflatten(-1, (heads, -1)) for t in (q[:, first:], k, v)]
-    with remade(again, h, layer_norm, x, *p.norm1, h.dtype):
+    with remade(h, layer_norm, x, *p.norm1, h.dtype):
         one = linears(h, (p.q, p.k, p.v))
         if one is not None:
             return [one.unflatten(-1, (heads, -1))]

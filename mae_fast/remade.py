@@ -9,19 +9,41 @@ tensor is made again, once, however many products have saved it.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from mae_fast.ops import dispatch
 
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
+
+
+def kept() -> bool:
+    """Whether nothing is made again: within `keeping`, and where a compiler chooses."""
+    return torch.compiler.is_compiling() or _kept.get()
+
 
 @contextlib.contextmanager
-def remade(again: bool, out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
+def keeping(keep: bool = True) -> Iterator[None]:
+    """Inside, in this thread, a forward keeps what it else makes again in backward: faster, where
+    memory allows (memory.py counts it)."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    before = _kept.set(keep)
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
+@contextlib.contextmanager
+def remade(out: Tensor, function: Callable[..., Tensor], *args) -> Iterator[None]:
     """What is called inside keeps, in place of `out`, how to make it again: function(*args), a pass
     over memory, once for all that is called inside. Norms and activations are two thirds of what a
-    block would keep for backward. Without `again`, and where a compiler chooses: nothing."""
-    if not again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    block would keep for backward. Nothing of this where they are kept."""
+    if kept() or not torch.is_grad_enabled():
         yield
         return
     storage = out.untyped_storage()._cdata

@@ -16,6 +16,7 @@ from mae_fast.masking import draw_masks
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.source import Source
 from mae_fast.optim import learning_rate, make_optimizer
+from mae_fast.remade import keeping
 from mae_fast.run import Run, run
 from mae_fast.signals import Told
 from mae_fast.targets import Tokenizer, follow
@@ -50,8 +51,7 @@ class Pretraining(Run):
 
     def _open_folder(self) -> None:
         super()._open_folder()
-        keep = choices.keep(self.cfg, self.world.device)
-        self.model.spec = self.model.spec._replace(keep=keep)
+        self.keeps = choices.keep(self.cfg, self.world.device)
 
     def _make_optimizer(self) -> torch.optim.AdamW:
         return make_optimizer(self.model, self.cfg.train)
@@ -87,7 +87,8 @@ class Pretraining(Run):
         target = self.model.target(video[::n])
         if target is not None:
             target = target.repeat_interleave(n, dim=0)
-        return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask, target=target)[0]
+        with keeping(self.keeps):
+            return self.model(video, ids_keep=ids_keep, ids_mask=ids_mask, target=target)[0]
 
     def _held_out(self) -> dict[str, Any]:
         # A model that lies apart is called by all: none may leave it for a signal.

@@ -52,6 +52,22 @@ def test_the_default_masking_ratio_is_the_models(model, video):
     assert before[0][2].mean() == 0.75
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_kept_is_not_made_again(keep, model, video, monkeypatch):
+    """Activations, counted in backward; gradients have the same bits either way."""
+    expected = run(mae_fast.accelerate(model, verify=False), video)
+    made, gelu = [], mae_fast.forward.bias_gelu
+    monkeypatch.setattr(
+        mae_fast.forward, "bias_gelu", lambda *args: made.append(len(made)) or gelu(*args)
+    )
+    mae_fast.accelerate(model, verify=False, keep=keep)
+    got = run(copy.deepcopy(model) if keep else model, video)
+    blocks = len(model.blocks) + len(model.decoder_blocks)
+    assert len(made) == (1 if keep else 2) * blocks
+    assert all(map(torch.equal, got[0], expected[0]))
+    assert all(torch.equal(got[1][name], grad) for name, grad in expected[1].items())
+
+
 def test_random_numbers_go_on_as_before(model, video):
     run(model, video)
     expected = torch.rand(5)

@@ -13,6 +13,7 @@ from mae_fast import MaskedAutoencoder, ModelConfig
 from mae_fast.adapters.videomae import product_dtype
 from mae_fast.masking import draw_ids
 from mae_fast.ops import dispatch
+from mae_fast.remade import keeping
 
 NORMS = {"mae_fast::layer_norm_fwd": 0, "mae_fast::add_layer_norm_fwd": 1}  # which output is it
 GRADIENTS = {"mae_fast::layer_norm_bwd": 0, "mae_fast::add_layer_norm_bwd": 1}  # which input
@@ -57,14 +58,13 @@ def step(
     and made in it."""
     torch.manual_seed(0)
     model = MaskedAutoencoder(cfg)
-    model.spec = model.spec._replace(keep=keep)
     for p in model.parameters():
         p.data.add_(0.2 * torch.randn_like(p))
     model.to(dtype)
     video = torch.randint(0, 256, (5, 3, 8, 16, 16), dtype=torch.uint8)
     ids = draw_ids("random", (4, 2, 2), 0.7, seed=0, step=0, samples=torch.arange(5))
     with Watch() as watch:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), keeping(keep):
             loss, pred = mae_fast.forward.forward(model.params(), model.spec, video, *ids)
         first = len(watch.norms)
         alive = sum(not norm.expired() for norm in watch.norms)

@@ -22,6 +22,7 @@ from mae_fast.errors import (
 )
 from mae_fast.masking import STRATEGIES
 from mae_fast.optim import total_steps
+from mae_fast.remade import kept
 from mae_fast.run import Run
 from mae_fast.signals import Signals
 from mae_fast.train import Pretraining, pretrain
@@ -201,11 +202,14 @@ def test_a_step_makes_no_host_wait(strategy, index, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_model_is_told_what_its_run_keeps(keep, index, tmp_path, monkeypatch):
+def test_a_run_keeps_what_its_machine_holds(keep, index, tmp_path, monkeypatch):
     monkeypatch.setattr(choices, "keep", lambda *a: keep)
     world = World(0, 1, torch.device("cpu"))
     run = Pretraining(config(index, tmp_path / "run"), world, Signals(alone=True))
-    assert run.model.spec.keep is keep
+    found = []
+    run.model.forward = lambda *args, **kwargs: found.append(kept()) or (None,)
+    run._loss(*run._inputs(next(iter(run._loader()))))
+    assert found == [keep] and not kept()
 
 
 def test_a_run_says_why_it_has_no_graph(index, tmp_path, caplog):

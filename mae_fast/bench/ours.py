@@ -14,6 +14,7 @@ from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.source import Source
 from mae_fast.optim import make_optimizer
+from mae_fast.remade import keeping
 from mae_fast.step import Step
 
 
@@ -35,17 +36,16 @@ class Ours:
     ) -> Built:
         """The model with its own starting values, its optimizer, and one training step."""
         model = MaskedAutoencoder(cfg).to(device)
-        model.spec = model.spec._replace(keep=device == "cuda")
         optimizer = make_optimizer(model, TrainConfig())
 
         def loss(encode_all: bool, *inputs: Tensor) -> Tensor:
             *pixels, keep, masked = inputs
             clips = Source(*pixels, cfg.img_size) if len(pixels) == 2 else pixels[0]
-            target = model.target(clips)
-            if encode_all:
-                return encode_all_loss(model, clips, keep, masked, target=target)
-            how = dict(without=self.without, target=target)
-            return forward(model.params(), model.spec, clips, keep, masked, **how)[0]
+            how = dict(without=self.without, target=model.target(clips))
+            with keeping(device == "cuda"):
+                if encode_all:
+                    return encode_all_loss(model, clips, keep, masked, **how)
+                return forward(model.params(), model.spec, clips, keep, masked, **how)[0]
 
         how = dict(clip=CLIP_GRAD, precision=precision, graph=self.graph)
         losses = (functools.partial(loss, encode_all) for encode_all in (False, True))
