@@ -24,7 +24,8 @@ def tables() -> str:
     """Markdown: each model's step, then its parts."""
     lines = [
         "| 64 clips, 90% masked | clips/s, predicted | mlp fused | target |"
-        " of 798 TFLOP/s, official FLOP | 0% against 90%, predicted | target | H200: predicted | H200: measured |",
+        " of 798 TFLOP/s, official FLOP | 0% against 90%, predicted | target |"
+        " H200: predicted | H200: measured |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     found = {(r["model"], r["batch_asked"], r["engine"]): r for r in steps(of_the_h200())}
