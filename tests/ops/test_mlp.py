@@ -133,6 +133,19 @@ def test_a_block_takes_it(fused, again):
         assert (o - a).norm() <= 1e-2 * a.norm() and not torch.equal(o, torch.zeros_like(o))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_a_block_made_again_is_its_norms_and_activation(fused, keep, monkeypatch):
+    """In backward: two norms, one for q, k and v and one for the MLP; within `keeping` none."""
+    made, norm = [], forward.layer_norm
+    monkeypatch.setattr(forward, "layer_norm", lambda *args: made.append(1) or norm(*args))
+    x = torch.randn(2, 21, 32, requires_grad=True)
+    with autocast(torch.bfloat16), keeping(keep):
+        x2, y = transformer_block(x, None, _block(32, 128), 2)
+    first = len(made)
+    (x2.float() + y.float()).sum().backward()
+    assert len(made) - first == (0 if keep else 2)
+
+
 def test_it_is_off_until_it_was_measured(monkeypatch):
     """Also on a GPU, where it stands first as soon as a table says that it is faster."""
     fc1 = torch.empty(2048, 512)
