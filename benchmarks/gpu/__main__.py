@@ -57,7 +57,7 @@ STAGES = (
     Stage("smoke", 95, "golden figures, equal bits: 20 s, then what goes on beside"),
     Stage("steps", 120, "training steps of B and L at 64 clips, against the bar"),
     Stage("profile", 25, "one step, kernel by kernel"),
-    Stage("attention", 40, "attention by every backend -> kernels/measured_attention.json", True),
+    Stage("attention", 40, "attention by every backend -> kernels/measured_backends.json", True),
     Stage("tune", 50, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
     Stage("checks", 75, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
     Stage("rungs", 30, "training steps of the other rungs and sizes", where="steps:items_of_rungs"),

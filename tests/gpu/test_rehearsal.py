@@ -107,7 +107,7 @@ def test_rehearsal_runs_every_stage(tmp_path, tools):
     for row in by_stage["attention"].values():
         assert {"triton", "sdpa", "reference"} <= row["seconds"].keys()
         assert row["declined"]["flash_attn_4"]
-    table = json.loads(path.with_name("measured_attention.json").read_text())["90"]
+    table = json.loads(path.with_name("measured_backends.json").read_text())["90"]
     assert table.keys() == {f"d32-s{n}-bfloat16-{d}" for n in (4, 32) for d in ("forward", "both")}
     assert json.loads(path.with_name("measured.json").read_text())[configs.TRITON]["90"]
     (steps_profile,) = by_stage["profile"].values()

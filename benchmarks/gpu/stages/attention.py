@@ -1,5 +1,5 @@
 """Attention on the calls of a training step, by every backend that is here: ours, libraries, each
-of torch's kernels -> kernels/measured_attention.json, by which the op chooses, also in `steps`."""
+of torch's kernels -> kernels/measured_backends.json, by which the op chooses, also in `steps`."""
 
 import statistics
 from collections import defaultdict
@@ -12,7 +12,8 @@ from benchmarks.gpu.records import MEASURED, Item
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages.kernels import BATCH, items_of
 from mae_fast.kernels import configs
-from mae_fast.ops.attention import measured_key, read_measured
+from mae_fast.ops.attention import measured_key
+from mae_fast.ops.measured import read_measured
 
 MODELS = ("vit_large", "vit_base", "vit_huge16")
 
@@ -39,7 +40,7 @@ def write_table(setting: Setting) -> None:
     for arch, classes in found.items():
         table.setdefault(arch, {}).update(classes)
     if found:
-        setting.write_table("measured_attention.json", table)
+        setting.write_table("measured_backends.json", table)
 
 
 def rows(records: Iterable[dict]) -> dict[str, dict[str, dict[str, float]]]:
