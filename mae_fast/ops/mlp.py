@@ -70,7 +70,6 @@ class _Fused(torch.autograd.Function):
         hidden, activation = torch.ops.mae_fast.mlp_fwd(x16, first, bias1)
         saved = activation if keep else None
         ctx.save_for_backward(x16, first, second, bias1, hidden, saved)
-        ctx.dtype = x.dtype
         out = F.linear(activation, second, in_one([bias2], [len(bias2)], x16))
         return out.view(*x.shape[:-1], -1)
 
@@ -83,7 +82,7 @@ class _Fused(torch.autograd.Function):
         dx = dfc1 = dbias1 = dfc2 = dbias2 = None
         if need_x or need_fc1 or need_bias1:
             dhidden, dbias1 = torch.ops.mae_fast.mlp_bwd(dout, second, hidden, bias1)
-            dx = (dhidden @ first).view(shape).to(ctx.dtype) if need_x else None
+            dx = (dhidden @ first).view(shape) if need_x else None
             dfc1 = wide_product(dhidden.t(), x) if need_fc1 else None
             dbias1 = dbias1 if need_bias1 else None
         if need_fc2:
