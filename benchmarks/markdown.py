@@ -1,8 +1,14 @@
 """Records read, and what every table of docs/results.md is written with."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
+
+from mae_fast.report.rows import grouped
+
+TARGET = ["target", "at least", "measured", "met"]
 
 
 def read(path: Path) -> list[dict]:
@@ -13,7 +19,7 @@ def read(path: Path) -> list[dict]:
 
 def newest(records: Iterable[dict], *keys: str) -> list[dict]:
     """The last record of each combination of these keys' values."""
-    return list({tuple(r[k] for k in keys): r for r in records}.values())
+    return [group[-1] for _, group in grouped(records, itemgetter(*keys))]
 
 
 def cpu(record: dict) -> str:
@@ -29,28 +35,36 @@ def malloc(record: dict) -> str:
 
 def where(records: Iterable[dict]) -> str:
     """Device, torch and commits of some records."""
-    found = {}
-    for r in records:
-        e = r["environment"]
-        machine = f"{e['cpu']}; torch {e['torch']}{malloc(r)}"
-        found.setdefault(machine, {})[str(e["commit"])] = None
-    return "; ".join(f"{machine}; commit {', '.join(c)}" for machine, c in found.items())
+
+    def machine(r: dict) -> str:
+        return f"{r['environment']['cpu']}; torch {r['environment']['torch']}{malloc(r)}"
+
+    return "; ".join(
+        f"{name}; commit {', '.join(dict.fromkeys(str(r['environment']['commit']) for r in group))}"
+        for name, group in grouped(records, machine)
+    )
 
 
-def table(head: str, rows: list[list[str]]) -> str:
-    """Markdown; the head's columns are parted by |."""
-    columns = head.split("|")
-    lines = "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, *rows)).split("\n", 1)
-    return f"{lines[0]}\n{'|---' * len(columns)}|\n{lines[1]}"
+def section(
+    words: str, records: Sequence[dict], head: Iterable[str], rows: Sequence[Iterable[str]]
+) -> str:
+    """Words, where the records were taken, and the table; nothing without a row."""
+    if not rows:
+        return ""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    said = f"{words} {where(records)}." if records else words
+    rule = "|---" * len([*head]) + "|"
+    return "\n".join([*([said, ""] if said else []), first, rule, *others, ""])
 
 
-def target(what: str, least: float | str, measured: float | None) -> list[str]:
+def target(what: str, least: float | str, record: Any, of: Callable[[Any], float]) -> list[str]:
+    """A row under TARGET: whether of(record), where there is one, is so many times, or percent."""
     percent = isinstance(least, str)
-    number = float(least.rstrip("%")) / 100 if percent else least
-    if measured is None:
-        return [what, least if percent else f"{least:g}x", "unmeasured", "-"]
-    text = f"{measured:.0%}" if percent else f"{measured:.2f}x"
-    return [what, least if percent else f"{least:g}x", text, met(measured >= number)]
+    number, asked = (float(least[:-1]) / 100, least) if percent else (least, f"{least:g}x")
+    if record is None:
+        return [what, asked, "unmeasured", "-"]
+    found = of(record)
+    return [what, asked, f"{found:.0%}" if percent else f"{found:.2f}x", met(found >= number)]
 
 
 def met(enough: bool) -> str:

@@ -6,17 +6,27 @@ are up to date.
 import statistics
 import sys
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
-from benchmarks.data_tables import clips_table, loading_tables
+from benchmarks.data_tables import clips_tables, loading_tables
 from benchmarks.gpu import tables as gpu
-from benchmarks.markdown import cpu, malloc, newest, read, table, target, where
+from benchmarks.markdown import TARGET, cpu, malloc, newest, read, section, target, where
 from mae_fast.bench.flops import step_flop
 from mae_fast.bench.ratio_table import NOISY, summary
 from mae_fast.bench.timing import ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.ops import OPS
-from mae_fast.report.rows import AFTER, OURS, STEP_HEAD, op_faster, op_share, step_rows
+from mae_fast.report.rows import (
+    AFTER,
+    OURS,
+    STEP_HEAD,
+    bought,
+    grouped,
+    op_faster,
+    op_share,
+    step_rows,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,9 +49,7 @@ to record: take the lowest. Every engine here has the C library's malloc as it i
 `mae-fast pretrain` on a CPU keeps what a step frees. Where both do (MALLOC_TRIM_THRESHOLD_), the
 ratios to others are smaller: page faults are a greater part of theirs.
 """
-
-
-FUSED, PEER = "official_sdpa_fused_adamw", "transformers_sdpa"
+EAGER, FUSED, PEER = "official_eager", "official_sdpa_fused_adamw", "transformers_sdpa"
 
 
 def main(argv: list[str]) -> int:
@@ -62,190 +70,182 @@ def main(argv: list[str]) -> int:
 def tables(results: Path) -> str:
     """Everything that is generated, from a folder of records."""
     ladder, ops = read(results / "ladder.jsonl"), read(results / "ops.jsonl")
-    timed = [r for r in ops if r["kind"] == "op"]
-    ratios = read(results / "ratio.jsonl")
     parts = [
-        gpu_tables(results / "gpu"),
-        targets_table(ladder, timed),
-        ladder_tables(ladder),
-        amx_tables(read(results / "amx.jsonl")),
+        *gpu_tables(results / "gpu"),
+        targets_table(ladder, ops),
+        *ladder_tables(ladder),
+        *amx_tables(read(results / "amx.jsonl")),
         accelerate_table(read(results / "accelerate.jsonl")),
-        ratio_table(ratios),
-        ops_table(timed, {r["op"]: r for r in ops if r["kind"] == "call"}),
-        curves_line(read(results / "curves.jsonl")),
+        *ratio_tables(read(results / "ratio.jsonl")),
+        ops_table(ops),
+        *curves_lines(read(results / "curves.jsonl")),
         step_table(read(results / "steps.jsonl")),
-        loading_tables(read(results / "loading.jsonl")),
+        *loading_tables(read(results / "loading.jsonl")),
         finetune_table(read(results / "finetune.jsonl")),
-        clips_table(read(results / "augment.jsonl")),
+        *clips_tables(read(results / "augment.jsonl")),
     ]
     return "\n".join(part for part in parts if part)
 
 
-def gpu_tables(folder: Path) -> str:
+def gpu_tables(folder: Path) -> list[str]:
     """Every device's."""
-    parts = []
-    for _, records in gpu.devices(folder):
-        for words, rows in gpu.tables(records):
-            parts.append(f"{words}\n\n{table('|'.join(rows[0]), [list(r.values()) for r in rows])}")
-    return "\n".join(parts)
+    return [
+        section(words, [], rows[0], [list(row.values()) for row in rows])
+        for _, records in gpu.devices(folder)
+        for words, rows in gpu.tables(records)
+    ]
 
 
 def targets_table(ladder: list[dict], ops: list[dict]) -> str:
     """What was to be reached on a CPU in fp32, what was measured, and whether it is enough."""
-    base = _ladder(ladder, "vit_base", "official_eager")
-    fused = _ladder(ladder, "vit_base", "official_sdpa_fused_adamw")
-    peer = _ladder(ladder, "videomae_base", "transformers_sdpa")
+    base, fused = (_newest(ladder, "vit_base", engine) for engine in (EAGER, FUSED))
+    peer = _newest(ladder, "videomae_base", PEER)
+    timed = {r["op"]: r for r in ops if r["kind"] == "op"}
+    embed, loss = timed.get("patch_embed"), timed.get("masked_mse")
+    rates = base if base and "limits" in base else None
+    # 0% beside the record of 90% that was taken in the same rounds.
     dense = [r for r in ladder if (r["model"], r["ratio"]) == ("vit_base", 0.0)]
-    memory = [base and base["engines"][n]["peak_memory_mb"] for n in ("official_eager", OURS)]
+    masked = [r for r in ladder if r["ratio"] == 0.9]
+    pairs = [(z, r) for z in dense for r in masked if r.get("limits") == z["limits"]]
 
-    def reached(product: str) -> float | None:
-        if not base or "limits" not in base:
-            return None
-        work = {"flop": base["engines"][OURS]["flop"]}
-        return share(base["limits"], work, base["seconds"][OURS], product)
+    def reached(product: str) -> Callable[[dict], float]:
+        def of(r: dict) -> float:
+            work = {"flop": r["engines"][OURS]["flop"]}
+            return share(r["limits"], work, r["seconds"][OURS], product)
 
-    def op(name: str, of: Callable[[dict], float]) -> float | None:
-        record = next((r for r in reversed(ops) if r["op"] == name), None)
-        return record and of(record)
+        return of
 
-    def masking() -> float | None:
-        """The encoder's 0% beside the record of 90% that was taken in the same rounds."""
-        for zero in reversed(dense):
-            limits = zero["limits"]
-            found = [r for r in ladder if r["ratio"] == 0.9 and r.get("limits") == limits]
-            if found:
-                return ratio(zero["seconds"][OURS], found[-1]["seconds"][OURS])
-        return None
+    def memory(r: dict) -> float:
+        return r["engines"][EAGER]["peak_memory_mb"] / r["engines"][OURS]["peak_memory_mb"]
+
+    def masking(pair: tuple[dict, dict]) -> float:
+        return ratio(*(r["seconds"][OURS] for r in pair))
 
     vit_base = preset("vit_base")
     possible = step_flop(vit_base, 2, encode_all=True) / step_flop(vit_base, 2)
-    eager = "step, against official eager"
-    both = "forward + backward, against official eager"
+    less = f"0% masked against 90%, of {possible:.1f}x in FLOP"
+    share_of = "step, share of the rate of"
     rows = [
-        (eager, 2.5, _faster(base, "official_eager")),
-        (both, 2.2, _faster(base, "official_eager", until_update=True)),
-        ("step, against official + SDPA + fused AdamW", 1.1, _faster(fused, FUSED)),
-        ("step, against transformers' VideoMAE-B with SDPA", 1.3, _faster(peer, PEER)),
-        ("peak memory of official eager, over ours", 2.0, base and memory[0] / memory[1]),
-        (f"0% masked against 90%, of {possible:.1f}x in FLOP", 4.0, masking()),
-        ("patchify, gather and embed, against official", 15.0, op("patch_embed", op_faster)),
-        ("loss, against official", 10.0, op("masked_mse", op_faster)),
-        ("loss, share of copy bandwidth (stretch)", "60%", op("masked_mse", _share)),
-        ("step, share of the rate of the engine's own products", "85%", reached("engine_product")),
-        ("step, share of the rate of torch's sgemm", "85%", reached("torch_mm")),
+        ("step, against official eager", 2.5, base, _faster(EAGER)),
+        ("forward + backward, against official eager", 2.2, base, _faster(EAGER, "until_update")),
+        ("step, against official + SDPA + fused AdamW", 1.1, fused, _faster(FUSED)),
+        ("step, against transformers' VideoMAE-B with SDPA", 1.3, peer, _faster(PEER)),
+        ("peak memory of official eager, over ours", 2.0, base, memory),
+        (less, 4.0, pairs[-1] if pairs else None, masking),
+        ("patchify, gather and embed, against official", 15.0, embed, op_faster),
+        ("loss, against official", 10.0, loss, op_faster),
+        ("loss, share of copy bandwidth (stretch)", "60%", loss, lambda r: op_share(r)[0]),
+        (f"{share_of} the engine's own products", "85%", rates, reached("engine_product")),
+        (f"{share_of} torch's sgemm", "85%", rates, reached("torch_mm")),
     ]
-    all_times = _all_times(ladder)
     text = "**Targets**, ViT-B, 2 clips, 90% masked, fp32, CPU; the newest record of each."
-    if all_times:
+    if all_times := _all_times(ladder):
         text += (
             f" A step against official eager, all {len(all_times)} records of any machine and "
             f"commit: {', '.join(f'{x:.1f}x' for x in all_times)}."
         )
-    return f"{text}\n\n" + table("target|at least|measured|met", [target(*row) for row in rows])
+    return section(text, [], TARGET, [target(*row) for row in rows])
 
 
 def headline(results: Path) -> str:
     """The README's lines: a step where it was measured, and how much that moves."""
     ladder = read(results / "ladder.jsonl")
-    base = _ladder(ladder, "vit_base", "official_eager")
-    fused = _ladder(ladder, "vit_base", FUSED)
+    base, fused = (_newest(ladder, "vit_base", engine) for engine in (EAGER, FUSED))
     times = _all_times(ladder)
     if not base or not fused:
         return "A training step of ViT-B is **unmeasured**."
     return (
         f"**A training step of ViT-B on 2 CPU cores** (2 clips, 90% masked, fp32) is "
-        f"**{_faster(base, 'official_eager'):.1f}x** as fast as the\nofficial code ({times[0]:.1f}x"
-        f" to {times[-1]:.1f}x over {len(times)} records), and {_faster(fused, FUSED):.2f}x as "
+        f"**{_faster(EAGER)(base):.1f}x** as fast as the\nofficial code ({times[0]:.1f}x"
+        f" to {times[-1]:.1f}x over {len(times)} records), and {_faster(FUSED)(fused):.2f}x as "
         f"fast as the official code with SDPA and\nfused AdamW ({where([base])}).\n"
         f"{_amx_line(read(results / 'amx.jsonl'))}"
         f"{gpu.headline(results / 'gpu')} All numbers: [docs/results.md](docs/results.md)."
     )
 
 
-def _faster(record: dict | None, name: str, until_update: bool = False) -> float | None:
-    """Ours over an engine; until_update: of forward and backward alone."""
-    if record is None:
-        return None
-    if until_update:
-        engines = record["engines"]
-        return ratio(engines[name]["until_update"], engines[OURS]["until_update"])
-    return ratio(record["seconds"][name], record["seconds"][OURS])
+def _faster(name: str, key: str = "") -> Callable[[dict], float]:
+    """An engine's steps over ours, of a record; until_update: forward and backward alone."""
+
+    def of(record: dict) -> float:
+        of = {n: e[key] for n, e in record["engines"].items()} if key else record["seconds"]
+        return ratio(of[name], of[OURS])
+
+    return of
 
 
-def _is_base(r: dict, model: str) -> bool:
-    key = (r["model"], r["batch_clips"], r["ratio"], r["precision"])
-    return key == (model, 2, 0.9, "fp32")
+def _of(ladder: list[dict], model: str, engine: str) -> list[dict]:
+    """The records of a model at 2 clips, 90% and fp32 that have the engine."""
+    key, of = (model, 2, 0.9, "fp32"), itemgetter("model", "batch_clips", "ratio", "precision")
+    return [r for r in ladder if of(r) == key and engine in r["seconds"]]
+
+
+def _newest(ladder: list[dict], model: str, engine: str) -> dict | None:
+    return next(reversed(_of(ladder, model, engine)), None)
 
 
 def _all_times(ladder: list[dict]) -> list[float]:
     """Official eager's step over ours, of every record of ViT-B at 2 clips, 90%, fp32; sorted."""
-    found = (r for r in ladder if _is_base(r, "vit_base") and "official_eager" in r["seconds"])
-    return sorted(_faster(r, "official_eager") for r in found)
+    return sorted(map(_faster(EAGER), _of(ladder, "vit_base", EAGER)))
 
 
-def _ladder(records: list[dict], model: str, engine: str) -> dict | None:
-    """The newest record of a model at 2 clips, 90% and fp32 that has the engine."""
-    found = (r for r in reversed(records) if _is_base(r, model) and engine in r["seconds"])
-    return next(found, None)
+def engines_table(
+    words: str, records: list[dict], name: Callable[[dict, str], str] = lambda r, e: f"`{e}`"
+) -> str:
+    """A section of every engine of some records of steps, under these names."""
+    rows = [[name(r, engine), *rest] for r in records for engine, *rest in step_rows(r)]
+    return section(words, records, STEP_HEAD, rows)
 
 
-def _share(record: dict) -> float:
-    return op_share(record)[0]
-
-
-def ladder_tables(records: list[dict]) -> str:
+def ladder_tables(records: list[dict]) -> list[str]:
     """The newest record of several engines for each model, batch, ratio, precision and CPU."""
-    records = [r for r in records if len(r["seconds"]) > 1]
     keys = ("model", "ratio", "precision", "machine")
-    records = [r | {"machine": cpu(r) + malloc(r)} for r in records]
-    found = newest(records, *keys, "batch_clips")
-    parts = []
-    for key in dict.fromkeys(tuple(r[k] for k in keys) for r in found):
-        model, masked, precision, _ = key
-        group = [r for r in found if tuple(r[k] for k in keys) == key]
-        group.sort(key=lambda r: r["batch_clips"])
-        rows = [[f"`{name}`", *rest] for r in group for name, *rest in step_rows(r)]
-        parts.append(
+    records = [r | {"machine": cpu(r) + malloc(r)} for r in records if len(r["seconds"]) > 1]
+    return [
+        engines_table(
             f"**{model}, {masked:.0%} masked, {precision}** - training steps interleaved, medians "
-            f"with their spread; ratios round by round. {where(group)}.\n\n"
-            + table("|".join(STEP_HEAD), rows)
+            "with their spread; ratios round by round.",
+            sorted(group, key=itemgetter("batch_clips")),
         )
-    return "\n".join(parts)
+        for (model, masked, precision, _), group in grouped(
+            newest(records, *keys, "batch_clips"), itemgetter(*keys)
+        )
+    ]
 
 
-def amx_tables(records: list[dict]) -> str:
+def amx_tables(records: list[dict]) -> list[str]:
     """bf16 on a CPU that multiplies tiles: what was to be reached, steps, and attention."""
     steps = [r for r in records if r["kind"] == "ratio"]
     ops = newest((r for r in records if r["kind"] == "op"), "model", "shape", "direction")
     if not steps:
-        return ""
+        return []
 
-    def step(model: str, engine: str, of: list[dict] = records) -> float | None:
+    def least(model: str, engine: str, of: list[dict] = records) -> float | None:
         return next(iter(_amx_steps(of, model, engine)), None)
 
-    as_it_is = [r for r in records if not malloc(r)]
-    published = step("vit_base", "official_eager_fp32", as_it_is)
-
-    def attention(width: int) -> float | None:
-        """Over the vectors' kernel, forward and backward, of the longest calls of a head dim."""
+    def attention(width: int) -> dict | None:
+        """The longest forward and backward of a head dim."""
         both = (r for r in ops if r["direction"] == "forward_backward")
-        found = [r for r in both if r["shape"].endswith(f",{width}]")]
-        longest = max(found, key=lambda r: r["flop"], default=None)
-        return longest and ratio(longest["seconds"]["cpp"], longest["seconds"]["amx"])
+        found = (r for r in both if r["shape"].endswith(f",{width}]"))
+        return max(found, key=itemgetter("flop"), default=None)
 
+    def over_vectors(r: dict) -> float:
+        return ratio(r["seconds"]["cpp"], r["seconds"]["amx"])
+
+    as_it_is = least("vit_base", f"{EAGER}_fp32", [r for r in records if not malloc(r)])
+    bf16, fp32 = (least("videomae_base", engine) for engine in (PEER, f"{PEER}_fp32"))
     rows = [
-        ("VideoMAE-B, against transformers' SDPA in bf16", 1.5, step("videomae_base", PEER)),
-        ("the same, in fp32", 2.8, step("videomae_base", f"{PEER}_fp32")),
-        ("ViT-B, against official eager in fp32, as published", 5.0, published),
-        ("attention d=64, against the vectors' kernel", 3.5, attention(64)),
-        ("attention d=32, against the vectors' kernel", 2.7, attention(32)),
+        ("VideoMAE-B, against transformers' SDPA in bf16", 1.5, bf16, float),
+        ("the same, in fp32", 2.8, fp32, float),
+        ("ViT-B, against official eager in fp32, as published", 5.0, as_it_is, float),
+        ("attention d=64, against the vectors' kernel", 3.5, attention(64), over_vectors),
+        ("attention d=32, against the vectors' kernel", 2.7, attention(32), over_vectors),
     ]
     text = (
         "**bf16 on a CPU's tiles (AMX)**, 2 clips, 90% masked, the least of all records: steps in "
         "bf16 by autocast, `_fp32` as the name says, and attention forward + backward on the "
         "decoder's tokens, interleaved."
     )
-    head = "shape|" + "|".join(f"`{b}`, ms" for b in ("amx", "cpp", "sdpa"))
     times = [
         [
             f"{r['model']}, {r['shape'].split()[0]}, {r['direction'].replace('_', ' + ')}",
@@ -253,20 +253,18 @@ def amx_tables(records: list[dict]) -> str:
         ]
         for r in ops
     ]
-    targets = table("target|at least|measured|met", [target(*row) for row in rows])
-    return "\n".join(
-        [
-            f"{text} {where(records)}.\n\n{targets}",
-            ladder_tables(steps),
-            f"**Attention in bf16**, {where(ops)}.\n\n{table(head, times)}" if times else "",
-        ]
-    )
+    head = ["shape", *(f"`{b}`, ms" for b in ("amx", "cpp", "sdpa"))]
+    return [
+        section(text, records, TARGET, [target(*row) for row in rows]),
+        *ladder_tables(steps),
+        f"**Attention in bf16**, {where(ops)}.\n\n" + section("", [], head, times),
+    ]
 
 
 def _amx_steps(records: list[dict], model: str, engine: str) -> list[float]:
     """An engine's step over ours in bf16, by every record of both, the least first."""
     steps = (r for r in records if r["kind"] == "ratio" and r["model"] == model)
-    return sorted(_faster(r, engine) for r in steps if engine in r["seconds"])
+    return sorted(_faster(engine)(r) for r in steps if engine in r["seconds"])
 
 
 def _amx_line(records: list[dict]) -> str:
@@ -278,7 +276,7 @@ def _amx_line(records: list[dict]) -> str:
         for what in (
             ("videomae_base", PEER),
             ("videomae_base", f"{PEER}_fp32"),
-            ("vit_base", "official_eager_fp32"),
+            ("vit_base", f"{EAGER}_fp32"),
         )
         if (found := _amx_steps(records, *what))
     )
@@ -292,103 +290,76 @@ def _amx_line(records: list[dict]) -> str:
 def accelerate_table(records: list[dict]) -> str:
     """The newest record of each family and CPU: its own model against the same, accelerated."""
     records = [r | {"machine": cpu(r)} for r in records]
-    found = newest(records, "family", "model", "batch_clips", "precision", "machine")
-    if not found:
-        return ""
-
-    def name(r: dict, engine: str) -> str:
-        return f"{r['family']}, {engine.removeprefix(r['family'] + '_')}, {r['machine']}"
-
-    return (
+    return engines_table(
         "**accelerate** - other people's models of B size, 90% masked, before and after the one "
-        f"line, float clips, fp32, interleaved. {where(found)}.\n\n"
-        + _engines(found, name).replace(OURS, AFTER)
-    )
+        "line, float clips, fp32, interleaved.",
+        newest(records, "family", "model", "batch_clips", "precision", "machine"),
+        lambda r, e: f"{r['family']}, {e.removeprefix(r['family'] + '_')}, {r['machine']}",
+    ).replace(OURS, AFTER)
 
 
-def _engines(records: list[dict], name: Callable[[dict, str], str]) -> str:
-    """A table of every engine of some records of steps, under these names."""
-    rows = [[name(r, engine), *rest] for r in records for engine, *rest in step_rows(r)]
-    return table("|".join(STEP_HEAD), rows)
-
-
-def ratio_table(records: list[dict]) -> str:
+def ratio_tables(records: list[dict]) -> list[str]:
     """What masking buys, by model: the newest record of each ratio, every engine in a row."""
-    found = newest(records, "model", "strategy", "precision", "device", "ratio")
-    parts = []
-    for model, strategy in dict.fromkeys((r["model"], r["strategy"]) for r in found):
-        group = [r for r in found if (r["model"], r["strategy"]) == (model, strategy)]
-        cells = summary(sorted(group, key=lambda r: r["ratio"]))["cells"]
-        engines = list(dict.fromkeys(c["engine"] for c in cells))
-        rows = []
-        for masked in dict.fromkeys(c["ratio"] for c in cells):
-            at = {c["engine"]: c for c in cells if c["ratio"] == masked}
-            limit = f"{next(iter(at.values()))['flop_limit']:.1f}x"
+    found, parts = newest(records, "model", "strategy", "precision", "device", "ratio"), []
+    for (model, strategy), group in grouped(found, itemgetter("model", "strategy")):
+        cells = summary(sorted(group, key=itemgetter("ratio")))["cells"]
+        engines, rows = list(dict.fromkeys(c["engine"] for c in cells)), []
+        for masked, some in grouped(cells, itemgetter("ratio")):
+            at, limit = {c["engine"]: c for c in some}, f"{some[0]['flop_limit']:.1f}x"
             shown = [at.get(name) for name in engines]
-            rows.append([f"{masked:.0%}", limit, *map(_ratio_cell, shown)])
-            if any(cell and cell["data"] for cell in shown):
-                rows.append([f"{masked:.0%}, with loading", limit, *map(_loading_cell, shown)])
-        parts.append(
+            rows.append([f"{masked:.0%}", limit, *(_clip(c) for c in shown)])
+            if any(c["data"] for c in some):
+                loading = (c and c["data"] and c | _as_cell(c["data"]) for c in shown)
+                rows.append([f"{masked:.0%}, with loading", limit, *map(_clip, loading)])
+        words = (
             f"**What masking buys**, {model}, {strategy}, {cells[0]['precision']}: seconds a clip, "
-            f"and how many times less than the same engine at 0% (`mae-fast bench ratio`; ! spread "
-            f"over 10%; with loading, each engine runs alone).{_against_official(cells)} "
-            f"{where(group)}.\n\n" + table(f"masked|limit|{'|'.join(engines)}", rows)
+            "and how many times less than the same engine at 0% (`mae-fast bench ratio`; ! spread "
+            "over 10%; with loading, each engine runs alone)."
         )
-    return "\n".join(parts)
+        text = " ".join([words, *bought(cells)])
+        parts.append(section(text, group, ["masked", "limit", *engines], rows))
+    return parts
 
 
-def _against_official(cells: list[dict]) -> str:
-    """What masking and the engine buy together, at 90%."""
-    for c in cells:
-        if (c["engine"], c["ratio"]) == (OURS, 0.9) and c["against_official_at_0"]:
-            at_0, here = c["against_official_at_0"]["times"], c["against_official"]["times"]
-            return (
-                f" `{OURS}` at 90% is {at_0:.1f}x as fast as official eager at 0%, and {here:.2f}x "
-                "as fast as official eager at 90%."
-            )
-    return ""
+def _as_cell(data: dict) -> dict:
+    """Steps with loading, in the terms of those without."""
+    less = data.get("against_itself_at_0")
+    return {
+        "seconds_a_clip": data["seconds_a_clip"],
+        "noisy": data["spread"] > NOISY,
+        "against_itself_at_0": less and {"times": less},
+    }
 
 
-def _ratio_cell(cell: dict | None) -> str:
-    if cell is None:
+def _clip(cell: dict | None) -> str:
+    if not cell:
         return "unmeasured"
-    less = cell["against_itself_at_0"]
-    times = f", {less['times']:.2f}x" if less and cell["ratio"] else ""
-    return f"{cell['seconds_a_clip']:.2f}{'!' if cell['noisy'] else ''}{times}"
+    less = cell["ratio"] and cell["against_itself_at_0"]
+    times = f", {less['times']:.2f}x" if less else ""
+    return f"{cell['seconds_a_clip']:.2f}{'!' * cell['noisy']}{times}"
 
 
-def _loading_cell(cell: dict | None) -> str:
-    if cell is None or not cell["data"]:
-        return "unmeasured"
-    data, times = cell["data"], ""
-    if cell["ratio"] and "against_itself_at_0" in data:
-        times = f", {data['against_itself_at_0']:.2f}x"
-    return f"{data['seconds_a_clip']:.2f}{'!' if data['spread'] > NOISY else ''}{times}"
-
-
-def ops_table(records: list[dict], calls: dict[str, dict]) -> str:
+def ops_table(records: list[dict]) -> str:
     """One row for each op, and shape that was timed: the backend chosen, against the baseline."""
-    latest, rows = newest(records, "op", "shape", "direction"), []
+    calls = {r["op"]: r["seconds"] for r in records if r["kind"] == "call"}
+    latest = newest((r for r in records if r["kind"] == "op"), "op", "shape", "direction")
+    rows = []
     for name, op in sorted(OPS.items()):
-        cost = "unmeasured"
-        if name in calls:
-            ways = calls[name]["seconds"]
-            cost = ", ".join(
-                f"{1e6 * statistics.median(ways[way]):.0f}" if way in ways else "-"
-                for way in ("public", "bare", "reference")
-            )
+        cost = ", ".join(
+            f"{1e6 * statistics.median(calls[name][way]):.0f}" if way in calls[name] else "-"
+            for way in (("public", "bare", "reference") if name in calls else ())
+        )
         first = [f"`{name}`", op.what, ", ".join(op.backends)]
         measured = [_op_cells(r) for r in latest if r["op"] == name] or [["unmeasured"] * 2]
-        rows += [[*first, *cells, cost] for cells in measured]
-    timed = [r for r in latest if r["op"] in OPS]
-    head = (
+        rows += [[*first, *cells, cost or "unmeasured"] for cells in measured]
+    return section(
         "**Ops** - forward + backward in fp32 at ViT-B's shapes, 2 clips, interleaved, from cold "
         "caches, against the official or torch's expression; share of what the machine can do in "
         "the same rounds. A call: microseconds on the smallest input, public function, bare "
-        "operator, reference."
-    )
-    return f"{head}{' ' + where(timed) + '.' if timed else ''}\n\n" + table(
-        "op|what it fuses|backends|speed-up|share|a call", rows
+        "operator, reference.",
+        [r for r in latest if r["op"] in OPS],
+        ["op", "what it fuses", "backends", "speed-up", "share", "a call"],
+        rows,
     )
 
 
@@ -401,15 +372,14 @@ def _op_cells(record: dict) -> list[str]:
     ]
 
 
-def curves_line(records: list[dict]) -> str:
+def curves_lines(records: list[dict]) -> list[str]:
     """How far losses move apart when every op is forced to its reference."""
-    lines = [
+    return [
         f"{r['model']}, {len(r['losses']['chosen'])} steps: the losses with the ops chosen and "
         f"with every op forced to its reference differ by {r['greatest_relative_difference']:.1e} "
         f"at most ({where([r])}).\n"
         for r in newest(records, "model")
     ]
-    return "\n".join(lines)
 
 
 def step_table(records: list[dict]) -> str:
@@ -420,18 +390,16 @@ def step_table(records: list[dict]) -> str:
         for r in found
         for _, *rest in step_rows(r)
     ]
-    return table("|".join(["step", *STEP_HEAD[1:], "where"]), rows)
+    return section("", [], ["step", *STEP_HEAD[1:], "where"], rows)
 
 
 def finetune_table(records: list[dict]) -> str:
     """Steps of fine-tuning a classifier: the newest of each."""
-    found = newest(records, "model", "batch_clips", "precision")
-    if not found:
-        return ""
-    return (
+    return engines_table(
         "**Fine-tuning** - steps of a classifier that sees every patch (`masked`: half of them), "
-        f"interleaved (`mae-fast bench finetune`). {where(found)}.\n\n"
-        + _engines(found, lambda r, engine: f"{r['model']}, {r['precision']}, `{engine}`")
+        "interleaved (`mae-fast bench finetune`).",
+        newest(records, "model", "batch_clips", "precision"),
+        lambda r, engine: f"{r['model']}, {r['precision']}, `{engine}`",
     )
 
 

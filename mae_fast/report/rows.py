@@ -1,6 +1,8 @@
 """The rows of tables of records, for the page (mae_fast/report) and for docs/results.md."""
 
 import statistics
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 from mae_fast.bench.records import Record
 from mae_fast.bench.table import number
@@ -11,6 +13,27 @@ STEP_HEAD = ["engine", "clips", "seconds a step", "spread", "samples", "mae_fast
 STEP_HEAD += ["forward + backward", "waiting for data", "peak MB"]
 OP_HEAD = ["op", "shape", "direction", "precision", "backend", "ms", "spread", "share", "of"]
 OP_HEAD += ["speed-up", "over", "commit"]
+
+
+def grouped(
+    records: Iterable[Record], key: Callable[[Record], Hashable]
+) -> list[tuple[Any, list[Record]]]:
+    """[(value of key, its records)], in the order in which values first appear."""
+    groups: dict[Hashable, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return list(groups.items())
+
+
+def bought(cells: Iterable[dict[str, Any]]) -> list[str]:
+    """What masking of 90% and the engine buy together, a sentence for each `summary` of them."""
+    return [
+        f"{c['model']}, {c['strategy']} masking of 90%, {c['precision']}, {c['device']}: a step is "
+        f"{c['against_official_at_0']['times']:.1f}x as fast as the official code's at 0%, and "
+        f"{c['against_official']['times']:.2f}x as fast as the official code's at 90%."
+        for c in cells
+        if c["engine"] == OURS and c["ratio"] == 0.9 and c["against_official_at_0"]
+    ]
 
 
 def step_rows(record: Record) -> list[list[str]]:
