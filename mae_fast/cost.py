@@ -5,14 +5,16 @@ work has an amount, counted from shapes, and a rate, which is a ceiling of the d
 of it; kinds do not overlap.
 """
 
+import functools
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from mae_fast.bench.calls import TARGET
-from mae_fast.bench.flops import BASE_RATIO, Flop, by_part, step_work
+from mae_fast.bench.flops import BASE_RATIO, by_part, step_work
 from mae_fast.config import ModelConfig
-from mae_fast.memory import encoder_parameters, parameters, rows
+from mae_fast.memory import Memory, encoder_parameters, memory, parameters, rows, tuning
 from mae_fast.ops.work import ADAMW_BYTES, Both, Work
 
 # Shares of a GPU's ceilings: assumed before anything had run on one; docs/gpu.md has steps of an
@@ -47,6 +49,8 @@ COPIED = {
     "loss and decoder input": ("masked_mse", "masked_hog_mse", "loss", "decoder_tokens"),
     "optimizer": ("adamw", "ema"),
 }
+# Of an op's bytes forward, those of what fp32 makes again in backward.
+MADE_AGAIN = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0}
 
 
 class Device(NamedTuple):
@@ -98,20 +102,139 @@ class Term(NamedTuple):
         return self.amount / (self.ceiling * self.share)
 
 
-def step_bytes(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[str, float]:
-    """Bytes that each op moves in a step, forward and backward, p bytes a value that products take
-    and give: the least (mae_fast/ops/work.py), and what is made again in backward."""
-    r = rows(cfg, ratio)
-    values = r.decoder * cfg.decoder_embed_dim + cfg.depth * r.seen * cfg.embed_dim
-    found = {"casts and sums": _cast(clips * values, p), "adamw": ADAMW_BYTES * parameters(cfg)}
-    found |= _moved(_work(cfg, clips, ratio, p), again=p == 4)
-    if cfg.target == "features":
-        found["ema"] = 12.0 * encoder_parameters(cfg)  # read, read, written
-    if cfg.target in ("tokens", "features"):
-        # Of each value predicted, in torch's own operators: its copy in fp32, the error or the
-        # logarithm, and the gradient, each written and read, and the gradient in p bytes.
-        found["loss"] = clips * r.masked * cfg.pred_dim * (24.0 + 3 * p)
-    return found
+@dataclass(frozen=True)
+class Step:
+    """A step of `clips` on each of `gpus` devices. Of the `part` "all" it is pre-training's, of
+    "encoder" fine-tuning's but for the head (the encoder alone, on the patches that a mask leaves;
+    ratio 0: all), and of "forward" the same without backward, as in a test."""
+
+    cfg: ModelConfig
+    clips: int
+    ratio: float
+    device: Device
+    part: str = "all"
+    gpus: int = 1
+    gpus_per_node: int = 8
+    shard: str = "none"
+
+    def work(self) -> dict[tuple[str, str], Both]:
+        """(forward, backward) by phase and op."""
+        dtype = torch.bfloat16 if self.device.product_bytes == 2 else torch.float32
+        ratio, every = self.ratio or BASE_RATIO, self.ratio == 0
+        found = step_work(self.cfg, self.clips, ratio, encode_all=every, dtype=dtype)
+        if self.part == "all":
+            return found
+        return {
+            (phase, op): (forward, backward if self.part == "encoder" else Work())
+            for (phase, op), (forward, backward) in found.items()
+            if phase in ("patch embedding", "encoder")
+        }
+
+    def bytes(self) -> dict[str, float]:
+        """By op, forward and backward: the least (mae_fast/ops/work.py), and what is made again in
+        backward: a norm's output from the sum, an activation's from fc1's; a GPU keeps them."""
+        cfg, p, r = self.cfg, self.device.product_bytes, rows(self.cfg, self.ratio)
+        every, train, found = self.part == "all", self.part != "forward", {}
+        if train:
+            values = every * r.decoder * cfg.decoder_embed_dim + cfg.depth * r.seen * cfg.embed_dim
+            trained = parameters(cfg) if every else encoder_parameters(cfg)
+            found = {
+                "casts and sums": _cast(self.clips * values, p),
+                "adamw": ADAMW_BYTES * trained,
+            }
+        for (phase, op), (forward, backward) in self.work().items():
+            again = MADE_AGAIN.get(op, 0.0) if train and p == 4 and phase != TARGET else 0.0
+            found[op] = found.get(op, 0.0) + forward.bytes * (1 + again) + backward.bytes
+        if every and cfg.target == "features":
+            found["ema"] = 12.0 * encoder_parameters(cfg)  # read, read, written
+        if every and cfg.target in ("tokens", "features"):
+            # Of each value predicted, in torch's own operators: its copy in fp32, the error or the
+            # logarithm, and the gradient, each written and read, and the gradient in p bytes.
+            found["loss"] = self.clips * r.masked * cfg.pred_dim * (24.0 + 3 * p)
+        return found
+
+    def terms(self) -> list[Term]:
+        """What it does on one device."""
+        cfg, device, flop, moved = self.cfg, self.device, by_part(self.work()), self.bytes()
+        forward = {part: both.forward for part, both in flop.items()}
+        encoder, decoder, target = (
+            forward.get(f"{phase} attention", 0) for phase in ("encoder", "decoder", TARGET)
+        )
+        # Of attention, whose backward makes scores again, in each of its two kernels.
+        train = self.part != "forward"
+        products, exponentials = (1 + device.attention_backward / 2, 3) if train else (1, 1)
+        # FLOP of attention's products for each score.
+        a_score = 4 * cfg.embed_dim // cfg.num_heads
+        a_decoder_score = 4 * cfg.decoder_embed_dim // cfg.decoder_num_heads
+        amounts = {
+            "encoder products": sum(flop["patch embedding"] + flop["encoder products"]),
+            "decoder products": sum(flop["decoder products"] + flop["head"]),
+            "attention products": products * (encoder + decoder),
+            "attention exponentials": exponentials * (encoder / a_score + decoder / a_decoder_score)
+            + target / a_score,
+            f"{TARGET} products": forward.get(f"{TARGET} products", 0),
+            f"{TARGET} attention": target,
+        }
+        amounts |= {kind: sum(moved.get(op, 0.0) for op in ops) for kind, ops in COPIED.items()}
+        ceilings = dict.fromkeys(COPIED, device.copy)
+        ceilings["attention exponentials"] = device.exponentials
+        shares = device.shares | {
+            f"{TARGET} products": device.shares["encoder products"],
+            f"{TARGET} attention": device.shares["attention products"],
+        }
+        return [
+            Term(kind, amounts[kind], ceilings.get(kind, device.products), share)
+            for kind, share in shares.items()
+            if amounts[kind]
+        ]
+
+    @functools.cached_property
+    def compute(self) -> float:
+        """Seconds on one device, where launches are hidden (large batches, or a CUDA graph)."""
+        return sum(term.seconds for term in self.terms())
+
+    @property
+    def communication(self) -> float:
+        """Seconds of its collectives in rings at full bandwidth, all of fp32. none: gradients are
+        added up everywhere. With train.shard gradients are added up where they belong, and weights
+        gathered: once (optimizer), or forward and backward (full)."""
+        if self.gpus == 1 or self.part == "forward":
+            return 0.0
+        link, network = self.device.link, self.device.network
+        each = {"none": 2 * 4, "optimizer": 4 + 4, "full": 4 + 2 * 4}[self.shard]
+        sent = (self.gpus - 1) / self.gpus * each * parameters(self.cfg)
+        return sent / (link if self.gpus <= self.gpus_per_node else network)
+
+    @property
+    def exposed(self) -> float:
+        return exposed_seconds(self.communication, self.compute)
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed
+
+    @property
+    def clips_per_second(self) -> float:
+        """Of all devices, where loading is fast enough."""
+        return self.gpus * self.clips / self.seconds
+
+    def held(self) -> Memory:
+        """What it holds in memory."""
+        cfg, ratio, p = self.cfg, self.ratio, self.device.product_bytes
+        if self.part != "all":
+            return tuning(cfg, self.clips, ratio, p)
+        shards = self.gpus if self.shard != "none" else 1
+        return memory(cfg, self.clips, ratio, p, shards, shard=self.shard)
+
+    def efficiencies(self) -> dict[int, float]:
+        """What of each GPU's time is of use where 1, 2, 4 ... share all clips of the step: one
+        alone takes so much longer than all. Each has a clip at least."""
+        clips, found = self.gpus * self.clips, {}
+        alone = replace(self, clips=clips).compute
+        for n in (1 << i for i in range(clips.bit_length())):
+            of_n = replace(self, clips=clips // n, gpus=n)
+            found[n] = alone * (clips // n * n / clips) / (n * of_n.seconds)
+        return found
 
 
 def _cast(values: int, p: int) -> float:
@@ -121,135 +244,6 @@ def _cast(values: int, p: int) -> float:
     return values * ((2 + 5) * p if p < 4 else 6 * p)
 
 
-def _moved(work: dict[tuple[str, str], Both], again: bool) -> dict[str, float]:
-    """Bytes by op. again: in backward a norm's output is made from the sum, an activation's from
-    fc1's; a GPU keeps them."""
-    found: dict[str, float] = {}
-    more = {"layer_norm": 1.0, "add_layer_norm": 0.5, "bias_gelu": 1.0}
-    for (phase, op), (forward, backward) in work.items():
-        times = 1 + (more.get(op, 0.0) if again and phase != TARGET else 0.0)
-        found[op] = found.get(op, 0.0) + forward.bytes * times + backward.bytes
-    return found
-
-
-def _work(cfg: ModelConfig, clips: int, ratio: float, p: int) -> dict[tuple[str, str], Both]:
-    dtype = torch.bfloat16 if p == 2 else torch.float32
-    return step_work(cfg, clips, ratio or BASE_RATIO, encode_all=ratio == 0, dtype=dtype)
-
-
-def terms(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> list[Term]:
-    """The work of one step of `clips` on one device."""
-    p = device.product_bytes
-    return _terms(cfg, device, _work(cfg, clips, ratio, p), step_bytes(cfg, clips, ratio, p))
-
-
-def encoder_terms(
-    cfg: ModelConfig, clips: int, ratio: float, device: Device, train: bool
-) -> list[Term]:
-    """The encoder alone, on the patches that a mask leaves (ratio 0: all): a step of fine-tuning,
-    but for the head, or without `train` forward, as in a test."""
-    p = device.product_bytes
-    work = {
-        (phase, op): both if train else (both[0], Work())
-        for (phase, op), both in _work(cfg, clips, ratio, p).items()
-        if phase in ("patch embedding", "encoder")
-    }
-    moved = _moved(work, again=train and p == 4)
-    moved["casts and sums"] = train * _cast(
-        clips * cfg.depth * rows(cfg, ratio).seen * cfg.embed_dim, p
-    )
-    moved["adamw"] = train * ADAMW_BYTES * encoder_parameters(cfg)
-    return [t for t in _terms(cfg, device, work, moved, train) if t.amount]
-
-
-def _terms(
-    cfg: ModelConfig,
-    device: Device,
-    work: dict[tuple[str, str], Both],
-    moved: dict[str, float],
-    train: bool = True,
-) -> list[Term]:
-    flop = by_part(work)
-    # Of attention, whose backward makes scores again, in each of its two kernels.
-    products, exponentials = (1 + device.attention_backward / 2, 3) if train else (1, 1)
-    encoder, decoder = flop["encoder attention"].forward, flop["decoder attention"].forward
-    target = {
-        f"{TARGET} {kind}": flop.get(f"{TARGET} {kind}", Flop(0, 0)).forward
-        for kind in ("products", "attention")
-    }
-    # FLOP of attention's products for each score.
-    a_score = 4 * cfg.embed_dim // cfg.num_heads
-    a_decoder_score = 4 * cfg.decoder_embed_dim // cfg.decoder_num_heads
-    amounts = {
-        "encoder products": sum(flop["patch embedding"] + flop["encoder products"]),
-        "decoder products": sum(flop["decoder products"] + flop["head"]),
-        "attention products": products * (encoder + decoder),
-        "attention exponentials": exponentials * (encoder / a_score + decoder / a_decoder_score)
-        + target[f"{TARGET} attention"] / a_score,
-    }
-    amounts |= {kind: sum(moved.get(op, 0.0) for op in ops) for kind, ops in COPIED.items()}
-    shares = dict(device.shares)
-    if any(target.values()):
-        amounts |= target
-        shares |= zip(
-            target, (shares["encoder products"], shares["attention products"]), strict=True
-        )
-
-    def ceiling(kind: str) -> float:
-        if kind == "attention exponentials":
-            return device.exponentials
-        return device.copy if kind in COPIED else device.products
-
-    return [Term(kind, amounts[kind], ceiling(kind), share) for kind, share in shares.items()]
-
-
-def compute_seconds(cfg: ModelConfig, clips: int, ratio: float, device: Device) -> float:
-    """A step on one device, where launches are hidden (large batches, or a CUDA graph)."""
-    return sum(term.seconds for term in terms(cfg, clips, ratio, device))
-
-
-def clips_per_second(
-    cfg: ModelConfig, clips: int, ratio: float, device: Device, gpus: int, gpus_per_node: int = 8
-) -> float:
-    """Of `gpus` devices with `clips` each under DDP, where loading is fast enough."""
-    compute = compute_seconds(cfg, clips, ratio, device)
-    sent = communication_seconds(cfg, gpus, gpus_per_node, device)
-    return gpus * clips / (compute + exposed_seconds(sent, compute))
-
-
-def communication_seconds(
-    cfg: ModelConfig, gpus: int, gpus_per_node: int, device: Device, shard: str = "none"
-) -> float:
-    """What a step's collectives take in rings at full bandwidth, all of fp32. none: gradients are
-    added up everywhere. With train.shard gradients are added up where they belong, and weights
-    gathered: once (optimizer), or forward and backward (full)."""
-    if gpus == 1:
-        return 0.0
-    bandwidth = device.link if gpus <= gpus_per_node else device.network
-    each = {"none": 2 * 4, "optimizer": 4 + 4, "full": 4 + 2 * 4}[shard]
-    return (gpus - 1) / gpus * each * parameters(cfg) / bandwidth
-
-
 def exposed_seconds(communication: float, compute: float) -> float:
     """The part of communication that backward, two thirds of a step, does not hide."""
     return max(0.0, communication - compute * 2 / 3)
-
-
-def efficiencies(
-    cfg: ModelConfig,
-    clips: int,
-    ratio: float,
-    gpus_per_node: int,
-    device: Device,
-    shard: str = "none",
-) -> dict[int, float]:
-    """What of each GPU's time is of use where 1, 2, 4 ... share a step of `clips`: one alone takes
-    so much longer than all. Each has a clip at least."""
-    found, alone = {}, compute_seconds(cfg, clips, ratio, device)
-    for n in (1 << i for i in range(clips.bit_length())):
-        compute = compute_seconds(cfg, clips // n, ratio, device)
-        sent = communication_seconds(cfg, n, gpus_per_node, device, shard)
-        found[n] = (
-            alone * (clips // n * n / clips) / (n * (compute + exposed_seconds(sent, compute)))
-        )
-    return found

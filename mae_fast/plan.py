@@ -19,7 +19,7 @@ from mae_fast.bench import machine, records
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
 from mae_fast.bench.paper import PAPER
 from mae_fast.bench.timing import interleave
-from mae_fast.config import ModelConfig, Variant
+from mae_fast.config import Variant
 from mae_fast.config import preset as make_preset
 from mae_fast.config_file import load_config
 from mae_fast.errors import ConfigError
@@ -100,22 +100,21 @@ def plan(
     if ratio and task not in ("pretrain", "finetune"):
         raise ConfigError(f"--task {task} sees every token, got --ratio {ratio}")
     where = this_device() if device == "this" else cost.DEVICES[device]
-    devices = where, gpus, gpus_per_node
+    part = {"pretrain": "all", "test": "forward", "features": "forward"}.get(task, "encoder")
+    if not batch and task != "pretrain":
+        batch = 16 if task == "ava" or device != "this" else 1
+    step = cost.Step(cfg, batch, ratio, where, part, gpus, gpus_per_node, shard)
+    if part == "encoder" and step.held().peak > memory.USABLE * where.memory:
+        raise ConfigError(f"{batch} clips do not fit on one {device}: give a smaller --batch")
     if task == "ava":
-        from mae_fast.tasks.ava import plan as ava
+        from mae_fast.tasks.ava.plan import plan as ava
+        from mae_fast.tasks.ava.plan import tell as tell_ava
 
-        found = ava.plan(cfg, *devices, batch or 16, epochs)
-        said = ava.tell(model, found)
-    elif task != "pretrain":
-        clips = {"test": views * _videos(dataset, TESTS), "features": _videos(dataset)}
-        clips = clips.get(task, epochs * _videos(dataset))
-        found = {"model": model}
-        found |= downstream(cfg, task, ratio, *devices, batch, rate_of(data_rate), clips)
-        said = tell_downstream(found, price)
-    else:
-        found = predict(cfg, model, ratio, *devices, shard, batch, rate_of(data_rate))
-        clips = epochs * _videos(dataset)
-        run = _run(clips, found["clips_per_second"], gpus)
+        found = ava(step, epochs)
+        said = tell_ava(model, found)
+    elif task == "pretrain":
+        found = {"model": model} | predict(step, model, rate_of(data_rate))
+        run = _run(found, epochs * _videos(dataset))
         paid = run["gpu_hours"] * price if price else None
         found["run"] = {"epochs": epochs, "dataset": dataset, **run, "cost": paid}
         found["ceilings"] = {k: v for k, v in where._asdict().items() if k != "name"}
@@ -124,69 +123,75 @@ def plan(
         if output:
             draw(output, where, found["batch_clips"], epochs, dataset)
         said = tell(found)
+    else:
+        found = {"model": model, "task": task} | downstream(step, rate_of(data_rate))
+        clips = views * _videos(dataset, TESTS) if task == "test" else _videos(dataset)
+        found["run"] = _run(found, clips * (epochs if task == "finetune" else 1))
+        said = tell_downstream(found, price)
     print(jsonlib.dumps(found, indent=2) if json else said)
 
 
-def _step(compute: float, sent: float, loading: float) -> dict[str, Any]:
-    """A step whose computing, collectives and loading take so many seconds."""
-    exposed = cost.exposed_seconds(sent, compute)
+def _told(step: cost.Step, data_rate: float, compute: float) -> dict[str, Any]:
+    """What is told of a step of any task: where it runs, and how long, loading included."""
+    exposed = cost.exposed_seconds(step.communication, compute)
+    a_node = step.clips * min(step.gpus, step.gpus_per_node)
+    loading = a_node / data_rate if data_rate else 0.0
+    seconds = max(compute + exposed, loading)
     slow = loading > compute + exposed
     return {
-        "seconds": max(compute + exposed, loading),
-        "compute": compute,
-        "communication": sent,
-        "communication_not_hidden": exposed,
-        "loading": loading,
-        "bound_by": "loader" if slow else "communication" if exposed else "compute",
+        "ratio": step.ratio,
+        "device": step.device.name,
+        "gpus": step.gpus,
+        "batch_clips": step.clips,
+        "precision": "bf16" if step.device.product_bytes == 2 else "fp32",
+        "step": {
+            "seconds": seconds,
+            "compute": compute,
+            "communication": step.communication,
+            "communication_not_hidden": exposed,
+            "loading": loading,
+            "bound_by": "loader" if slow else "communication" if exposed else "compute",
+        },
+        "clips_per_second": step.gpus * step.clips / seconds,
     }
 
 
-def _run(clips: float, clips_per_second: float, gpus: int) -> dict[str, float]:
-    hours = clips / clips_per_second / 3600
-    return {"clips": clips, "hours": hours, "gpu_hours": hours * gpus}
+def _run(found: dict[str, Any], clips: float) -> dict[str, float]:
+    hours = clips / found["clips_per_second"] / 3600
+    return {"clips": clips, "hours": hours, "gpu_hours": hours * found["gpus"]}
 
 
-def predict(
-    cfg: ModelConfig,
-    model: str,
-    ratio: float,
-    device: cost.Device,
-    gpus: int,
-    gpus_per_node: int,
-    shard: str,
-    batch: int,
-    data_rate: float,
-) -> dict[str, Any]:
-    """Counts and times of a step of `batch` clips on each device. FLOP and bytes are of one clip,
-    and of one step on one device."""
-    p, shards = device.product_bytes, gpus if shard != "none" else 1
-    greatest = memory.greatest_batch(cfg, ratio, p, device.memory, shards, shard)
-    if not greatest or batch > greatest:
+def predict(step: cost.Step, model: str, data_rate: float) -> dict[str, Any]:
+    """Counts and times of a step of pre-training; of no clips: of so many as are usual, or fit.
+    FLOP and bytes are of one clip, and of one step on one device."""
+    cfg, ratio, device, p = step.cfg, step.ratio, step.device, step.device.product_bytes
+    shards = step.gpus if step.shard != "none" else 1
+    greatest = memory.greatest_batch(cfg, ratio, p, device.memory, shards, step.shard)
+    if not greatest or step.clips > greatest:
         raise ConfigError(
-            f"{batch or 1} clips of {model} do not fit on one {device.name}: at most {greatest} do"
+            f"{step.clips or 1} clips of {model} do not fit on one {device.name}: at most "
+            f"{greatest} do"
         )
-    batch = batch or min(2 if device.name == "this" else 64, greatest)
-    held = memory.memory(cfg, batch, ratio, p, shards, shard=shard)
-    official = official_parts(cfg, 1, ratio)
+    batch = step.clips or min(2 if device.name == "this" else 64, greatest)
+    step = dataclasses.replace(step, clips=batch)
+    held, official = step.held(), official_parts(cfg, 1, ratio)
     done = step_parts(cfg, batch, ratio or BASE_RATIO, encode_all=ratio == 0)
-    terms = cost.terms(cfg, batch, ratio, device)
-    compute = sum(t.seconds for t in terms)
-    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device, shard)
-    a_node = batch * min(gpus, gpus_per_node)
-    step = _step(compute, sent, a_node / data_rate if data_rate else 0.0)
-    need = a_node / (compute + step["communication_not_hidden"])
-    found = {
-        "model": model,
+    pixels = dataclasses.replace(step, cfg=dataclasses.replace(cfg, target="pixels"))
+    found = _told(step, data_rate, step.compute)
+    found["step"]["parts"] = {t.name: t.seconds for t in step.terms()}
+    need = batch * min(step.gpus, step.gpus_per_node) / step.seconds
+    found |= {
         "variant": cfg.variant,
-        "ratio": ratio,
-        "device": device.name,
-        "gpus": gpus,
-        "gpus_per_node": gpus_per_node,
-        "shard": shard,
-        "batch_clips": batch,
-        "precision": "bf16" if p == 2 else "fp32",
+        "gpus_per_node": step.gpus_per_node,
+        "shard": step.shard,
         "parameters": memory.parameters(cfg),
-        "target": _target(cfg, ratio, device, batch, held.peak, compute),
+        # What is predicted, the loss's unit, and what that takes more than pixels do.
+        "target": {
+            "name": cfg.target,
+            "unit": cfg.loss_unit,
+            "seconds_more": step.compute - pixels.compute,
+            "memory_more_mb": (held.peak - memory.memory(pixels.cfg, batch, ratio, p).peak) / 2**20,
+        },
         "forward_gflops": forward_flop(cfg, ratio) / 1e9,
         "flop_speedup": forward_flop(cfg, 0) / forward_flop(cfg, ratio),
         "gflop_a_clip": {
@@ -198,10 +203,8 @@ def predict(
             }
             for part in official
         },
-        "bytes_a_step": cost.step_bytes(cfg, batch, ratio, p),
+        "bytes_a_step": step.bytes(),
         "memory": {f"{k}_mb": v / 2**20 for k, v in held._asdict().items()},
-        "step": {**step, "parts": {t.name: t.seconds for t in terms}},
-        "clips_per_second": gpus * batch / step["seconds"],
         "loader": {
             "clips_per_second_a_node": need,
             "decode_cores_a_node": need * DECODE_SECONDS,
@@ -210,57 +213,24 @@ def predict(
     }
     found["memory"]["greatest_batch"] = greatest
     if device.name != "this":
-        of_use = cost.efficiencies(cfg, gpus * batch, ratio, gpus_per_node, device, shard)
+        of_use = step.efficiencies()
         found["efficiency_by_gpus"] = {str(n): x for n, x in of_use.items()}
         found["gpus_of_use"] = max(n for n, x in of_use.items() if x >= OF_USE)
     return found
 
 
-def downstream(
-    cfg: ModelConfig,
-    task: Task,
-    ratio: float,
-    device: cost.Device,
-    gpus: int,
-    gpus_per_node: int,
-    batch: int,
-    data_rate: float,
-    clips: float,
-) -> dict[str, Any]:
-    """Fine-tuning, or a pass forward alone, of `clips` in all; the head is left out. Times of a
-    masked run are means over its cosine."""
-    train, p = task == "finetune", device.product_bytes
-    # Middles of ten parts of half a cosine from `ratio` to 0.
-    course = [ratio * (1 + math.cos(math.pi * (i + 0.5) / 10)) / 2 for i in range(10)]
-    course = course if ratio else [0.0]
-    batch = batch or (1 if device.name == "this" else 16)
-    held = memory.tuning(cfg, batch, ratio, p)
-    if train and held.peak > memory.USABLE * device.memory:
-        raise ConfigError(f"{batch} clips do not fit on one {device.name}: give a smaller --batch")
+def downstream(step: cost.Step, data_rate: float) -> dict[str, Any]:
+    """Fine-tuning, or a pass forward alone; the head is left out. Times of a masked run are means
+    over its cosine: of ten parts of half a cosine from its ratio to 0, in the middle of each."""
+    course = [step.ratio * (1 + math.cos(math.pi * (i + 0.5) / 10)) / 2 for i in range(10)]
+    steps = [dataclasses.replace(step, ratio=r) for r in course] if step.ratio else [step]
     parts: dict[str, float] = {}
-    for t in (t for r in course for t in cost.encoder_terms(cfg, batch, r, device, train)):
-        parts[t.name] = parts.get(t.name, 0.0) + t.seconds
-    parts = {name: seconds / len(course) for name, seconds in parts.items()}
-    sent = cost.communication_seconds(cfg, gpus, gpus_per_node, device) if train else 0.0
-    loading = batch * min(gpus, gpus_per_node) / data_rate if data_rate else 0.0
-    step = _step(sum(parts.values()), sent, loading)
-    return {
-        "task": task,
-        "ratio": ratio,
-        "device": device.name,
-        "gpus": gpus,
-        "batch_clips": batch,
-        "precision": "bf16" if p == 2 else "fp32",
-        "memory_mb": held.peak / 2**20 if train else None,
-        "step": {
-            "seconds": step["seconds"],
-            "parts": parts,
-            "loading": step["loading"],
-            "not_hidden": step["communication_not_hidden"],
-        },
-        "clips_per_second": gpus * batch / step["seconds"],
-        "run": _run(clips, gpus * batch / step["seconds"], gpus),
-    }
+    for t in (t for at in steps for t in at.terms()):
+        parts[t.name] = parts.get(t.name, 0.0) + t.seconds / len(steps)
+    found = _told(step, data_rate, sum(parts.values()))
+    found["step"] |= {"parts": parts, "not_hidden": found["step"]["communication_not_hidden"]}
+    held = step.held().peak / 2**20 if step.part == "encoder" else None
+    return found | {"memory_mb": held}
 
 
 def tell_downstream(found: dict[str, Any], price: float) -> str:
@@ -278,17 +248,6 @@ def tell_downstream(found: dict[str, Any], price: float) -> str:
     if found["memory_mb"]:
         lines.append(f"  memory            {found['memory_mb'] / 1024:.1f} GiB")
     return "\n".join(lines)
-
-
-def _target(
-    cfg: ModelConfig, ratio: float, device: cost.Device, clips: int, peak: float, compute: float
-) -> dict[str, Any]:
-    """What is predicted, the loss's unit, and what that takes more than pixels do."""
-    pixels = dataclasses.replace(cfg, target="pixels")
-    seconds = compute - cost.compute_seconds(pixels, clips, ratio, device)
-    more = peak - memory.memory(pixels, clips, ratio, device.product_bytes).peak
-    found = {"name": cfg.target, "unit": cfg.loss_unit}
-    return found | {"seconds_more": seconds, "memory_more_mb": more / 2**20}
 
 
 def this_device() -> cost.Device:
@@ -418,7 +377,8 @@ def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str
     clips, ratios = epochs * _videos(dataset), [r / 100 for r in range(0, 100, 5)]
     for model in DRAWN:
         cfg = make_preset(model)
-        hours = [clips * cost.compute_seconds(cfg, batch, r, device) / batch / 3600 for r in ratios]
+        steps = (cost.Step(cfg, batch, r, device) for r in ratios)
+        hours = [clips * step.compute / batch / 3600 for step in steps]
         axis.plot(ratios, hours, marker=".", label=f"{model}, {device.name}, predicted")
     for what, mark in (("compute", "x"), ("with_data", "+")):
         hours = PAPER[f"{what}_hours"]

@@ -138,8 +138,8 @@ def paper() -> Sweep:
 def _hours(arm: Arm) -> float:
     """Of an arm in the paper's setting on 8 H100: predicted."""
     cfg = paper()._replace(arms={"it": arm}).config("it", 0)
-    rate = cost.clips_per_second(cfg.model, 64, cfg.mask.ratio, cost.DEVICES["h100"], gpus=8)
-    return 800 * plan.VIDEOS["k400"] * cfg.mask.per_clip / rate / 3600
+    step = cost.Step(cfg.model, 64, cfg.mask.ratio, cost.DEVICES["h100"], gpus=8)
+    return 800 * plan.VIDEOS["k400"] * cfg.mask.per_clip / step.clips_per_second / 3600
 
 
 def read(file: str | Path) -> Sweep:
@@ -321,7 +321,8 @@ def _prediction(
             clips = t.steps * t.batch_size * t.accum_steps * cfg.data.repeat_aug * gpus
         clips *= cfg.mask.per_clip
         batch = min(64, t.batch_size * cfg.data.repeat_aug * cfg.mask.per_clip)
-        each = clips / cost.clips_per_second(cfg.model, batch, cfg.mask.ratio, where, gpus) / 3600
+        step = cost.Step(cfg.model, batch, cfg.mask.ratio, where, gpus=gpus)
+        each = clips / step.clips_per_second / 3600
         names[cfg.output], hours[cfg.output] = name, each
         lines.append(f"  {name:32} {each:8.3g} h a run of steps of {batch} clips a device")
     runs, total = len(hours) * seeds, sum(hours.values()) * seeds

@@ -1,5 +1,6 @@
 """The cost model against torch's counts, measured memory and recorded times; `mae-fast plan`."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -83,7 +84,7 @@ def test_recorded_steps_are_predicted_within_20_percent():
     for record, device in recorded():
         for step in records.steps(record):
             want = statistics.median(step.seconds)
-            got = cost.compute_seconds(preset("vit_base"), step.clips, step.ratio, device)
+            got = cost.Step(preset("vit_base"), step.clips, step.ratio, device).compute
             errors.setdefault(step.ratio, []).append(got / want - 1)
     assert {0.0, 0.5, 0.75, 0.9, 0.95} <= errors.keys()
     for ratio, found in errors.items():
@@ -147,7 +148,7 @@ def test_a_gpu_keeps_what_its_memory_holds():
 
 def test_a_target_encoder_computes_as_the_encoder_does():
     cfg, h100 = preset("vit_tiny", target="features"), cost.DEVICES["h100"]
-    terms = {t.name: t for t in cost.terms(cfg, 2, 0.9, h100)}
+    terms = {t.name: t for t in cost.Step(cfg, 2, 0.9, h100).terms()}
     for kind, like in (("products", "encoder products"), ("attention", "attention products")):
         term = terms[f"target encoder {kind}"]
         assert (term.share, term.ceiling) == (h100.shares[like], h100.products)
@@ -161,14 +162,17 @@ def test_bytes_of_casts_and_sums():
 
 
 def test_communication():
-    cfg, h100 = preset("vit_large"), cost.DEVICES["h100"]
-    assert cost.communication_seconds(cfg, 1, 8, h100) == 0
-    seconds = cost.communication_seconds(cfg, 8, 8, h100)
-    assert seconds == pytest.approx(7 / 8 * 8 * memory.parameters(cfg) / 450e9)
-    assert cost.communication_seconds(cfg, 16, 8, h100) > 8 * seconds
+    step = cost.Step(preset("vit_large"), 2, 0.9, cost.DEVICES["h100"])
+    assert step.communication == 0
+    eight = dataclasses.replace(step, gpus=8)
+    seconds = eight.communication
+    assert seconds == pytest.approx(7 / 8 * 8 * memory.parameters(step.cfg) / 450e9)
+    assert dataclasses.replace(step, gpus=16).communication > 8 * seconds
+    assert dataclasses.replace(eight, part="forward").communication == 0
     # Gathering and scattering is what adding up is; `full` gathers the weights once more.
-    assert cost.communication_seconds(cfg, 8, 8, h100, "optimizer") == pytest.approx(seconds)
-    assert cost.communication_seconds(cfg, 8, 8, h100, "full") == pytest.approx(1.5 * seconds)
+    optimizer, full = (dataclasses.replace(eight, shard=s) for s in ("optimizer", "full"))
+    assert optimizer.communication == pytest.approx(seconds)
+    assert full.communication == pytest.approx(1.5 * seconds)
     assert cost.exposed_seconds(3.0, 3.0) == 1.0 and cost.exposed_seconds(1.0, 3.0) == 0.0
 
 
@@ -200,11 +204,11 @@ def test_gpus_of_use_at_a_batch(capsys):
 
 def test_what_does_not_divide_a_batch_is_of_no_use():
     """Of 7 clips 4 GPUs compute 4, in the time of one and what its gradients take."""
-    cfg, h100 = preset("vit_large"), cost.DEVICES["h100"]
-    seven, one = (cost.compute_seconds(cfg, n, 0.9, h100) for n in (7, 1))
-    sent = cost.communication_seconds(cfg, 4, 8, h100)
-    each = 4 * (one + cost.exposed_seconds(sent, one))
-    assert cost.efficiencies(cfg, 7, 0.9, 8, h100)[4] == pytest.approx(seven * 4 / 7 / each)
+    seven = cost.Step(preset("vit_large"), 7, 0.9, cost.DEVICES["h100"])
+    one = dataclasses.replace(seven, clips=1)
+    sent = dataclasses.replace(seven, gpus=4).communication
+    each = 4 * (one.compute + cost.exposed_seconds(sent, one.compute))
+    assert seven.efficiencies()[4] == pytest.approx(seven.compute * 4 / 7 / each)
 
 
 def test_greatest_batch_fits_and_the_next_does_not():
@@ -295,11 +299,11 @@ def test_the_classifier_s_flop_is_what_torch_counts(ratio):
     ids = ids_from_noise(torch.rand(3, TINY.num_patches), num_keep("random", TINY.grid, ratio))
     with backends(**dict.fromkeys(OPS, "reference")), FlopCounterMode(display=False) as counter:
         net(video, ids[0])
-    device = cost.DEVICES["h100"]
-    terms = {t.name: t for t in cost.encoder_terms(TINY, 3, ratio, device, train=False)}
+    step = cost.Step(TINY, 3, ratio, cost.DEVICES["h100"], "forward")
+    terms = {t.name: t for t in step.terms()}
     got = terms["encoder products"].amount + terms["attention products"].amount
     assert got == pytest.approx(counter.get_total_flops(), rel=0.01)
-    train = {t.name: t.amount for t in cost.encoder_terms(TINY, 3, ratio, device, train=True)}
+    train = {t.name: t.amount for t in dataclasses.replace(step, part="encoder").terms()}
     assert train["encoder products"] == pytest.approx(3 * terms["encoder products"].amount, rel=0.2)
 
 

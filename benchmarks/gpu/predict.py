@@ -12,7 +12,7 @@ from benchmarks.gpu.records import RESULTS
 from benchmarks.gpu.setting import model_of
 from benchmarks.gpu.tables import devices, steps
 from mae_fast.bench.flops import official_step_flop
-from mae_fast.cost import DEVICES, compute_seconds, step_bytes, terms
+from mae_fast.cost import DEVICES, Step
 
 H100, CLIPS = DEVICES["h100"], 64
 TARGETS = {"vit_base": (1300, 3.8), "vit_large": (850, 6.5), "vit_huge16": (550, 7.8)}
@@ -31,12 +31,13 @@ def tables() -> str:
     found = {(r["model"], r["batch_asked"], r["engine"]): r for r in steps(of_the_h200())}
     for model, (clips, times) in TARGETS.items():
         cfg = model_of(model)
-        seconds = compute_seconds(cfg, CLIPS, 0.9, H100)
-        gelu = step_bytes(cfg, CLIPS, 0.9, 2)["bias_gelu"] / H100.copy
+        step = Step(cfg, CLIPS, 0.9, H100)
+        seconds = step.compute
+        gelu = step.bytes()["bias_gelu"] / H100.copy
         fused = CLIPS / (seconds - gelu / H100.shares["norms and gelu"])
         share = CLIPS / seconds * official_step_flop(cfg, 1) / H100.products
-        ratio = compute_seconds(cfg, CLIPS, 0, H100) / seconds
-        there = CLIPS / compute_seconds(cfg, CLIPS, 0.9, DEVICES["h200"])
+        ratio = Step(cfg, CLIPS, 0, H100).compute / seconds
+        there = CLIPS / Step(cfg, CLIPS, 0.9, DEVICES["h200"]).compute
         record = found.get((model, CLIPS, OURS))
         measured = f"{record['clips_per_second'][OURS]:.0f}" if record else "unmeasured"
         lines.append(
@@ -45,7 +46,7 @@ def tables() -> str:
         )
     lines += ["", "| microseconds a clip | " + " | ".join(TARGETS) + " | ceiling, share assumed |"]
     lines.append("|---" * (2 + len(TARGETS)) + "|")
-    columns = [terms(model_of(model), CLIPS, 0.9, H100) for model in TARGETS]
+    columns = [Step(model_of(model), CLIPS, 0.9, H100).terms() for model in TARGETS]
     units = {H100.products: "798 TFLOP/s", H100.copy: "3.0 TB/s"}
     units[H100.exponentials] = "3.7 T exponentials/s"
     for row in zip(*columns, strict=True):

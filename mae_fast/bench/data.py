@@ -243,7 +243,7 @@ def needs(rate: float) -> dict[str, dict[str, float]]:
     for name in ("vit_base", "vit_large", "vit_huge"):
         cfg = preset(name)
         batch = min(64, memory.greatest_batch(cfg, 0.9, where.product_bytes, where.memory))
-        takes = cost.clips_per_second(cfg, batch, 0.9, where, gpus=1)
+        takes = cost.Step(cfg, batch, 0.9, where).clips_per_second
         found[name] = {"clips_per_s_predicted": takes, "cores": takes / rate}
     return found
 

@@ -3,10 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from mae_fast import cost, memory
-from mae_fast.config import ModelConfig
+from mae_fast import cost
 from mae_fast.data.pack import _BYTES_A_PIXEL as BYTES_A_PIXEL
-from mae_fast.errors import ConfigError
 from mae_fast.tasks.ava.config import VIDEOMAE_AVA
 from mae_fast.tasks.ava.files import FIRST, LAST
 
@@ -16,40 +14,30 @@ SQUARE = 352  # a square of as many tokens as 256 x 464 has, or a few more: 484 
 CUT_SECONDS, FPS = 901, 30
 
 
-def plan(
-    cfg: ModelConfig, device: cost.Device, gpus: int, per_node: int, batch: int, epochs: float
-) -> dict[str, Any]:
-    """Hours of `epochs` over the training keyframes and of one test, of the encoder and the head's
-    encoder alone: RoIAlign and the head are left out. Bytes are of a pack."""
-    p, seconds = device.product_bytes, LAST - FIRST + 1
-    held = memory.tuning(cfg, batch, 0.0, p)
-    if held.peak > memory.USABLE * device.memory:
-        raise ConfigError(f"{batch} clips do not fit on one {device.name}: give a smaller --batch")
-    step = sum(t.seconds for t in cost.encoder_terms(cfg, batch, 0.0, device, True))
-    sent = cost.communication_seconds(cfg, gpus, per_node, device)
-    step += cost.exposed_seconds(sent, step)
+def plan(step: cost.Step, epochs: float) -> dict[str, Any]:
+    """Hours of `epochs` of such a step over the training keyframes and of one test, of the encoder
+    and the head's encoder alone: RoIAlign and the head are left out. Bytes are of a pack."""
+    cfg, seconds, rate = step.cfg, LAST - FIRST + 1, VIDEOMAE_AVA["data"]["sampling_rate"]
     wide = replace(cfg, img_size=SQUARE // 16 * cfg.patch_size)
-    test = sum(t.seconds for t in cost.encoder_terms(wide, 1, 0.0, device, False))
-    clips = epochs * MOVIES * seconds
-    rate = VIDEOMAE_AVA["data"]["sampling_rate"]
+    test = cost.Step(wide, 1, 0.0, step.device, "forward").seconds
     span = (cfg.num_frames - 1) * rate + 1
     frame = BYTES_A_PIXEL * SHORT * LONG
     return {
-        "device": device.name,
-        "gpus": gpus,
-        "batch_clips": batch,
+        "device": step.device.name,
+        "gpus": step.gpus,
+        "batch_clips": step.clips,
         "training": {
             "keyframes": MOVIES * seconds,
             "epochs": epochs,
-            "step_seconds": step,
-            "clips_per_second": gpus * batch / step,
-            "hours": clips / (gpus * batch / step) / 3600,
-            "memory_mb": held.peak / 2**20,
+            "step_seconds": step.seconds,
+            "clips_per_second": step.clips_per_second,
+            "hours": epochs * MOVIES * seconds / step.clips_per_second / 3600,
+            "memory_mb": step.held().peak / 2**20,
         },
         "test": {
             "keyframes": TEST_MOVIES * seconds,
             "clip_seconds": test,
-            "hours": TEST_MOVIES * seconds * test / gpus / 3600,
+            "hours": TEST_MOVIES * seconds * test / step.gpus / 3600,
         },
         "bytes_a_clip": {
             "pack": span * frame,
