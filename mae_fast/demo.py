@@ -1,9 +1,7 @@
 """`mae-fast demo`: real footage in, a small trained model and a page that shows it out."""
 
-import base64
 import contextlib
 import dataclasses
-import html
 import io
 import json
 import logging
@@ -26,6 +24,7 @@ from mae_fast.data import VideoRow, build_index, read_index, write_index
 from mae_fast.data.packed import is_pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.ops import dispatch
+from mae_fast.page import Page
 from mae_fast.reconstruction import draw_panel, load_clip, save_movie, save_png
 from mae_fast.train import pretrain
 from mae_fast.weights import load_model
@@ -240,46 +239,32 @@ def report(folder: Path, last: dict[str, Any], picture: str) -> None:
     ]
     result = {"start": start, "end": end, "mean_patch": mean, "steps": last["step"]}
     write_text(folder / "demo.json", json.dumps(result))
-    write_text(folder / "index.html", _page(folder, lines, then, picture))
+    write_text(folder / "index.html", _page(folder, lines, then, picture).html())
     print("\n".join(["", *lines, f"see {folder / 'index.html'}", "", "next:"]))
     print("\n".join(f"  {line}" for line in then))
 
 
-def _page(folder: Path, lines: list[str], then: list[str], picture: str) -> str:
-    def image(name: str, text: str) -> str:
-        path = folder / name
-        if not path.exists():
-            return f"<p>{name} could not be drawn here.</p>"
-        kind = path.suffix[1:]
-        data = base64.b64encode(path.read_bytes()).decode()
-        return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{data}">'
-
-    facts = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-    commands = html.escape("\n".join(then))
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>mae_fast demo</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; }}
-img {{ max-width: 100%; background: #fff; border-radius: 6px; }}
-pre {{ overflow-x: auto; padding: 0.8rem; border: 1px solid #8884; border-radius: 6px; }}
-</style>
-<h1>What a masked autoencoder learned from video</h1>
-{image("reconstruction.gif", "four moving pictures for 75% and 90% masking")}
-<p>A clip it never trained on, {html.escape(picture)}, its last second: original, what the encoder
-sees, what the model predicts, and the prediction with the visible patches put back. Predicted
-patches are given the original's own mean and contrast, since the model predicts normalised
-patches.</p>
-<ul>{facts}</ul>
-<h2>Frame by frame</h2>
-{image("reconstruction.png", "rows of frames for 75% and 90% masking")}
-<h2>Training</h2>
-{image("curves.png", "loss, learning rate and gradient norm against step")}
-<h2>Next</h2>
-<pre>{commands}</pre>
-</html>
-"""
+def _page(folder: Path, lines: list[str], then: list[str], picture: str) -> Page:
+    page = Page("What a masked autoencoder learned from video", lines)
+    clip = (
+        f"A clip it never trained on, {picture}, its last second: original, what the encoder sees, "
+        "what the model predicts, and the prediction with the visible patches put back. Predicted "
+        "patches are given the original's own mean and contrast, since the model predicts "
+        "normalised patches."
+    )
+    for heading, name, said in (
+        ("A clip of 75% and 90% masking", "reconstruction.gif", clip),
+        ("Frame by frame", "reconstruction.png", "rows of frames for 75% and 90% masking"),
+        ("Training", "curves.png", "loss, learning rate and gradient norm against step"),
+    ):
+        page.section(heading)
+        if (folder / name).exists():
+            page.image((folder / name).read_bytes(), name.rpartition(".")[2], said)
+        else:
+            page.text(f"{name} could not be drawn here.")
+    page.section("Next")
+    page.code("\n".join(then))
+    return page
 
 
 def _make_room(folder: Path) -> None:

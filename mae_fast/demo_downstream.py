@@ -5,7 +5,6 @@ steps and recipe, each at the rate that did best on a part of the training clips
 encoder; test all on clips over other pictures. It shows a mechanism and says nothing of Kinetics.
 """
 
-import html
 import json
 import logging
 import shutil
@@ -24,6 +23,7 @@ from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig, preset
 from mae_fast.data import VideoRow, build_index, read_index, write_index
 from mae_fast.errors import DataError
 from mae_fast.files import write
+from mae_fast.page import Page
 from mae_fast.tasks.classify import finetune
 from mae_fast.tasks.clips import Views, numbers_of
 from mae_fast.tasks.config import (
@@ -34,7 +34,7 @@ from mae_fast.tasks.config import (
     TuneConfig,
     ViewsConfig,
 )
-from mae_fast.tasks.score import STYLE, frames_of, load_run, logits_of
+from mae_fast.tasks.score import frames_of, load_run, logits_of
 from mae_fast.train import pretrain
 
 MODEL = dict(
@@ -68,7 +68,7 @@ def demo(source: Path, folder: Path, minutes: float, steps: int = 0, seed: int =
     results |= probed(last, sets, seed)
     results["seconds"] = round(time.perf_counter() - began)
     write(folder / "results.json", json.dumps(results, indent=2))
-    write(folder / "index.html", page(results, sets))
+    write(folder / "index.html", page(results, sets).html())
     for key, value in results.items():
         print(f"{key}: {value:.1%}" if isinstance(value, float) else f"{key}: {value}")
     print(folder / "index.html")
@@ -204,29 +204,21 @@ _SAID = {
 }
 
 
-def page(results: dict[str, Any], sets: dict[str, Path]) -> str:
+def page(results: dict[str, Any], sets: dict[str, Path]) -> Page:
     """The table, and a clip of each class."""
-    rows = "".join(
-        f"<tr><td>{html.escape(text)}</td><td>{results[key]:.1%}</td></tr>"
-        for key, text in _SAID.items()
+    lead = (
+        "Discs move up, down, left or right over still pictures: no single frame tells the class, "
+        f"and every labelled scene has one clip of each. {UNLABELLED} clips without labels, "
+        f"{PER_CLASS} a class with, {TEST} for the test, over pictures of other videos. One seed, "
+        f"{results['seconds']} seconds in all. It shows a mechanism, and says nothing about "
+        "Kinetics."
     )
+    made = Page("What pre-training buys, on a made set", [lead])
+    rows = [[text, f"{results[key]:.1%}"] for key, text in _SAID.items()]
+    made.table(["model", f"top-1 of {TEST} clips"], rows)
     shown: dict[str, VideoRow] = {}
     for r in read_index(sets["test"]):
         shown.setdefault(r.label or "", r)
-    pictures = "".join(
-        f"<figure>{frames_of(r)}<figcaption>{html.escape(label)}: 3 moments</figcaption></figure>"
-        for label, r in sorted(shown.items())
-    )
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>mae_fast: what pre-training buys</title>
-<style>{STYLE}</style>
-<h1>What pre-training buys, on a made set</h1>
-<p>Discs move up, down, left or right over still pictures: no single frame tells the class, and
-every labelled scene has one clip of each.
-{UNLABELLED} clips without labels, {PER_CLASS} a class with, {TEST} for the test, over pictures of
-other videos. One seed, {results["seconds"]} seconds in all. It shows a mechanism, and says nothing
-about Kinetics.</p>
-<table><tr><th>model</th><th>top-1 of {TEST} clips</th></tr>{rows}</table>
-{pictures}
-</html>
-"""
+    for label, r in sorted(shown.items()):
+        made.image(frames_of(r), "jpeg", f"{label}: 3 moments")
+    return made

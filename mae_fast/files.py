@@ -1,13 +1,11 @@
 """Files that a command leaves: whole or not at all, and one line where they cannot be written."""
 
 import contextlib
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from mae_fast.errors import ConfigError, WriteError
+from mae_fast.errors import WriteError
 
 
 @contextlib.contextmanager
@@ -38,16 +36,6 @@ def write(path: str | Path, content: str | bytes) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def write_figure(path: str | Path, figure: Any, dpi: int) -> None:
-    """Write a matplotlib figure in the format that the file's name ends in."""
-    content = io.BytesIO()
-    try:
-        figure.savefig(content, format=Path(path).suffix[1:] or "png", dpi=dpi)
-    except ValueError as e:  # no such format
-        raise ConfigError(f"{path}: {e}") from e
-    write(path, content.getvalue())
 
 
 def sync(path: Path) -> None:

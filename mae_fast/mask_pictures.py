@@ -9,7 +9,7 @@ import tyro
 from mae_fast.config import Grid, MaskConfig, num_decoded, num_keep
 from mae_fast.errors import ConfigError
 from mae_fast.fields import require
-from mae_fast.files import write_figure
+from mae_fast.figures import figure, write_figure
 from mae_fast.masking import STRATEGIES, draw_masks
 
 # V-JEPA's two masks take turns: both are drawn.
@@ -51,14 +51,10 @@ def draw(
 
 
 def _figure(rows: list[tuple[str, MaskConfig, int]], grid: Grid, seed: int):
-    try:
-        from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ConfigError(f"masks: {e} (pip install matplotlib)") from e
     t, h, w = grid
-    figure = Figure(figsize=(2.0 + 1.05 * t, 1.15 * len(rows) * h / w + 0.4), layout="constrained")
-    panels = figure.subplots(len(rows), t, squeeze=False)
+    drawing, panels = figure(2.0 + 1.05 * t, 1.15 * len(rows) * h / w + 0.4, len(rows), t)
+    from matplotlib.colors import ListedColormap
+
     for line, (name, cfg, clip) in zip(panels, rows, strict=True):
         drawn = draw_masks(cfg, grid, seed=seed, step=0, samples=torch.tensor([clip], device="cpu"))
         kinds = torch.full((t * h * w,), 2, device="cpu")
@@ -72,4 +68,4 @@ def _figure(rows: list[tuple[str, MaskConfig, int]], grid: Grid, seed: int):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     for step, axes in enumerate(panels[0]):
         axes.set_title(f"t = {step}", fontsize=8)
-    return figure
+    return drawing

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mae_fast import figures
 from mae_fast.config import Config
 from mae_fast.config_file import to_dict
 from mae_fast.errors import ConfigError
@@ -201,29 +202,27 @@ def memory_mb(device: Any) -> float:
 def draw_curves(folder: str | Path, unit: str = "") -> Path | None:
     """Plot loss (a mean of `unit`), learning rate and gradient norm of a run into curves.png; None
     if it cannot."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        log.warning("no curves.png: %s (pip install matplotlib)", e)
-        return None
     folder = Path(folder)
     history = read(folder / "metrics.jsonl")
     rows = [r for r in history if "loss" in r]
     if not rows:
         return None
+    try:
+        figure, axes = figures.figure(10, 3, columns=3)
+    except ConfigError as e:
+        log.warning("no curves.png: %s", e)
+        return None
     steps = [r["step"] for r in rows]
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    axes = figure.subplots(1, 3)
     scales = {"loss": "linear", "lr": "linear", "grad_norm": "log"}
-    for axis, (key, scale) in zip(axes, scales.items(), strict=True):
+    for axis, (key, scale) in zip(axes[0], scales.items(), strict=True):
         axis.plot(steps, [r[key] for r in rows], linewidth=1.2)
         axis.set(title=key, xlabel="step", yscale=scale)
         axis.set_ylabel(unit if key == "loss" else "", fontsize=6)
         axis.grid(alpha=0.3)
     held_out = [(r["step"], r["val_loss"]) for r in history if "val_loss" in r]
     if held_out:
-        axes[0].plot(*zip(*held_out, strict=True), "o-", markersize=3, label="held out")
-        axes[0].legend()
+        axes[0, 0].plot(*zip(*held_out, strict=True), "o-", markersize=3, label="held out")
+        axes[0, 0].legend()
     path = folder / "curves.png"
     tmp = folder / "curves.tmp.png"
     figure.savefig(tmp, dpi=110)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mae_fast import cost, memory
+from mae_fast import cost, figures, memory
 from mae_fast.bench import machine, records
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, official_parts, step_parts
 from mae_fast.bench.paper import PAPER
@@ -24,7 +24,6 @@ from mae_fast.config import preset as make_preset
 from mae_fast.config_file import load_config
 from mae_fast.errors import ConfigError
 from mae_fast.fields import require
-from mae_fast.files import write_figure
 
 VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
 # One core's time for 16 frames, every fourth of a 30 fps video, without resizing: 57-88 ms seen.
@@ -370,10 +369,7 @@ def tell(found: dict[str, Any]) -> str:
 
 def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str) -> None:
     """Device-hours against the masking ratio, by model, with the paper's points."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = figures.figure(7, 4.5)
     clips, ratios = epochs * _videos(dataset), [r / 100 for r in range(0, 100, 5)]
     for model in DRAWN:
         cfg = make_preset(model)
@@ -394,7 +390,7 @@ def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str
     axis.set_title(f"{clips / 1e6:.0f} M clips; lines are predictions, loading not included")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
-    write_figure(path, figure, dpi=130)
+    figures.write_figure(path, figure, dpi=130)
 
 
 def _videos(dataset: str, known_sets: dict[str, int] = VIDEOS) -> int:

@@ -13,7 +13,9 @@ from mae_fast.config import MaskStrategy, Variant, preset
 from mae_fast.data import BadVideo, VideoReader, clip_indices
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import require
-from mae_fast.files import write, write_figure
+from mae_fast.figures import figure as new_figure
+from mae_fast.figures import write_figure
+from mae_fast.files import write
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
@@ -144,14 +146,11 @@ def _caption(model: MaskedAutoencoder, name: str) -> str:
 
 def save_png(panels: list[Panel], output: str, model: MaskedAutoencoder, name: str) -> None:
     """One row of frames for each of the four pictures, one group a ratio."""
-    from matplotlib.figure import Figure
-
     frames = panels[0].rows.shape[1]
     lines = len(panels) * len(ROWS)
-    figure = Figure(figsize=(1.25 * frames + 0.3, 1.42 * lines + 0.5), layout="constrained")
+    figure, _ = new_figure(1.25 * frames + 0.3, 1.42 * lines + 0.5, lines)
     figure.suptitle(_caption(model, name), fontsize=9, parse_math=False)
-    axes = figure.subplots(lines, 1, squeeze=False)[:, 0]
-    for i, axis in enumerate(axes):
+    for i, axis in enumerate(figure.axes):
         panel = panels[i // len(ROWS)]
         strip = panel.rows[i % len(ROWS)]  # [frames, S, S, 3]
         strip = np.pad(strip, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
@@ -167,13 +166,11 @@ def save_png(panels: list[Panel], output: str, model: MaskedAutoencoder, name: s
 def save_movie(panels: list[Panel], output: str, model: MaskedAutoencoder, name: str) -> None:
     """The four pictures side by side, one line a ratio, as a .gif or .mp4 of 6 frames a second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     drawn = []
     for t in range(panels[0].rows.shape[1]):
-        figure = Figure(figsize=(9.6, 2.6 * len(panels) + 0.4), layout="constrained", dpi=100)
+        figure, axes = new_figure(9.6, 2.6 * len(panels) + 0.4, len(panels), len(ROWS))
         figure.suptitle(_caption(model, name), fontsize=8, parse_math=False)
-        axes = figure.subplots(len(panels), len(ROWS), squeeze=False)
         for line, panel in zip(axes, panels, strict=True):
             for axis, title, row in zip(line, ROWS, panel.rows, strict=True):
                 axis.imshow(row[t])

@@ -17,12 +17,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from mae_fast import cost, metrics, plan, sweep_judge, sweep_page
+from mae_fast.bench.table import text_table
 from mae_fast.checkpoint import checkpoints
 from mae_fast.config import Config
-from mae_fast.config_file import config_from_dict, to_dict, tomllib
+from mae_fast.config_file import config_from_dict, load_config, to_dict
 from mae_fast.data import read_index
 from mae_fast.errors import ConfigError
-from mae_fast.fields import require, typed
+from mae_fast.fields import require, typed, unknown
 from mae_fast.files import write
 from mae_fast.sweep_judge import Judge
 from mae_fast.sweep_ready import PAPER, READY, Arm
@@ -30,7 +31,8 @@ from mae_fast.train import pretrain
 
 # Of Student's t, two-sided 95%, by degrees of freedom from 1 on; the normal's after them.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_KEYS = ("config", "output", "seeds", "ready", "arms", "grid", "judge")
+_KEYS = {"config": str, "output": str, "seeds": list, "ready": (str, list)}
+_KEYS |= {"arms": dict, "grid": dict, "judge": dict}
 
 
 class Sweep(NamedTuple):
@@ -103,20 +105,20 @@ def sweep(
     for run, cfg in configs.items():
         first.setdefault(cfg.output, run)
     runs = list(first.values())
-    for number, run in enumerate(_part(runs, part)):
-        print(f"{run[0]}, seed {run[1]} ({number + 1} of {len(_part(runs, part))})", flush=True)
+    mine = _part(runs, part)
+    for number, run in enumerate(mine, 1):
+        print(f"{run[0]}, seed {run[1]} ({number} of {len(mine)})", flush=True)
         _run(configs[run], judge)
     results = {run: _result(cfg, judge) for run, cfg in configs.items()}
-    missing = [run for run in runs if results[run] is None]
+    missing = sum(results[run] is None for run in runs)
     if missing:
-        print(f"{len(missing)} of {len(runs)} runs are still to be done: no table yet")
+        print(f"{missing} of {len(runs)} runs are still to be done: no table yet")
         return
     rows = table(found, results, judge)
-    write(found.output / "sweep.json", jsonlib.dumps(rows, indent=2) + "\n")
     page = sweep_page.page(rows, judge, len(found.seeds), lambda arm: _hours(found.arms[arm]))
+    write(found.output / "sweep.json", jsonlib.dumps(rows, indent=2) + "\n")
     write(found.output / "index.html", page.html())
-    shown = [sweep_page.head(judge), *(sweep_page.cells(row, judge) for row in rows)]
-    print("\n".join("  ".join(cells) for cells in sweep_page.padded(shown)))
+    print(text_table(sweep_page.head(judge), [sweep_page.cells(row, judge) for row in rows]))
     if "loss" in judge.by and not all(sweep_judge.comparable(c, judge) for c in configs.values()):
         print("a dash: a loss of another unit, or of its own encoder's targets; probes judge those")
     print(f"as a page: {found.output / 'index.html'}")
@@ -145,53 +147,44 @@ def _hours(arm: Arm) -> float:
 def read(file: str | Path) -> Sweep:
     """Read a sweep's TOML file. Raises ConfigError, with the file's name."""
     path = Path(file)
-    tree = _toml(path)
-    for key in tree:
+    found, arms = load_config(path, build=_checked)
+    tree = load_config(path.parent / found["config"], build=dict)
+    output = Path(found.get("output") or f"runs/{path.stem}")
+    return Sweep(tree, arms, tuple(found.get("seeds", [0])), output, found.get("judge", {}))
+
+
+def _checked(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Arm]]:
+    """A sweep's keys, held to their kinds, and its arms."""
+    for key, value in tree.items():
         if key not in _KEYS:
-            raise ConfigError(f"{path}: unknown key {key!r} (known: {', '.join(_KEYS)})")
-    kinds = dict(config=str, output=str, arms=dict, grid=dict, judge=dict)
-    for key, kind in kinds.items():
-        require(isinstance(tree.get(key, kind()), kind), f"{path}: {key} is", tree.get(key))
+            raise ConfigError(unknown("key", key, _KEYS))
+        require(isinstance(value, _KEYS[key]), f"{key} is of another kind", value)
     if not tree.get("config"):
-        raise ConfigError(f"{path}: config is missing: the TOML file of a run")
-    seeds = tree.get("seeds", [0])
-    require(isinstance(seeds, list), f"{path}: seeds must be a list of integers", seeds)
-    seeds = [typed("seeds", seed, int) for seed in seeds]
-    require(len(seeds) == len({*seeds}) > 0, f"{path}: seeds must be different", seeds)
+        raise ConfigError("config is missing: the TOML file of a run")
+    seeds = [typed("seeds", seed, int) for seed in tree.get("seeds", [0])]
+    require(len(seeds) == len({*seeds}) > 0, "seeds must be different", seeds)
     arms: dict[str, Arm] = {}
-    ready = tree.get("ready", [])
-    names = [ready] if isinstance(ready, str) else ready
+    names = tree.get("ready", [])
+    names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in READY:
-            raise ConfigError(f"{path}: unknown ready sweep {name!r} (known: {', '.join(READY)})")
+            raise ConfigError(unknown("ready sweep", name, READY))
         prefix = f"{name} " if len(names) > 1 else ""
         arms |= {f"{prefix}{arm}": READY[name][arm] for arm in READY[name]}
     for name, overrides in tree.get("arms", {}).items():
-        require(isinstance(overrides, dict), f"{path}: [arms.{name}] must be a table", overrides)
+        require(isinstance(overrides, dict), f"[arms.{name}] must be a table", overrides)
         arms[name] = Arm(_nested(overrides))
     grid = tree.get("grid", {})
     for values in grid.values():
-        require(isinstance(values, list) and values, f"{path}: [grid] has lists of values", values)
+        require(isinstance(values, list) and values, "[grid] has lists of values", values)
     for values in itertools.product(*grid.values()) if grid else ():
         changed = dict(zip(grid, values, strict=True))
         name = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in changed.items())
         arms[name] = Arm(_nested(changed))
     if not arms:
-        raise ConfigError(f"{path}: there are no arms: give ready, [arms.NAME] or [grid]")
-    folders = {_folder(name) for name in arms}
-    require(len(folders) == len(arms), f"{path}: arms of one folder", sorted(arms))
-    output = tree.get("output") or f"runs/{path.stem}"
-    judge = tree.get("judge", {})
-    return Sweep(_toml(path.parent / tree["config"]), arms, tuple(seeds), Path(output), judge)
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror}") from e
-    except ValueError as e:
-        raise ConfigError(f"{path}: {' '.join(str(e).split())}") from e
+        raise ConfigError("there are no arms: give ready, [arms.NAME] or [grid]")
+    require(len({*map(_folder, arms)}) == len(arms), "arms of one folder", sorted(arms))
+    return tree, arms
 
 
 def _nested(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -255,10 +248,10 @@ def _result(cfg: Config, judge: Judge) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result = jsonlib.loads(path.read_text())
-    if result["config"] != jsonlib.loads(jsonlib.dumps(to_dict(cfg))):
-        raise ConfigError(f"{path} is of other settings: give the sweep another output")
-    if result["judge"] != jsonlib.loads(jsonlib.dumps(judge.settings())):
-        raise ConfigError(f"{path} was judged otherwise: give the sweep another output")
+    here = {"config": to_dict(cfg), "judge": judge.settings()}
+    for key, words in (("config", "is of other settings"), ("judge", "was judged otherwise")):
+        if result[key] != jsonlib.loads(jsonlib.dumps(here[key])):
+            raise ConfigError(f"{path} {words}: give the sweep another output")
     return result
 
 
@@ -315,20 +308,19 @@ def _prediction(
             lines.append(f"  {name:32} the run of {names[cfg.output]}")
             continue
         videos = len(read_index(cfg.data.index)) if cfg.data.index else plan._videos(dataset)
-        t = cfg.train
-        clips = t.epochs * videos * cfg.data.repeat_aug
-        if t.steps:
-            clips = t.steps * t.batch_size * t.accum_steps * cfg.data.repeat_aug * gpus
-        clips *= cfg.mask.per_clip
-        batch = min(64, t.batch_size * cfg.data.repeat_aug * cfg.mask.per_clip)
+        t, of_each = cfg.train, cfg.data.repeat_aug * cfg.mask.per_clip
+        drawn = t.steps * t.batch_size * t.accum_steps * gpus if t.steps else t.epochs * videos
+        batch = min(64, t.batch_size * of_each)
         step = cost.Step(cfg.model, batch, cfg.mask.ratio, where, gpus=gpus)
-        each = clips / step.clips_per_second / 3600
+        each = drawn * of_each / step.clips_per_second / 3600
         names[cfg.output], hours[cfg.output] = name, each
         lines.append(f"  {name:32} {each:8.3g} h a run of steps of {batch} clips a device")
     runs, total = len(hours) * seeds, sum(hours.values()) * seeds
     same = len(found.arms) - len(hours)
     also = f" ({len(found.arms)} arms, {same} of which are the run of another)" if same else ""
-    words = f"{runs} runs{also}, predicted {total:.3g} h on {gpus} x {device}: {total * gpus:.3g} "
-    words += "hours of a device"
-    words += f", {total * gpus * price:.0f} at {price:g} an hour" if price else ""
-    return "\n".join([words + "; loading and judging not included", *lines])
+    paid = f", {total * gpus * price:.0f} at {price:g} an hour" if price else ""
+    words = (
+        f"{runs} runs{also}, predicted {total:.3g} h on {gpus} x {device}: {total * gpus:.3g} "
+        f"hours of a device{paid}; loading and judging not included"
+    )
+    return "\n".join([words, *lines])

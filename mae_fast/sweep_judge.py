@@ -13,7 +13,7 @@ from mae_fast.config_file import to_dict
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import ConfigError
 from mae_fast.evaluate import held_out_loss
-from mae_fast.fields import require, typed
+from mae_fast.fields import require, typed, unknown
 from mae_fast.targets import Tokenizer
 from mae_fast.tasks.config import ClipsConfig
 from mae_fast.weights import load_model
@@ -44,24 +44,23 @@ class Judge(NamedTuple):
 
 
 def read(table: dict[str, Any], cfg: Config) -> Judge:
-    """The [judge] table of a sweep. Raises ConfigError, also where an index lacks what it needs."""
-    known = ("by", "train_index", "test_index", "epochs")
-    for key in table:
+    """The [judge] table of a sweep. Raises ConfigError for what it cannot be."""
+    known = [f"judge.{field}" for field in Judge._fields if field != "cfg"]
+    for key in (f"judge.{key}" for key in table):
         if key not in known:
-            raise ConfigError(f"unknown key judge.{key} (known: {', '.join(known)})")
+            raise ConfigError(unknown("key", key, known))
     by = table.get("by", ["loss"])
     by = [by] if isinstance(by, str) else by
     require(isinstance(by, list) and by, "judge.by must name one at least", by)
     for name in by:
         require(name in JUDGES, f"judge.by must be of {', '.join(JUDGES)}", name)
-    named = {"train_index": cfg.data.index, "test_index": cfg.data.val_index}
-    train_index, test_index = (
-        typed(f"judge.{key}", table.get(key) or getattr(cfg.eval, key) or named[key], str)
-        for key in named
+    indices = (
+        typed(f"judge.{key}", table.get(key) or getattr(cfg.eval, key) or own, str)
+        for key, own in (("train_index", cfg.data.index), ("test_index", cfg.data.val_index))
     )
     epochs = typed("judge.epochs", table.get("epochs", 20), int)
     require(epochs > 0, "judge.epochs must be positive", epochs)
-    return Judge(cfg, tuple(dict.fromkeys(by)), train_index, test_index, epochs)
+    return Judge(cfg, tuple(dict.fromkeys(by)), *indices, epochs)
 
 
 def check(judge: Judge) -> None:

@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mae_fast.report.page import Page
-from mae_fast.report.pictures import COLORS
+from mae_fast.errors import ConfigError
+from mae_fast.figures import COLORS, figure, finish
+from mae_fast.page import Page
 from mae_fast.sweep_judge import JUDGES, Judge
 
 PAPER = "the paper's top-1"
@@ -26,16 +27,12 @@ def cells(row: dict[str, Any], judge: Judge) -> list[str]:
     return [row["arm"], *both, own, seconds, f"{row['step_seconds']:.3f}", row["paper"] or "-"]
 
 
-def _shown(found, digits: int = 4) -> str:
+def _shown(found: tuple[float, float] | None, digits: int = 4) -> str:
+    """A mean, and half of its interval where there is one."""
     if found is None:
         return "-"
-    mean, half = found
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
-
-
-def padded(rows: list[list[str]]) -> list[list[str]]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [[c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in rows]
+    mean, half = (f"{x:.{digits}f}" for x in found)
+    return mean if math.isnan(found[1]) else f"{mean} ± {half}"
 
 
 def page(
@@ -83,48 +80,30 @@ def page(
 def trade_off(rows: list[dict[str, Any]], judge: Judge, hours: Callable[[str], float]):
     """A panel for each judge, its judgement against seconds of training; and one of the paper's
     top-1 against predicted hours. None without matplotlib, or anything judged."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
     panels = []
     for name in judge.by:
-        points = [
-            (row["arm"], row["seconds"], row["judged"][name])
-            for row in rows
-            if row["judged"].get(name)
-        ]
+        judged = [r for r in rows if r["judged"].get(name)]
+        points = [(r["arm"], r["seconds"], r["judged"][name]) for r in judged]
         if points:
             panels.append(("seconds of training", JUDGES[name], "measured here", points))
     if not panels:
         return None
-    known = [(row["arm"], _number(row["paper"])) for row in rows if _number(row["paper"])]
+    known = {row["arm"]: _number(row["paper"]) for row in rows if _number(row["paper"])}
     if len(known) > 1:
-        points = [(arm, (hours(arm), math.nan), (top1, math.nan)) for arm, top1 in known]
+        points = [(arm, (hours(arm), math.nan), (x, math.nan)) for arm, x in known.items()]
         where = "hours on 8 H100, predicted: ViT-L, 800 epochs"
         panels.append((where, PAPER, "the paper's accuracy, not ours", points))
-    figure = Figure(figsize=(6.2 * len(panels), 4.2), layout="constrained")
+    try:
+        drawing, _ = figure(6.2 * len(panels), 4.2, columns=len(panels))
+    except ConfigError:
+        return None
     colors = {row["arm"]: COLORS[i % len(COLORS)] for i, row in enumerate(rows)}
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _panel(axes, colors, *panel)
-    return figure
-
-
-def _panel(axes, colors: dict[str, str], x: str, y: str, title: str, points: list) -> None:
-    for arm, (at, dx), (value, dy) in points:
-        axes.errorbar(
-            at,
-            value,
-            xerr=None if math.isnan(dx) else dx,
-            yerr=None if math.isnan(dy) else dy,
-            fmt="o",
-            color=colors[arm],
-            capsize=3,
-            label=arm,
-        )
-    axes.set(xlabel=x, ylabel=y, title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    for axis, (xlabel, ylabel, title, points) in zip(drawing.axes, panels, strict=True):
+        for arm, (x, dx), (y, dy) in points:
+            half = {k: d for k, d in (("xerr", dx), ("yerr", dy)) if not math.isnan(d)}
+            axis.errorbar(x, y, fmt="o", color=colors[arm], capsize=3, label=arm, **half)
+        finish(axis, xlabel=xlabel, ylabel=ylabel, title=title)
+    return drawing
 
 
 def _number(paper: str) -> float | None:

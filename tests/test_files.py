@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mae_fast import MaskedAutoencoder, checkpoint, cli, files, preset
+from mae_fast import MaskedAutoencoder, checkpoint, cli, figures, files, preset
 from mae_fast.config import Config
 from mae_fast.config_file import to_dict
 from mae_fast.data.index import VideoRow, write_index
@@ -136,7 +136,6 @@ def test_a_disk_fault_of_any_command_is_one_line(monkeypatch, capsys):
 
 
 def test_a_picture_of_an_unknown_kind_is_refused(tmp_path):
-    from matplotlib.figure import Figure
 
     with pytest.raises(ConfigError, match=r"a\.xyz"):
-        files.write_figure(tmp_path / "a.xyz", Figure(), dpi=50)
+        figures.write_figure(tmp_path / "a.xyz", figures.figure(1, 1)[0], dpi=50)

@@ -14,7 +14,7 @@ import pytest
 
 from mae_fast import cli
 from mae_fast.bench import records
-from mae_fast.report.page import SCRIPT
+from mae_fast.page import SCRIPT
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"

@@ -280,7 +280,7 @@ def test_two_runs_of_features_have_no_loss_in_common(made):
         ("{ by = 'accuracy' }", "judge.by must be of loss, knn, attentive, got 'accuracy'"),
         ("{ by = [] }", "judge.by must name one at least"),
         ("{ epochs = 0 }", "judge.epochs must be positive"),
-        ("{ videos = 'x' }", "unknown key judge.videos"),
+        ("{ videos = 'x' }", "unknown key 'judge.videos'"),
         ("{ by = 'knn' }", "has no label, which a probe needs"),
     ],
     ids=["unknown", "none", "no_epoch", "unknown_key", "no_labels"],
@@ -328,7 +328,7 @@ def test_ready_sweeps_are_configurations(name, made, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('ready = "mask"', r"unknown ready sweep 'mask' \(known: ratio"),
+        ('ready = "mask"', r"unknown ready sweep 'mask'; did you mean 'masks'\? \(known: ratio"),
         ("", "there are no arms"),
         ("arm = 3", "unknown key 'arm'"),
         ("seeds = [1, 1]\nready = 'ratio'", "seeds must be different"),

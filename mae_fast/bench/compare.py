@@ -14,7 +14,7 @@ import tyro
 from mae_fast.bench import records
 from mae_fast.bench.records import Record
 from mae_fast.errors import ConfigError
-from mae_fast.files import write_figure
+from mae_fast.figures import figure, write_figure
 
 DRAWS = 4000  # of the bootstrap
 CONFIDENCE = 0.95
@@ -126,18 +126,15 @@ def history(
         output: the PNG to write.
         names: what to draw of each record: engines, or backends of an op.
     """
-    from matplotlib.figure import Figure
-
     panels: dict[tuple, list[Record]] = {}
     for record in (r for path in results for r in records.read(path)):
         if set(names) & _seconds(record).keys():
             panels.setdefault(records.subject(record), []).append(record)
     if not panels:
         raise ConfigError(f"{', '.join(results)}: no record has {', '.join(names)}")
-    figure = Figure(figsize=(8, 2.6 * len(panels)), layout="constrained")
+    drawing, _ = figure(8, 2.6 * len(panels), len(panels))
     generator = np.random.default_rng(0)
-    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axis, found in zip(axes, panels.values(), strict=True):
+    for axis, found in zip(drawing.axes, panels.values(), strict=True):
         for name in names:
             _draw_history(axis, found, name, generator)
         axis.set_xticks(range(len(found)), [_origin(r).split(",")[0] for r in found], fontsize=7)
@@ -145,7 +142,7 @@ def history(
         axis.set(ylabel="seconds", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    write_figure(output, figure, dpi=110)
+    write_figure(output, drawing, dpi=110)
     print(f"wrote {output}: {len(panels)} panels, medians with 95% intervals")
 
 

@@ -5,11 +5,11 @@ and op that ran when it was made. What was there before the step (weights, momen
 in it, and torch tells of its release on a CUDA device only.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.profiler import profile as torch_profile
 
-from mae_fast.profile.trace import Trace, Where
+from mae_fast.profile.trace import REST, Trace
 
 MB = 2**20
 MOMENTS = 500  # in a timeline at most
@@ -27,43 +27,38 @@ class Timeline(NamedTuple):
 def timeline(found: Trace, device: str) -> Timeline:
     """From a trace with its allocations."""
     start = found.profile.profiler.kineto_results.trace_start_ns()
-    begin, end = found.root.time_range.start, found.root.time_range.end
-    spans = [(e.time_range.start, e.time_range.end, where) for e, where in found.places]
+    step = found.root.time_range
+    coming = list(reversed(found.places))
     owners: dict[int, tuple[str, int]] = {}
     held: dict[str, int] = {}
-    seconds, states, stack, at = [], [], [], 0
-    peak, at_peak = 0, {}
+    seconds, states, open_places = [], [], []
     for ns, address, size in _changes(found.profile, device):
         moment = (ns - start) / 1000
-        if not begin <= moment <= end:
+        if not step.start <= moment <= step.end:
             continue
-        while at < len(spans) and spans[at][0] <= moment:
-            stack.append(spans[at])
-            at += 1
-        while stack and stack[-1][1] < moment:
-            stack.pop()
+        while coming and coming[-1][0].time_range.start <= moment:
+            open_places.append(coming.pop())
+        while open_places and open_places[-1][0].time_range.end < moment:
+            open_places.pop()
         if size > 0:
-            where = stack[-1][2] if stack else Where("rest", "rest", False)
+            where = open_places[-1][1] if open_places else REST
             owner = f"{where.phase} {where.op}" if where.op != "rest" else where.phase
             owners[address] = owner, size
             held[owner] = held.get(owner, 0) + size
         elif address in owners:
             owner, size = owners.pop(address)
             held[owner] -= size
-        seconds.append((moment - begin) / 1e6)
+        seconds.append((moment - step.start) / 1e6)
         states.append(dict(held))
-        total = sum(held.values())
-        if total > peak:
-            peak, at_peak = total, dict(held)
+    totals = [sum(state.values()) for state in states]
+    kept, peak = _thinned(totals), max(totals, default=0)
+    at_peak = states[totals.index(peak)] if states else {}
     names = dict.fromkeys(name for state in [at_peak, *states[-1:]] for name in state)
-    kept = _thinned([sum(state.values()) for state in states])
-    holders = {name: [round(states[i].get(name, 0) / MB, 3) for i in kept] for name in names}
-    largest = sorted(at_peak.items(), key=lambda item: -item[1])
     return Timeline(
         [round(seconds[i], 6) for i in kept],
-        holders,
+        {name: [round(states[i].get(name, 0) / MB, 3) for i in kept] for name in names},
         peak / MB,
-        {name: size / MB for name, size in largest if size},
+        {n: x / MB for n, x in sorted(at_peak.items(), key=lambda item: -item[1]) if x},
     )
 
 
@@ -76,16 +71,11 @@ def _thinned(totals: list[int]) -> list[int]:
 
 def _changes(found: torch_profile, device: str) -> list[tuple[int, int, int]]:
     """(ns, address, bytes) of each allocation, or release (bytes < 0)."""
-    changes: list[tuple[int, int, int]] = []
-
-    def visit(node: Any) -> None:
-        if node.name == "[memory]":
+    changes, nodes = [], list(found.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.name == "[memory]" and node.extra_fields.device.type == device:
             told = node.extra_fields
-            if told.device.type == device:
-                changes.append((node.start_time_ns, told.ptr, told.alloc_size))
-        for child in node.children:
-            visit(child)
-
-    for root in found.profiler.kineto_results.experimental_event_tree():
-        visit(root)
+            changes.append((node.start_time_ns, told.ptr, told.alloc_size))
     return sorted(changes)

@@ -7,14 +7,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
+from mae_fast import memory
 from mae_fast.bench import machine
 from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.cell import Cell, LoadedClips, Setting, build, make_clips, stepper
-from mae_fast.bench.engines import QUICK, name_of, why_not
+from mae_fast.bench.engines import OURS, QUICK, name_of, why_not, work
 from mae_fast.bench.records import title
 from mae_fast.bench.table import number, text_table
 from mae_fast.bench.timing import clock, interleave, spread
@@ -22,10 +23,9 @@ from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
 from mae_fast.files import write as write_file
 from mae_fast.files import writing
-from mae_fast.ops.work import Work
+from mae_fast.ops.work import ADAMW_BYTES, Work
 from mae_fast.profile.memory import Timeline, timeline
 from mae_fast.profile.trace import Trace, Where, trace
-from mae_fast.profile.work import least
 
 # Of the step without a profiler, the machine's limits, and a profiled step; told of are medians.
 ROUNDS = 5
@@ -80,110 +80,115 @@ def profile(
     folder = Path(out)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    told = Profiler(cells, setting, batch, folder).document(with_data, workers)
+    told = measure(cells, setting, batch, folder, with_data, workers)
     told["files"] = write(told, folder, device)
     if json:
         print(jsonlib.dumps(told, indent=1))
-    else:
-        print_tables(told)
-        return folder / "profile.json"
-    return None
+        return None
+    print_tables(told)
+    return folder / "profile.json"
 
 
-class Seen(NamedTuple):
-    """Of an engine's steps: seconds without a profiler, traces with it, and memory."""
-
-    seconds: list[float]
-    traces: list[Trace]
-    memory: Timeline
-
-
-class Profiler:
-    """Engines that are built, at so many clips, and the machine's limits beside them; traces and
+def measure(
+    cells: list[Cell], setting: Setting, clips: int, folder: Path, videos: str, workers: int
+) -> dict[str, Any]:
+    """The record: steps without a profiler, and with it, beside the machine's limits. Traces and
     snapshots go into `folder`."""
-
-    def __init__(self, cells: list[Cell], setting: Setting, clips: int, folder: Path) -> None:
-        self.cells, self.setting, self.clips, self.folder = cells, setting, clips, folder
-        self.built = {cell.engine: build(cell, setting) for cell in cells}
-        self.limits = machine.limits(cells[0].model == QUICK, setting.device, setting.dtype)
-        self.runs = {name: limit.run for name, limit in self.limits.items()}
-        self.timer = clock(setting.device)
-
-    def in_turn(self) -> tuple[dict[str, list[float]], dict[str, Seen]]:
-        """Steps on random clips, engines and limits in turn: (seconds of the limits, by engine)."""
-        steps = {}
-        for cell in self.cells:
-            video = make_clips(cell.cfg, self.clips, self.setting)
-            step = stepper(cell, self.built[cell.engine], video, self.setting)
-            steps[cell.engine] = step
-            step(), step()
-        seconds, traces = defaultdict(list), defaultdict(list)
-        for _ in range(ROUNDS):
-            for name, samples in interleave(self.runs | steps, 1, timer=self.timer).items():
-                seconds[name] += samples
-            for name, step in steps.items():
-                traces[name].append(self.trace(name, step, warm=0))
-        seen = {n: Seen(seconds[n], traces[n], self.memory(n, step)) for n, step in steps.items()}
-        return seconds, seen
-
-    def loading(self, videos: str, workers: int) -> tuple[dict[str, list[float]], dict[str, Seen]]:
-        """As `in_turn`, with loading: one engine after the other, since two loaders would share the
-        cores, and so many steps before each trace that no batch is left of those made in a
-        pause."""
-        seconds, seen = interleave(self.runs, ROUNDS, timer=self.timer), {}
-        for cell in self.cells:
-            name = cell.engine
-            with LoadedClips(cell, self.setting, self.clips, videos, workers) as source:
-                step = stepper(cell, self.built[name], source, self.setting)
-                traces = [self.trace(name, step, source.ahead + 1) for _ in range(ROUNDS)]
-                seen[name] = Seen([t.unprofiled for t in traces], traces, self.memory(name, step))
-        return seconds, seen
-
-    def trace(self, name: str, step: Callable, warm: int, memory: bool = False) -> Trace:
-        return trace(self.built[name], step, self.setting.device, warm, memory)
-
-    def memory(self, name: str, step: Callable) -> Timeline:
-        """Of one more step, with its allocations."""
-        device = self.setting.device
-        with snapshot(self.folder / f"{name}.memory.pickle", device):
-            found = self.trace(name, step, warm=0, memory=True)
-        return timeline(found, device)
-
-    def document(self, videos: str, workers: int) -> dict[str, Any]:
-        """Steps without a profiler, and with it, beside the machine's limits."""
-        seconds, seen = self.loading(videos, workers) if videos else self.in_turn()
-        rates = {n: x.amount / statistics.median(seconds[n]) for n, x in self.limits.items()}
-        product = max(rates[name] for name, limit in self.limits.items() if limit.unit == "flop")
-        engines: dict[str, dict[str, Any]] = {}
-        for cell in self.cells:
-            found = seen[cell.engine]
-            median, first = statistics.median(found.seconds), found.traces[0]
-            trace_path = self.folder / f"{cell.engine}.trace.json"
-            first.profile.export_chrome_trace(str(trace_path))
-            work = least(cell.engine, cell.cfg, self.clips, cell.masking, self.setting.dtype)
-            engines[cell.engine] = {
-                "profiled_seconds": statistics.median(t.seconds for t in found.traces),
-                "parts": parts(found.traces, median, work, product, rates["copy"]),
-                "launches": sum(row.launches for row in first.rows.values()),
-                "state_mb": state_mb(self.built[cell.engine]),
-                "memory": found.memory._asdict(),
-            }
-        return {
-            "kind": "profile",
-            "what": "one training step by phase and op" + (", with loading" if videos else ""),
-            "model": self.cells[0].model,
-            "batch_clips": self.clips,
-            "ratio": self.cells[0].ratio,
-            "strategy": self.cells[0].strategy,
-            **asdict(self.setting),
-            "workers": workers if videos else None,
-            "limits": machine.as_record(self.limits, seconds),
-            "product_rate": product,
-            "copy_rate": rates["copy"],
-            "engines": engines,
-            "seconds": {name: found.seconds for name, found in seen.items()},
-            "environment": environment(),
+    limits = machine.limits(cells[0].model == QUICK, setting.device, setting.dtype)
+    built = {cell.engine: build(cell, setting) for cell in cells}
+    runs = {name: limit.run for name, limit in limits.items()}
+    seconds, traces, held = run(cells, built, runs, setting, clips, folder, videos, workers)
+    rates = {name: x.amount / statistics.median(seconds[name]) for name, x in limits.items()}
+    product = max(rates[name] for name, limit in limits.items() if limit.unit == "flop")
+    engines: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        name, found = cell.engine, traces[cell.engine]
+        found[0].profile.export_chrome_trace(str(folder / f"{name}.trace.json"))
+        todo, step = least(cell, clips, setting.dtype), statistics.median(seconds[name])
+        engines[name] = {
+            "profiled_seconds": statistics.median(t.seconds for t in found),
+            "parts": parts(found, step, todo, product, rates["copy"]),
+            "launches": sum(row.launches for row in found[0].rows.values()),
+            "state_mb": state_mb(built[name]),
+            "memory": held[name]._asdict(),
         }
+    return {
+        "kind": "profile",
+        "what": "one training step by phase and op" + (", with loading" if videos else ""),
+        "model": cells[0].model,
+        "batch_clips": clips,
+        "ratio": cells[0].ratio,
+        "strategy": cells[0].strategy,
+        **asdict(setting),
+        "workers": workers if videos else None,
+        "limits": machine.as_record(limits, seconds),
+        "product_rate": product,
+        "copy_rate": rates["copy"],
+        "engines": engines,
+        "seconds": {name: seconds[name] for name in engines},
+        "environment": environment(),
+    }
+
+
+def run(
+    cells: list[Cell],
+    built: dict[str, Built],
+    limits: dict[str, Callable[[], object]],
+    setting: Setting,
+    clips: int,
+    folder: Path,
+    videos: str,
+    workers: int,
+) -> tuple[dict[str, list[float]], dict[str, list[Trace]], dict[str, Timeline]]:
+    """({engine or limit: seconds without a profiler}, {engine: traces}, {engine: its memory}). On
+    random clips engines and limits take turns. With loading it is one engine after the other, since
+    two loaders would share the cores, and so many steps before each trace that no batch is left of
+    those made in a pause."""
+    device, timer = setting.device, clock(setting.device)
+    seconds = defaultdict(list, interleave(limits, ROUNDS, timer) if videos else {})
+    traces, held, steps, warm = defaultdict(list), {}, {}, 0
+    for group in [[cell] for cell in cells] if videos else [cells]:
+        with contextlib.ExitStack() as stack:
+            for name, cell in ((cell.engine, cell) for cell in group):
+                source = make_clips(cell.cfg, clips, setting)
+                if videos:
+                    source = LoadedClips(cell, setting, clips, videos, workers)
+                    warm = stack.enter_context(source).ahead + 1
+                steps[name] = stepper(cell, built[name], source, setting)
+                for _ in range(0 if videos else 2):
+                    steps[name]()
+            names = [cell.engine for cell in group]
+            for _ in range(ROUNDS):
+                in_turn = {} if videos else limits | steps
+                for name, samples in interleave(in_turn, 1, timer).items():
+                    seconds[name] += samples
+                for name in names:
+                    traces[name].append(trace(built[name], steps[name], device, warm))
+            for name in names:
+                with snapshot(folder / f"{name}.memory.pickle", device):
+                    found = trace(built[name], steps[name], device, 0, memory=True)
+                held[name] = timeline(found, device)
+                if videos:
+                    seconds[name] = [t.unprofiled for t in traces[name]]
+    return seconds, traces, held
+
+
+def least(cell: Cell, clips: int, dtype: torch.dtype) -> dict[Where, Work]:
+    """What each part of a cell's step must compute and move at the least, where there are formulas
+    for it: its recorded calls, put where the profile puts the time."""
+    found: dict[Where, Work] = {}
+    calls = work(cell.engine, cell.cfg, clips, cell.masking, dtype) or {}
+    for (phase, op), (forward, backward) in calls.items():
+        if not cell.engine.startswith(OURS) and op == "add_layer_norm":
+            # A baseline adds elsewhere. Its norm: sum -> out; dout, sum -> dx.
+            op, forward, backward = "layer_norm", forward * 0.5, backward * 0.75
+        for way, done in ((False, forward), (True, backward)):
+            where = Where("decoder" if phase == "head" else phase, op, way)
+            found[where] = found.get(where, Work()) + done
+    if found:
+        parameters = memory.parameters(cell.cfg)
+        found[Where("optimizer", "adamw", False)] = Work(0, ADAMW_BYTES * parameters)
+    return found
 
 
 def parts(
@@ -262,14 +267,14 @@ def write(told: dict[str, Any], folder: Path, device: str) -> list[str]:
     """profile.json and the pictures; the files' names, the traces among them."""
     from mae_fast.profile.pictures import draw
 
-    write_file(folder / "profile.json", jsonlib.dumps(told) + "\n")
     engines = list(told["engines"])
+    write_file(folder / "profile.json", jsonlib.dumps(told) + "\n")
     files = [folder / "profile.json", *(folder / f"{name}.trace.json" for name in engines)]
     files += draw(told, folder)
     if device == "cuda":
-        files += [folder / f"{name}.memory.pickle" for name in engines]
-        files.append(folder / "deeper.sh")
-        files[-1].write_text(DEEPER.format(**told, name=engines[0]))
+        deeper = folder / "deeper.sh"
+        write_file(deeper, DEEPER.format(**told, name=engines[0]))
+        files += [*(folder / f"{name}.memory.pickle" for name in engines), deeper]
     return [str(f) for f in files]
 
 
@@ -323,14 +328,10 @@ BESIDE = ["phase", "op", "ours", "theirs", "speed-up"]
 
 def _grouped(engine: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict]]:
     """{(phase, op): {direction: part}} in the order of the parts."""
-    found: dict[tuple[str, str], dict[str, dict]] = {}
+    found: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
     for part in engine["parts"]:
-        found.setdefault((part["phase"], part["op"]), {})[part["direction"]] = part
+        found[part["phase"], part["op"]][part["direction"]] = part
     return found
-
-
-def _ms(seconds: float | None) -> str:
-    return number(None if seconds is None else 1e3 * seconds, ".1f")
 
 
 def _rows(engine: dict[str, Any]) -> Iterator[list[str]]:
@@ -340,7 +341,7 @@ def _rows(engine: dict[str, Any]) -> Iterator[list[str]]:
             for key in ("seconds", "share", "calls", "flop", "bytes", "limit_seconds")
         )
         forward, backward = (both.get(d, {}).get("seconds") for d in ("forward", "backward"))
-        known = limit > 0 and seconds > 0
+        saved = max(0.0, seconds - limit) if limit and seconds else None
         yield [
             phase,
             op,
@@ -348,13 +349,21 @@ def _rows(engine: dict[str, Any]) -> Iterator[list[str]]:
             _ms(forward if op else seconds),
             _ms(backward),
             f"{share:.1%}",
-            number(flop / 1e9 if flop else None, ".1f"),
-            number(moved / 1e6 if moved else None, ".0f"),
-            number(flop / seconds / 1e9 if flop and seconds else None, ".0f"),
-            number(moved / seconds / 1e9 if moved and seconds else None, ".1f"),
-            number(limit / seconds if known else None, ".0%"),
-            number(1e3 * max(0.0, seconds - limit) if known else None, ".1f", " ms"),
+            number(_over(flop, 1e9), ".1f"),
+            number(_over(moved, 1e6), ".0f"),
+            number(_over(flop, 1e9 * seconds), ".0f"),
+            number(_over(moved, 1e9 * seconds), ".1f"),
+            number(_over(limit, seconds), ".0%"),
+            _ms(saved, " ms"),
         ]
+
+
+def _over(amount: float, unit: float) -> float | None:
+    return amount / unit if amount and unit else None
+
+
+def _ms(seconds: float | None, unit: str = "") -> str:
+    return number(None if seconds is None else 1e3 * seconds, ".1f", unit)
 
 
 def _beside(told: dict[str, Any], first: str, other: str) -> Iterator[list[str]]:
@@ -363,9 +372,8 @@ def _beside(told: dict[str, Any], first: str, other: str) -> Iterator[list[str]]
         {key: sum(p["seconds"] for p in both.values()) for key, both in _grouped(e).items()}
         for e in (told["engines"][first], told["engines"][other])
     )
-    for phase, op in dict.fromkeys([*ours, *theirs]):
-        a, b = ours.get((phase, op)), theirs.get((phase, op))
+    total = [statistics.median(told["seconds"][name]) for name in (first, other)]
+    rows = [(key, ours.get(key), theirs.get(key)) for key in dict.fromkeys([*ours, *theirs])]
+    for (phase, op), a, b in [*rows, (("step", ""), *total)]:
         times = f"{b / a:.2f}x" if a and b and phase not in ("idle", "unaccounted") else "-"
         yield [phase, op, _ms(a), _ms(b), times]
-    total = [statistics.median(told["seconds"][name]) for name in (first, other)]
-    yield ["step", "", *map(_ms, total), f"{total[1] / total[0]:.2f}x"]

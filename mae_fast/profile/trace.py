@@ -32,6 +32,9 @@ class Where(NamedTuple):
     backward: bool
 
 
+REST = Where("rest", "rest", False)
+
+
 @dataclass
 class Row:
     """Calls (ranges forward, autograd nodes backward), seconds, and kernels launched."""
@@ -70,17 +73,14 @@ def trace(
 ) -> Trace:
     """Profile one call of `step`, which is a step of `built`, after `warm` others; `memory`: its
     allocations too, which takes time of its own."""
-    unprofiled = 0.0
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    unprofiled, synchronize = 0.0, torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(warm):
         synchronize()
         begin = time.perf_counter()
         step()
         synchronize()
         unprofiled = time.perf_counter() - begin
-    activities = [ProfilerActivity.CPU]
-    if device == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * (device == "cuda"))]
     profiler = torch_profile(activities=activities, profile_memory=memory)
     with labelled(built.model), profiler as found, span("rest", "rest"):
         step()
@@ -97,10 +97,9 @@ def places_of(events: list[FunctionEvent]) -> list[tuple[FunctionEvent, Where]]:
     events = sorted(events, key=lambda e: (e.time_range.start, -e.time_range.end))
     places: dict[int, Where] = {}  # of each event, by identity
     makers: dict[int, Where] = {}  # of each autograd node, by its number
-    last = Where("rest", "rest", True)  # of the backward node before
+    last = REST._replace(backward=True)  # of the backward node before
     for event in events:
-        parent = event.cpu_parent
-        where = places.get(id(parent), Where("rest", "rest", False))
+        where = places.get(id(event.cpu_parent), REST)
         if event.name.startswith(PREFIX):
             phase, op = event.name[len(PREFIX) :].split("|")
             where = Where(phase or where.phase, op, where.backward)
@@ -120,26 +119,18 @@ def rows_of(
 ) -> dict[Where, Row]:
     """The rows of a step whose outermost event is `root`."""
     rows: dict[Where, Row] = {}
+    step = root.time_range
     for event, where in places:
-        if not _within(event, root):
+        if event.time_range.start < step.start or event.time_range.end > step.end:
             continue
         row = rows.setdefault(where, Row())
-        row.calls += event is not root and _opens(event)
+        # A call of its row is a range, or a node that is more than a sum of gradients.
+        node = event.name.startswith(NODE) and event.sequence_nr >= 0
+        ours = event is not root and event.name.startswith((PREFIX, OPTIMIZER))
+        row.calls += node or ours
         row.launches += len(event.kernels)
         if device == "cuda":
             row.seconds += sum(k.duration for k in event.kernels) / 1e6
         elif event.thread == root.thread:
             row.seconds += event.self_cpu_time_total / 1e6
     return rows
-
-
-def _opens(event: FunctionEvent) -> bool:
-    """Whether an event is one call of its row: a range, or a node that is more than a sum."""
-    if event.name.startswith(NODE):
-        return event.sequence_nr >= 0
-    return event.name.startswith((PREFIX, OPTIMIZER))
-
-
-def _within(event: FunctionEvent, root: FunctionEvent) -> bool:
-    inner, outer = event.time_range, root.time_range
-    return outer.start <= inner.start and inner.end <= outer.end

@@ -1,8 +1,9 @@
 """`mae-fast report`: records and profiles as one page that needs no network."""
 
 import statistics
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -13,14 +14,15 @@ from mae_fast.bench.table import number
 from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import spread
 from mae_fast.errors import ConfigError
-from mae_fast.files import write, write_figure
-from mae_fast.profile.pictures import memory as memory_figure
-from mae_fast.profile.pictures import roofline as roofline_figure
-from mae_fast.report import pictures
-from mae_fast.report.page import Page
-from mae_fast.report.rows import OP_HEAD, OURS, STEP_HEAD, op_row, op_share, step_rows
+from mae_fast.figures import write_figure
+from mae_fast.files import write
+from mae_fast.page import Page
+from mae_fast.profile.pictures import memory, roofline
+from mae_fast.report import pictures, rows
+from mae_fast.report.rows import OURS
 
 OFFICIAL = "official_eager"
+GROUP = ("model", "strategy", "precision", "asked_clips")  # of one picture, on one machine
 
 
 def report(
@@ -62,32 +64,52 @@ def write_page(path: Path) -> Path:
 
 def build(found: list[Record], sources: list[str]) -> Page:
     """The page of these records; of each subject and machine the newest counts."""
-    latest = list({(records.subject(r), records.where(r)): r for r in found}.values())
-    ratios = [r for r in latest if r["kind"] == "ratio"]
-    steps = [r for r in latest if r["kind"] == "steps"]
-    engines = [r for r in steps if len(r["seconds"]) > 1]
-    page = Page("mae_fast: what was measured", _lead(ratios, engines))
-    _ratio_sections(page, ratios)
-    _engines_section(page, engines)
-    _ops_section(page, [r for r in latest if r["kind"] == "op"])
-    for n, record in enumerate(r for r in latest if r["kind"] == "profile"):
+    latest = {(records.subject(r), records.where(r)): r for r in found}.values()
+    kinds = {kind: [r for r in latest if r["kind"] == kind] for kind in records.KINDS}
+    engines = [r for r in kinds["steps"] if len(r["seconds"]) > 1]
+    groups = [
+        (f"{model}, {strategy} masking, {clips} clips, {precision}", summary(group)["cells"])
+        for (model, strategy, precision, clips, _), group in rows.grouped(
+            kinds["ratio"],
+            lambda r: (*itemgetter(*GROUP)(r), records.where(r)),
+        )
+    ]
+    page = Page("mae_fast: what was measured", _lead(groups, engines))
+    if groups:
+        _ratio_sections(page, groups)
+    if engines:
+        page.section("Engines", "Training steps taken in turn; ratios round by round.")
+    for n, record in enumerate(engines):
+        title = records.title(record)
+        page.figure(f"engines-{n}", pictures.ladder(record["seconds"], title), f"Engines: {title}")
+        page.table(rows.STEP_HEAD, rows.step_rows(record))
+    if ops := kinds["op"]:
+        page.section(
+            "Ops against the machine's limits",
+            "The limit is copy bandwidth, or the rate of a large product, whichever binds, timed "
+            "in the same rounds.",
+        )
+        bars = [(f"{r['op']}, {r['shape']}", *rows.op_share(r)) for r in ops]
+        page.figure("ops", pictures.ops(bars, "ops"), "Share of the machine's limit by op")
+        page.table(rows.OP_HEAD, map(rows.op_row, ops))
+    for n, record in enumerate(kinds["profile"]):
         _profile_section(page, record, n)
-    _memory_section(page, [*ratios, *steps])
-    _all_section(page, found)
-    _environment_section(page, found, sources)
+    peaks = [
+        [r["model"], f"{r['ratio']:.0%}", name, str(e["clips"]), r["precision"], f"{peak:.0f}"]
+        for r in [*kinds["ratio"], *kinds["steps"]]
+        for name, e in r["engines"].items()
+        if (peak := e.get("peak_memory_mb"))
+    ]
+    if peaks:
+        page.section("Memory", "Peak of a process of its own (CPU: resident; GPU: allocated).")
+        page.table(["model", "masked", "engine", "clips", "precision", "peak MB"], peaks)
+    _every_record(page, found, sources)
     return page
 
 
-def _lead(ratios: list[Record], ladders: list[Record]) -> list[str]:
+def _lead(groups: list[tuple[str, list]], ladders: list[Record]) -> list[str]:
     """What masking and the engine buy together, in a sentence for each model and machine."""
-    cells = [c for group in _grouped(ratios).values() for c in summary(group)["cells"]]
-    said = [
-        f"{c['model']}, {c['strategy']} masking of 90%, {c['precision']}, {c['device']}: a step is "
-        f"{c['against_official_at_0']['times']:.1f}x as fast as the official code's at 0%, and "
-        f"{c['against_official']['times']:.2f}x as fast as the official code's at 90%."
-        for c in cells
-        if c["engine"] == OURS and c["ratio"] == 0.9 and c["against_official_at_0"]
-    ]
+    said = [sentence for _, cells in groups for sentence in rows.bought(cells)]
     said = said or [
         f"{records.title(r)}: {times(r['seconds'][OFFICIAL], r['seconds'][OURS]):.2f}x as fast as "
         f"{OFFICIAL}."
@@ -97,19 +119,8 @@ def _lead(ratios: list[Record], ladders: list[Record]) -> list[str]:
     return said or ["No record here holds both mae_fast and the official code."]
 
 
-def _grouped(ratios: list[Record]) -> dict[tuple, list[Record]]:
-    """Records of `bench ratio` that belong in one picture."""
-    groups: dict[tuple, list[Record]] = {}
-    for r in ratios:
-        key = (r["model"], r["strategy"], r["precision"], r["asked_clips"], records.where(r))
-        groups.setdefault(key, []).append(r)
-    return groups
-
-
-def _ratio_sections(page: Page, ratios: list[Record]) -> None:
-    groups = {key: summary(group)["cells"] for key, group in _grouped(ratios).items()}
-    if not groups:
-        return
+def _ratio_sections(page: Page, groups: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    """Of records of `bench ratio`, by what belongs in one picture."""
     page.section(
         "Speed-up against masking ratio",
         "Medians over rounds in which engines took turns; with loading, of steps of one engine "
@@ -117,8 +128,7 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         "every token; the decoder and the loss are those of 90%. A spread above "
         f"{NOISY:.0%} is marked with !; * is a ratio of medians of different rounds.",
     )
-    for n, (key, cells) in enumerate(groups.items()):
-        title = _group_title(key)
+    for n, (title, cells) in enumerate(groups):
         page.figure(f"speed-up-{n}", pictures.speed_up(cells, title), f"Speed-up: {title}")
         page.table([*CELL], map(cell_row, cells))
         page.code(paper_table(cells).strip())
@@ -127,48 +137,16 @@ def _ratio_sections(page: Page, ratios: list[Record]) -> None:
         "What a step spends where masking does not shrink it: its share, and what the speed-up "
         "over 0% would be without it.",
     )
-    for n, (key, cells) in enumerate(groups.items()):
+    for n, (title, cells) in enumerate(groups):
+        title = f"{OURS}, {title}"
         ours = [c for c in cells if c["engine"] == OURS and c["parts_a_clip"]]
-        title = f"{OURS}, {_group_title(key)}"
         if ours:
             page.figure(f"parts-{n}", pictures.parts(ours, title), f"Parts of a step: {title}")
-        rows = [
-            [
-                f"{c['ratio']:.0%}",
-                c["engine"],
-                part,
-                f"{c['lost'][part]['share']:.1%}",
-                f"{c['lost'][part]['speed_up_without']:.2f}x",
-            ]
-            for c in cells
-            for part in LOST
-            if part in c["lost"]
-        ]
-        page.table(["masked", "engine", "part", "share of step", "speed-up without it"], rows)
-
-
-def _engines_section(page: Page, found: list[Record]) -> None:
-    if not found:
-        return
-    page.section("Engines", "Training steps taken in turn; ratios round by round.")
-    for n, record in enumerate(found):
-        title = records.title(record)
-        figure = pictures.ladder(list(record["seconds"].items()), title)
-        page.figure(f"engines-{n}", figure, f"Engines: {title}")
-        page.table(STEP_HEAD, step_rows(record))
-
-
-def _ops_section(page: Page, found: list[Record]) -> None:
-    if not found:
-        return
-    page.section(
-        "Ops against the machine's limits",
-        "The limit is copy bandwidth, or the rate of a large product, whichever binds, timed in "
-        "the same rounds.",
-    )
-    bars = [(f"{r['op']}, {r['shape']}", *op_share(r)) for r in found]
-    page.figure("ops", pictures.ops(bars, "ops"), "Share of the machine's limit by op")
-    page.table(OP_HEAD, map(op_row, found))
+        lost = []
+        for c, part in ((c, part) for c in cells for part in LOST if part in c["lost"]):
+            share, without = c["lost"][part]["share"], c["lost"][part]["speed_up_without"]
+            lost.append([f"{c['ratio']:.0%}", c["engine"], part, f"{share:.1%}", f"{without:.2f}x"])
+        page.table(["masked", "engine", "part", "share of step", "speed-up without it"], lost)
 
 
 def _profile_section(page: Page, record: Record, n: int) -> None:
@@ -178,44 +156,30 @@ def _profile_section(page: Page, record: Record, n: int) -> None:
         f"Limits here: {record['product_rate'] / 1e9:.0f} GFLOP/s, {record['copy_rate'] / 1e9:.1f} "
         "GB/s. Shares are of the step without a profiler; unaccounted is what is left of it.",
     )
-    for kind, figure in (("roofline", roofline_figure), ("memory", memory_figure)):
-        page.figure(f"{kind}-{n}", figure(record), f"{kind.capitalize()}: {title}")
-    rows = []
-    for name, engine in record["engines"].items():
-        for part in engine["parts"]:
-            flop = part.get("flop")
-            rate = flop / part["seconds"] / 1e9 if flop and part["seconds"] > 0 else None
-            rows.append(
-                [
-                    name,
-                    part["phase"],
-                    part["op"] or "-",
-                    part["direction"] or "-",
-                    f"{1e3 * part['seconds']:.2f}",
-                    f"{part['share']:.1%}",
-                    number(rate, ".0f"),
-                    number(part.get("share_of_limit"), ".0%"),
-                ]
-            )
+    for kind, draw in (("roofline", roofline), ("memory", memory)):
+        page.figure(f"{kind}-{n}", draw(record), f"{kind.capitalize()}: {title}")
+    parts = []
+    for name, part in ((n, p) for n, engine in record["engines"].items() for p in engine["parts"]):
+        seconds, flop = part["seconds"], part.get("flop")
+        parts.append(
+            [
+                name,
+                part["phase"],
+                part["op"] or "-",
+                part["direction"] or "-",
+                f"{1e3 * seconds:.2f}",
+                f"{part['share']:.1%}",
+                number(flop / seconds / 1e9 if flop and seconds > 0 else None, ".0f"),
+                number(part.get("share_of_limit"), ".0%"),
+            ]
+        )
     head = ["engine", "phase", "op", "direction", "ms", "share of step", "GFLOP/s", "of limit"]
-    page.table(head, rows)
+    page.table(head, parts)
 
 
-def _memory_section(page: Page, steps: list[Record]) -> None:
-    rows = [
-        [r["model"], f"{r['ratio']:.0%}", name, str(e["clips"]), r["precision"], f"{peak:.0f}"]
-        for r in steps
-        for name, e in r["engines"].items()
-        if (peak := e.get("peak_memory_mb"))
-    ]
-    if rows:
-        page.section("Memory", "Peak of a process of its own (CPU: resident; GPU: allocated).")
-        page.table(["model", "masked", "engine", "clips", "precision", "peak MB"], rows)
-
-
-def _all_section(page: Page, found: list[Record]) -> None:
+def _every_record(page: Page, found: list[Record], sources: list[str]) -> None:
     page.section("Every record", "All samples as they were recorded: median and spread.")
-    rows = [
+    every = [
         [
             record["what"],
             records.describe(record),
@@ -229,15 +193,14 @@ def _all_section(page: Page, found: list[Record]) -> None:
         if record["kind"] != "check"  # which has times, and no samples
         for name, samples in record.get("seconds", {}).items()
     ]
-    page.table(["what", "of", "name", "seconds", "spread", "samples", "commit"], rows)
-
-
-def _environment_section(page: Page, found: list[Record], sources: list[str]) -> None:
+    page.table(["what", "of", "name", "seconds", "spread", "samples", "commit"], every)
     page.section("Environment")
-    values: dict[str, dict[str, None]] = {}
-    for key, value in (pair for record in found for pair in record["environment"].items()):
-        values.setdefault(key, {})[str(value)] = None
-    page.table(["what", "found"], [[k, "; ".join(v)] for k, v in values.items()])
+    pairs = ((key, str(value)) for r in found for key, value in r["environment"].items())
+    values = [
+        [key, "; ".join(dict.fromkeys(value for _, value in group))]
+        for key, group in rows.grouped(pairs, itemgetter(0))
+    ]
+    page.table(["what", "found"], values)
     page.section(
         "How to repeat it",
         "On a quiet machine, at one of the commits above. Times differ from machine to machine; "
@@ -271,8 +234,3 @@ def _command(r: Record) -> str:
         case "losses":
             return f"python -m benchmarks.curves {model}"
     return "mae-fast bench ops"
-
-
-def _group_title(key: tuple) -> str:
-    model, strategy, precision, clips, _ = key
-    return f"{model}, {strategy} masking, {clips} clips, {precision}"

@@ -1,10 +1,9 @@
 """Tests of a classifier: every view of every video, once, and what their combinations score."""
 
-import html
 import io
 import json
 import logging
-from base64 import b64encode
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from mae_fast.classifier import VideoClassifier
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.files import write, writing
+from mae_fast.page import Page
 from mae_fast.tasks.clips import Views, normalised, numbers_of
 from mae_fast.tasks.config import FinetuneConfig, from_state, load
 
@@ -218,50 +218,45 @@ def save(
         checkpoint.write_tensors(folder / "logits.safetensors", tensors, names)
     write(folder / "results.json", json.dumps(results, indent=2))
     write(folder / "bad_videos.json", json.dumps(bad, indent=2))
-    write(folder / "index.html", page(results, logits, labels, rows, classes, bad))
+    write(folder / "index.html", page(results, logits, labels, rows, classes, bad).html())
 
 
-def page(results, logits, labels, rows, classes, bad) -> str:
+def page(results, logits, labels, rows, classes, bad) -> Page:
     """Accuracies, a confusion table, and the surest mistakes with a frame of each."""
     scores = (logits[:, :-1] if logits.shape[1] > 1 else logits).softmax(dim=-1).mean(dim=1)
-    table, known = confusion(scores, labels), html.escape
-    lines = [f"<tr><th>{known(k)}</th><td>{known(_said(v))}</td></tr>" for k, v in results.items()]
-    parts = ["<!doctype html><meta charset=utf-8><title>test</title><style>", STYLE, "</style>"]
-    parts += ["<h1>Test</h1><table>", *lines, "</table>"]
+    table, made = confusion(scores, labels), Page("Test", [])
+    made.section("Results")
+    made.table(["what", "found"], [[key, said(value)] for key, value in results.items()])
     if len(classes) <= 30:
-        head = "".join(f"<th>{known(c)}</th>" for c in classes)
-        body = "".join(
-            f"<tr><th>{known(c)}</th>{''.join(f'<td>{int(n)}</td>' for n in row)}</tr>"
-            for c, row in zip(classes, table, strict=True)
-        )
-        parts.append(f"<h2>Confusion: rows are labels</h2><table><tr><th></th>{head}</tr>{body}")
+        made.section("Confusion", "Rows are labels.")
+        counts = ([name, *map(str, row)] for name, row in zip(classes, table.tolist(), strict=True))
+        made.table(["", *classes], counts)
     else:
         off = table.clone().fill_diagonal_(0).flatten().topk(20)
-        pairs = (divmod(int(i), len(classes)) for n, i in zip(*off, strict=True) if n)
-        body = "".join(
-            f"<tr><td>{known(classes[a])}</td><td>{known(classes[b])}</td>"
-            f"<td>{int(table[a, b])}</td></tr>"
-            for a, b in pairs
-        )
-        parts.append(f"<h2>Most often taken for another</h2><table>{body}")
-    parts.append("</table><h2>The surest mistakes</h2>")
+        pairs = [(divmod(int(i), len(classes)), int(n)) for n, i in zip(*off, strict=True) if n]
+        made.section("Most often taken for another")
+        pairs = [[classes[a], classes[b], str(n)] for (a, b), n in pairs]
+        made.table(["label", "taken for", "videos"], pairs)
+    made.section("The surest mistakes")
     wrong = scores.argmax(dim=1) != labels
     sure = torch.where(wrong, scores.amax(dim=1).nan_to_num(-1), -1.0)
     for i in sure.argsort(descending=True)[:_WORST].tolist():
         if sure[i] > 0:
-            said = f"{classes[scores[i].argmax()]} ({sure[i]:.0%}), is {classes[labels[i]]}"
-            parts.append(f"<figure>{frames_of(rows[i])}<figcaption>{known(rows[i].path)}: "
-                         f"{known(said)}</figcaption></figure>")  # fmt: skip
-    parts += [f"<p>bad, counted as wrong: {known(p)}: {known(r)}</p>" for p, r in bad]
-    return "\n".join(parts).encode("utf-8", "replace").decode()
+            taken = f"{classes[scores[i].argmax()]} ({sure[i]:.0%}), is {classes[labels[i]]}"
+            made.image(frames_of(rows[i]), "jpeg", f"{rows[i].path}: {taken}")
+    made.text(*(f"bad, counted as wrong: {path}: {reason}" for path, reason in bad))
+    return made
 
 
-def _said(value: Any) -> str:
-    return f"{value:.2%}" if isinstance(value, float) else str(value)
+def said(value: Any) -> str:
+    """A result on a page."""
+    if not isinstance(value, float):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.2%}"
 
 
-def frames_of(row: VideoRow) -> str:
-    """Three frames of a video, as an <img>."""
+def frames_of(row: VideoRow) -> bytes:
+    """Three frames of a video, as a JPEG; nothing of a bad one."""
     from PIL import Image
 
     from mae_fast.data import BadVideo, VideoReader
@@ -271,12 +266,7 @@ def frames_of(row: VideoRow) -> str:
             at = [row.start + int(row.frames * x) for x in (0.1, 0.5, 0.9)]
             frames = reader.read(at, 112)
     except (BadVideo, IndexError):
-        return ""
+        return b""
     buffer = io.BytesIO()
     Image.fromarray(torch.cat(list(frames), dim=1).numpy()).save(buffer, "JPEG")
-    return f"<img src='data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}'>"
-
-
-STYLE = """body { font: 15px system-ui; max-width: 60rem; margin: auto; padding: 1rem }
-table { border-collapse: collapse } td, th { padding: 0.2rem 0.6rem; text-align: left }
-img { max-width: 100% }"""
+    return buffer.getvalue()

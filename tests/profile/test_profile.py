@@ -18,9 +18,8 @@ from mae_fast.ops.work import Work
 from mae_fast.profile import labels, memory
 from mae_fast.profile import step as step_module
 from mae_fast.profile.memory import timeline
-from mae_fast.profile.step import parts, profile
+from mae_fast.profile.step import least, parts, profile
 from mae_fast.profile.trace import Where, trace
-from mae_fast.profile.work import least
 
 SETTING = Setting("cpu", "fp32", 0)
 ENGINES = ["mae_fast", "official_eager", "official_sdpa", "transformers_sdpa"]
@@ -41,7 +40,7 @@ def test_every_moment_has_a_place(engine):
     assert sum(row.seconds for row in found.rows.values()) == pytest.approx(found.seconds)
     assert abs(found.phases()["idle"]) < 1e-6
     # What has a formula was seen, forward and backward.
-    expected = {w for w, work in least(engine, cell.cfg, 2, cell.masking).items() if any(work)}
+    expected = {w for w, work in least(cell, 2, torch.float32).items() if any(work)}
     assert expected <= found.rows.keys()
     linears = {"encoder": 12, "decoder": 14}  # of 2 blocks of 6; decoder_embed and the head
     for phase, count in linears.items():
@@ -93,7 +92,7 @@ def test_backward_is_put_where_forward_was():
 def test_work_is_all_flop_of_the_step(masked):
     for engine, flop in (("mae_fast", step_flop), ("official_eager", official_step_flop)):
         cell = Cell("quick", "random", masked, engine)
-        todo = sum(least(engine, cell.cfg, 2, cell.masking).values(), Work())
+        todo = sum(least(cell, 2, torch.float32).values(), Work())
         if engine == "mae_fast":
             ratio = masked or engines.BASE_RATIO
             assert todo.flop == flop(cell.cfg, 2, ratio, encode_all=not masked)
@@ -110,7 +109,7 @@ def test_limits():
 def test_parts_add_up_to_the_step():
     cell, built, step = built_step("mae_fast")
     found = [trace(built, step) for _ in range(3)]
-    told = parts(found, 1.0, least("mae_fast", cell.cfg, 2, cell.masking), 1e11, 1e10)
+    told = parts(found, 1.0, least(cell, 2, torch.float32), 1e11, 1e10)
     assert sum(part["seconds"] for part in told) == pytest.approx(1.0)
     assert told[-1]["phase"] == "unaccounted"
     linear = next(p for p in told if (p["phase"], p["op"]) == ("decoder", "linear"))

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from mae_fast import figures
 from mae_fast.data import BadVideo
-from mae_fast.report.page import Page
+from mae_fast.page import Page
 from mae_fast.tasks.ava.clips import WholeFrames
 from mae_fast.tasks.ava.evaluate import iou
 from mae_fast.tasks.config import FinetuneConfig
+from mae_fast.tasks.score import said
 
 WORST, SHOWN, LISTED = 12, 3, 200
 TRUE, FOUND = "#1a9850", "#e6550d"  # the page turns black and white into its own colours
@@ -24,10 +26,10 @@ def page(
                 "papers; chance on these boxes is "
                 f"{results['mAP_chance']:.2%}."])  # fmt: skip
     made.section("Results")
-    made.table(["what", "found"], [[k, _said(v)] for k, v in results.items()])
+    made.table(["what", "found"], [[k, said(v)] for k, v in results.items()])
     made.section("Classes", "A class without a box in the truth does not count.")
     rows = [
-        [name, *(_said(row[k]) for k in ("ap", "activitynet")), str(row["boxes"])]
+        [name, *(said(row[k]) for k in ("ap", "activitynet")), str(row["boxes"])]
         for name, row in table.items()
     ]
     made.table(["class", "AP", "AP, activitynet", "true boxes"], rows)
@@ -79,12 +81,10 @@ def worst(test, scores: Sequence[np.ndarray], count: int = WORST) -> list[int]:
 
 def draw(picture: np.ndarray, test, scores: Sequence[np.ndarray], i: int):
     """A frame [H, W, 3] with the true boxes and those that were tested, as a figure."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     height, width = picture.shape[:2]
-    figure = Figure(figsize=(7, 7 * height / width), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = figures.figure(7, 7 * height / width)
     axis.imshow(picture, interpolation="nearest", extent=(0, width, height, 0))  # edges
     axis.set_axis_off()
     how = dict(fontsize=8, color="#fffffe", clip_on=True)
@@ -100,12 +100,6 @@ def draw(picture: np.ndarray, test, scores: Sequence[np.ndarray], i: int):
         box(corners, TRUE, "-", ", ".join(test.names[c] for c in sorted(classes)), below=False)
     for person, row in zip(test.keyframes.people[i], scores[i], strict=True):
         best = sorted(test.names, key=lambda c: -row[c - 1])[:SHOWN]
-        said = "\n".join(f"{test.names[c]} {row[c - 1]:.2f}" for c in best)
-        box(person.box, FOUND, "--", said, below=True)
+        text = "\n".join(f"{test.names[c]} {row[c - 1]:.2f}" for c in best)
+        box(person.box, FOUND, "--", text, below=True)
     return figure
-
-
-def _said(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return "-" if np.isnan(value) else f"{value:.2%}"

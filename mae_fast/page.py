@@ -1,5 +1,6 @@
-"""The page: HTML, CSS and a little JavaScript in one file that asks no network for anything."""
+"""A page: HTML, CSS and a little JavaScript in one file that asks no network for anything."""
 
+import base64
 import html
 import io
 import re
@@ -13,7 +14,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 nav a { margin-right: .8rem } p.note { opacity: .75; font-size: .9rem }
 figure { margin: 1rem 0 } figure { overflow-x: auto }
 figure svg { display: block; width: 100%; height: auto; min-width: 34rem; max-width: 56rem }
-svg text { fill: currentColor }
+svg text { fill: currentColor } img { max-width: 100% }
 figcaption { font-size: .9rem; opacity: .8 }
 .wide { overflow: auto; max-height: 36rem; border: 1px solid var(--line) }
 table { border-collapse: collapse; font-size: .85rem; width: 100% }
@@ -124,12 +125,22 @@ class Page:
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
+    def image(self, content: bytes, kind: str, caption: str) -> None:
+        """A picture or a film of a file's content, where there is any, of the kind that its name's
+        end says."""
+        data, said = base64.b64encode(content).decode(), html.escape(caption)
+        image = f'<img alt="{said}" src="data:image/{kind};base64,{data}">' if data else ""
+        self.parts.append(f"<figure>{image}<figcaption>{said}</figcaption></figure>")
+
+    def text(self, *paragraphs: str) -> None:
+        self.parts += [f"<p>{html.escape(text)}</p>" for text in paragraphs]
+
     def code(self, text: str) -> None:
         self.parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def html(self) -> str:
-        """The whole document."""
-        parts = "\n".join(self.parts)
+        """The whole document; what is no text in a file's name stands as ?."""
+        parts = "\n".join(self.parts).encode("utf-8", "replace").decode()
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
