@@ -50,6 +50,7 @@ to record: take the lowest. Every engine here has the C library's malloc as it i
 ratios to others are smaller: page faults are a greater part of theirs.
 """
 EAGER, FUSED, PEER = "official_eager", "official_sdpa_fused_adamw", "transformers_sdpa"
+AMX = ("videomae_base", PEER), ("videomae_base", f"{PEER}_fp32"), ("vit_base", f"{EAGER}_fp32")
 
 
 def main(argv: list[str]) -> int:
@@ -139,7 +140,7 @@ def targets_table(ladder: list[dict], ops: list[dict]) -> str:
         (f"{share_of} torch's sgemm", "85%", rates, reached("torch_mm")),
     ]
     text = "**Targets**, ViT-B, 2 clips, 90% masked, fp32, CPU; the newest record of each."
-    if all_times := _all_times(ladder):
+    if all_times := _times(ladder, "vit_base", EAGER):
         text += (
             f" A step against official eager, all {len(all_times)} records of any machine and "
             f"commit: {', '.join(f'{x:.1f}x' for x in all_times)}."
@@ -151,7 +152,7 @@ def headline(results: Path) -> str:
     """The README's lines: a step where it was measured, and how much that moves."""
     ladder = read(results / "ladder.jsonl")
     base, fused = (_newest(ladder, "vit_base", engine) for engine in (EAGER, FUSED))
-    times = _all_times(ladder)
+    times = _times(ladder, "vit_base", EAGER)
     if not base or not fused:
         return "A training step of ViT-B is **unmeasured**."
     return (
@@ -174,19 +175,20 @@ def _faster(name: str, key: str = "") -> Callable[[dict], float]:
     return of
 
 
-def _of(ladder: list[dict], model: str, engine: str) -> list[dict]:
-    """The records of a model at 2 clips, 90% and fp32 that have the engine."""
-    key, of = (model, 2, 0.9, "fp32"), itemgetter("model", "batch_clips", "ratio", "precision")
-    return [r for r in ladder if of(r) == key and engine in r["seconds"]]
+def _of(records: list[dict], model: str, engine: str, precision: str = "fp32") -> list[dict]:
+    """The records of a model's steps at 2 clips and 90% that have the engine."""
+    key, of = (model, 2, 0.9, precision), itemgetter("model", "batch_clips", "ratio", "precision")
+    steps = (r for r in records if r["kind"] != "op")
+    return [r for r in steps if of(r) == key and engine in r["seconds"]]
 
 
-def _newest(ladder: list[dict], model: str, engine: str) -> dict | None:
-    return next(reversed(_of(ladder, model, engine)), None)
+def _newest(records: list[dict], model: str, engine: str) -> dict | None:
+    return next(reversed(_of(records, model, engine)), None)
 
 
-def _all_times(ladder: list[dict]) -> list[float]:
-    """Official eager's step over ours, of every record of ViT-B at 2 clips, 90%, fp32; sorted."""
-    return sorted(map(_faster(EAGER), _of(ladder, "vit_base", EAGER)))
+def _times(records: list[dict], model: str, engine: str, precision: str = "fp32") -> list[float]:
+    """An engine's step over ours, by every record of both, the least first."""
+    return sorted(map(_faster(engine), _of(records, model, engine, precision)))
 
 
 def engines_table(
@@ -220,9 +222,6 @@ def amx_tables(records: list[dict]) -> list[str]:
     if not steps:
         return []
 
-    def least(model: str, engine: str, of: list[dict] = records) -> float | None:
-        return next(iter(_amx_steps(of, model, engine)), None)
-
     def attention(width: int) -> dict | None:
         """The longest forward and backward of a head dim."""
         both = (r for r in ops if r["direction"] == "forward_backward")
@@ -232,12 +231,13 @@ def amx_tables(records: list[dict]) -> list[str]:
     def over_vectors(r: dict) -> float:
         return ratio(r["seconds"]["cpp"], r["seconds"]["amx"])
 
-    as_it_is = least("vit_base", f"{EAGER}_fp32", [r for r in records if not malloc(r)])
-    bf16, fp32 = (least("videomae_base", engine) for engine in (PEER, f"{PEER}_fp32"))
+    as_it_is = [r for r in records if not malloc(r)]
+    of = zip((records, records, as_it_is), AMX, strict=True)
+    bf16, fp32, published = (_times(some, *what, "bf16") or None for some, what in of)
     rows = [
-        ("VideoMAE-B, against transformers' SDPA in bf16", 1.5, bf16, float),
-        ("the same, in fp32", 2.8, fp32, float),
-        ("ViT-B, against official eager in fp32, as published", 5.0, as_it_is, float),
+        ("VideoMAE-B, against transformers' SDPA in bf16", 1.5, bf16, min),
+        ("the same, in fp32", 2.8, fp32, min),
+        ("ViT-B, against official eager in fp32, as published", 5.0, published, min),
         ("attention d=64, against the vectors' kernel", 3.5, attention(64), over_vectors),
         ("attention d=32, against the vectors' kernel", 2.7, attention(32), over_vectors),
     ]
@@ -257,14 +257,8 @@ def amx_tables(records: list[dict]) -> list[str]:
     return [
         section(text, records, TARGET, [target(*row) for row in rows]),
         *ladder_tables(steps),
-        f"**Attention in bf16**, {where(ops)}.\n\n" + section("", [], head, times),
+        section("**Attention in bf16**, medians.", ops, head, times),
     ]
-
-
-def _amx_steps(records: list[dict], model: str, engine: str) -> list[float]:
-    """An engine's step over ours in bf16, by every record of both, the least first."""
-    steps = (r for r in records if r["kind"] == "ratio" and r["model"] == model)
-    return sorted(_faster(engine)(r) for r in steps if engine in r["seconds"])
 
 
 def _amx_line(records: list[dict]) -> str:
@@ -273,12 +267,7 @@ def _amx_line(records: list[dict]) -> str:
         return ""
     peer, fp32, official = (
         " to ".join(f"{x:.1f}x" for x in sorted({found[0], found[-1]}))
-        for what in (
-            ("videomae_base", PEER),
-            ("videomae_base", f"{PEER}_fp32"),
-            ("vit_base", f"{EAGER}_fp32"),
-        )
-        if (found := _amx_steps(records, *what))
+        for found in (_times(records, *what, "bf16") for what in AMX)
     )
     return (
         f"**In bf16 on 2 CPU cores with AMX**: VideoMAE-B **{peer}** transformers' with SDPA in "
@@ -307,10 +296,10 @@ def ratio_tables(records: list[dict]) -> list[str]:
         for masked, some in grouped(cells, itemgetter("ratio")):
             at, limit = {c["engine"]: c for c in some}, f"{some[0]['flop_limit']:.1f}x"
             shown = [at.get(name) for name in engines]
-            rows.append([f"{masked:.0%}", limit, *(_clip(c) for c in shown)])
+            rows.append([f"{masked:.0%}", limit, *map(_clip, shown)])
             if any(c["data"] for c in some):
-                loading = (c and c["data"] and c | _as_cell(c["data"]) for c in shown)
-                rows.append([f"{masked:.0%}, with loading", limit, *map(_clip, loading)])
+                loading = (_clip(c, loading=True) for c in shown)
+                rows.append([f"{masked:.0%}, with loading", limit, *loading])
         words = (
             f"**What masking buys**, {model}, {strategy}, {cells[0]['precision']}: seconds a clip, "
             "and how many times less than the same engine at 0% (`mae-fast bench ratio`; ! spread "
@@ -321,22 +310,13 @@ def ratio_tables(records: list[dict]) -> list[str]:
     return parts
 
 
-def _as_cell(data: dict) -> dict:
-    """Steps with loading, in the terms of those without."""
-    less = data.get("against_itself_at_0")
-    return {
-        "seconds_a_clip": data["seconds_a_clip"],
-        "noisy": data["spread"] > NOISY,
-        "against_itself_at_0": less and {"times": less},
-    }
-
-
-def _clip(cell: dict | None) -> str:
-    if not cell:
+def _clip(cell: dict | None, loading: bool = False) -> str:
+    of = cell and (cell["data"] if loading else cell)
+    if not of:
         return "unmeasured"
-    less = cell["ratio"] and cell["against_itself_at_0"]
-    times = f", {less['times']:.2f}x" if less else ""
-    return f"{cell['seconds_a_clip']:.2f}{'!' * cell['noisy']}{times}"
+    less = of.get("against_itself_at_0") if cell["ratio"] else None
+    times = f", {less if loading else less['times']:.2f}x" if less else ""
+    return f"{of['seconds_a_clip']:.2f}{'!' * (of['spread'] > NOISY)}{times}"
 
 
 def ops_table(records: list[dict]) -> str:

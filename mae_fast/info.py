@@ -4,6 +4,7 @@ import json as jsonlib
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from mae_fast.environment import PACKAGES, devices, version
@@ -55,11 +56,16 @@ def collect() -> dict[str, dict[str, str]]:
             **{name: version(name) for name in PACKAGES},
         },
         "devices": devices(),
-        "decoders": _decoders(),
-        "ops": _ops(),
-        "backends": _backends(),
+        **{of.__name__[1:]: _told(of) for of in (_decoders, _ops, _backends)},
         "optional libraries": optional,
     }
+
+
+def _told(of: Callable[[], dict[str, str]]) -> dict[str, str]:
+    try:
+        return of()
+    except Exception as e:
+        return {"error": f"{type(e).__name__}: {e}"}
 
 
 def _optional(distribution: str) -> str:
@@ -90,23 +96,18 @@ def _reasons() -> dict[str, str | None]:
 
 def _ops() -> dict[str, str]:
     """The backends that each op takes on this CPU, and why others before them do not run."""
-    try:
-        from mae_fast.ops import OPS
-        from mae_fast.ops.dispatch import PARTIAL
+    from mae_fast.ops import OPS
+    from mae_fast.ops.dispatch import PARTIAL
 
-        reasons = _reasons()
-    except Exception as e:
-        return {"error": f"{type(e).__name__}: {e}"}
-    found = {}
+    reasons, found = _reasons(), {}
     for op in OPS.values():
         taken, declined = [], []
         for backend in op.backends:
             if reasons.get(backend):
                 declined.append(f"not {backend}: {reasons[backend]}")
-            elif backend in PARTIAL:
-                taken.append(f"{backend} {PARTIAL[backend]}")
-            else:
-                taken.append(backend)
+                continue
+            taken.append(f"{backend} {PARTIAL.get(backend, '')}".strip())
+            if backend not in PARTIAL:
                 break
         found[op.name] = "; ".join([", else ".join(taken), *declined])
     return found
@@ -114,16 +115,10 @@ def _ops() -> dict[str, str]:
 
 def _backends() -> dict[str, str]:
     """Each backend of any op: "runs here", or why it does not."""
-    try:
-        return {name: reason or "runs here" for name, reason in _reasons().items()}
-    except Exception as e:
-        return {"error": f"{type(e).__name__}: {e}"}
+    return {name: reason or "runs here" for name, reason in _reasons().items()}
 
 
 def _decoders() -> dict[str, str]:
-    try:
-        from mae_fast.data.decode import decoders
+    from mae_fast.data.decode import decoders
 
-        return {name: str(value) for name, value in decoders().items()}
-    except Exception as e:
-        return {"error": f"{type(e).__name__}: {e}"}
+    return {name: str(value) for name, value in decoders().items()}

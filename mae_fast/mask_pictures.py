@@ -60,12 +60,11 @@ def _figure(rows: list[tuple[str, MaskConfig, int]], grid: Grid, seed: int):
         kinds = torch.full((t * h * w,), 2, device="cpu")
         for kind, ids in enumerate(drawn):
             kinds[ids[0].long()] = kind
-        for step, axes in enumerate(line):
-            picture = kinds.view(grid)[step].numpy()
-            axes.imshow(picture, cmap=ListedColormap(_COLOURS), vmin=0, vmax=2)
-            axes.set(xticks=[], yticks=[])
+        for axis, picture in zip(line, kinds.view(grid).numpy(), strict=True):
+            axis.imshow(picture, cmap=ListedColormap(_COLOURS), vmin=0, vmax=2)
+            axis.set(xticks=[], yticks=[])
         label = name.replace(", ", "\n").replace("decoder ", "decoder\n")
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    for step, axes in enumerate(panels[0]):
-        axes.set_title(f"t = {step}", fontsize=8)
+    for step, axis in enumerate(panels[0]):
+        axis.set_title(f"t = {step}", fontsize=8)
     return drawing
