@@ -9,6 +9,7 @@ import json as jsonlib
 import math
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,22 +112,22 @@ def plan(
 
         found = ava(step, epochs)
         said = tell_ava(model, found)
-    elif task == "pretrain":
-        found = {"model": model} | predict(step, model, rate_of(data_rate))
-        run = _run(found, epochs * _videos(dataset))
-        paid = run["gpu_hours"] * price if price else None
-        found["run"] = {"epochs": epochs, "dataset": dataset, **run, "cost": paid}
-        found["ceilings"] = {k: v for k, v in where._asdict().items() if k != "name"}
-        found["measured"] = measured(results, found)
-        found["paper"] = PAPER if model == PAPER["model"] else None
-        if output:
-            draw(output, where, found["batch_clips"], epochs, dataset)
-        said = tell(found)
     else:
-        found = {"model": model, "task": task} | downstream(step, rate_of(data_rate))
-        clips = views * _videos(dataset, TESTS) if task == "test" else _videos(dataset)
-        found["run"] = _run(found, clips * (epochs if task == "finetune" else 1))
-        said = tell_downstream(found, price)
+        rate, videos = rate_of(data_rate), _videos(dataset, TESTS if task == "test" else VIDEOS)
+        found = {"model": model, "task": task}
+        found |= predict(step, model, rate) if task == "pretrain" else downstream(step, rate)
+        clips = videos * {"test": views, "features": 1}.get(task, epochs)
+        hours = clips / found["clips_per_second"] / 3600
+        found["run"] = {"clips": clips, "hours": hours, "gpu_hours": hours * gpus}
+        found["run"]["cost"] = hours * gpus * price if price else None
+        if task == "pretrain":
+            found["run"] |= {"epochs": epochs, "dataset": dataset}
+            found["ceilings"] = {k: v for k, v in where._asdict().items() if k != "name"}
+            found["measured"] = measured(results, found)
+            found["paper"] = PAPER if model == PAPER["model"] else None
+        if output:
+            draw(output, where, found["batch_clips"], epochs * videos)
+        said = tell(found)
     print(jsonlib.dumps(found, indent=2) if json else said)
 
 
@@ -153,11 +154,6 @@ def _told(step: cost.Step, data_rate: float, compute: float) -> dict[str, Any]:
         },
         "clips_per_second": step.gpus * step.clips / seconds,
     }
-
-
-def _run(found: dict[str, Any], clips: float) -> dict[str, float]:
-    hours = clips / found["clips_per_second"] / 3600
-    return {"clips": clips, "hours": hours, "gpu_hours": hours * found["gpus"]}
 
 
 def predict(step: cost.Step, model: str, data_rate: float) -> dict[str, Any]:
@@ -232,23 +228,6 @@ def downstream(step: cost.Step, data_rate: float) -> dict[str, Any]:
     return found | {"memory_mb": held}
 
 
-def tell_downstream(found: dict[str, Any], price: float) -> str:
-    """The prediction in words."""
-    run = found["run"]
-    paid = f", cost {run['gpu_hours'] * price:.0f}" if price else ""
-    lines = [
-        _head(found, f"{found['task']} of {found['model']}", " at first"),
-        *(f"    {part:24} {1e3 * s:8.1f} ms" for part, s in found["step"]["parts"].items()),
-        f"    {'the step':24} {1e3 * found['step']['seconds']:8.1f} ms",
-        f"  speed             {found['clips_per_second']:.1f} clips/s",
-        f"  run               {run['clips'] / 1e6:.2f} M clips: {run['hours']:.1f} h, "
-        f"{run['gpu_hours']:.0f} device-hours{paid}",
-    ]
-    if found["memory_mb"]:
-        lines.append(f"  memory            {found['memory_mb'] / 1024:.1f} GiB")
-    return "\n".join(lines)
-
-
 def this_device() -> cost.Device:
     """This machine's CPU: the rate of the engine's own products and of copies, measured now."""
     import torch
@@ -288,77 +267,60 @@ def measured(folder: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _head(found: dict[str, Any], what: str, when: str = "") -> str:
-    masked = f", {found['ratio']:.0%} masked{when}" if found["ratio"] or not when else ""
-    return (
-        f"{what}{masked}, {found['gpus']} x {found['device']}, {found['batch_clips']} clips each, "
-        f"{found['precision']}: predicted, not measured"
-    )
-
-
 def tell(found: dict[str, Any]) -> str:
     """The prediction in words and tables."""
-    step, memory, run, loader = (found[k] for k in ("step", "memory", "run", "loader"))
+    step, run, all_clips = found["step"], found["run"], found["gpus"] * found["batch_clips"]
+    what, masked = found["model"], f", {found['ratio']:.0%} masked"
+    if found["task"] == "pretrain":
+        what = f"{what} ({found['variant']})"
+    else:
+        what, masked = f"{found['task']} of {what}", f"{masked} at first" if found["ratio"] else ""
     lines = [
-        _head(found, f"{found['model']} ({found['variant']})"),
+        f"{what}{masked}, {found['gpus']} x {found['device']}, {found['batch_clips']} clips each, "
+        f"{found['precision']}: predicted, not measured",
         "",
-        f"  parameters        {found['parameters'] / 1e6:.1f} M",
-        f"  forward           {found['forward_gflops']:.1f} GFLOP a clip, "
-        f"{found['flop_speedup']:.1f}x less than at 0% (official count)",
-        f"  memory            {memory['peak_mb'] / 1024:.1f} GiB of "
-        f"{found['ceilings']['memory'] / 2**30:.0f}; {memory['a_clip_mb']:.0f} MiB a clip, at "
-        f"most {memory['greatest_batch']} clips",
-        "",
-        "  GFLOP a clip             official fwd      bwd  |  done fwd      bwd",
+        *(_model(found) if "parameters" in found else ()),
+        "  step, by part               ms   share",
     ]
-    for part, flop in found["gflop_a_clip"].items():
-        a, b, c, d = flop.values()
-        lines.append(f"    {part:24} {a:10.1f} {b:8.1f}  | {c:9.1f} {d:8.1f}")
-    lines += ["", "  step, by part               ms   share"]
     for part, seconds in step["parts"].items():
         lines.append(f"    {part:24} {1e3 * seconds:8.1f} {seconds / step['compute']:6.0%}")
-    target = found["target"]
-    if target["name"] in _COSTS:
-        more = target["seconds_more"] / (step["compute"] - target["seconds_more"])
-        lines[5:5] = [
-            f"  target            {target['name']}: {_COSTS[target['name']]}",
-            f"                    {more:+.0%} of a step and {target['memory_more_mb'] / 1024:+.1f} "
-            f"GiB against pixels; the loss is in {target['unit']}",
-        ]
-    per_device = found["clips_per_second"] / found["gpus"]
     bound = {"loader": "the loader"}.get(step["bound_by"], step["bound_by"])
+    of = f" ({run['epochs']:g} epochs of {run['dataset']})" if found["task"] == "pretrain" else ""
     lines += [
         f"    {'compute':24} {1e3 * step['compute']:8.1f}",
         f"    {'communication':24} {1e3 * step['communication']:8.1f}, not hidden "
         f"{1e3 * step['communication_not_hidden']:.1f}",
         f"    {'the step':24} {1e3 * step['seconds']:8.1f}, bound by {bound}",
         "",
-        f"  speed             {found['clips_per_second']:.1f} clips/s, {per_device:.1f} a device",
-        f"  run               {run['clips'] / 1e6:.1f} M clips ({run['epochs']:g} epochs of "
-        f"{run['dataset']}): {run['hours']:.1f} h, {run['gpu_hours']:.0f} device-hours"
+        f"  speed             {found['clips_per_second']:.1f} clips/s, "
+        f"{found['clips_per_second'] / found['gpus']:.1f} a device",
+        f"  run               {run['clips'] / 1e6:.2f} M clips{of}: {run['hours']:.1f} h, "
+        f"{run['gpu_hours']:.0f} device-hours"
         + (f", cost {run['cost']:.0f}" if run["cost"] else ""),
-        f"  loader            {loader['clips_per_second_a_node']:.0f} clips/s a node, "
-        f"{loader['decode_cores_a_node']:.0f} cores that decode at "
-        f"{loader['decode_seconds_a_clip'] * 1e3:.0f} ms a clip",
     ]
-    if "gpus_of_use" in found:
-        shares = list(found["efficiency_by_gpus"].items())[:12]
+    if found.get("memory_mb"):
+        lines.append(f"  memory            {found['memory_mb'] / 1024:.1f} GiB")
+    if loader := found.get("loader"):
         lines.append(
-            f"  GPUs              {found['gpus'] * found['batch_clips']} clips a step keep "
-            f"{found['gpus_of_use']} busy to {OF_USE:.0%}; by number: "
-            + ", ".join(f"{n} {x:.0%}" for n, x in shares)
+            f"  loader            {loader['clips_per_second_a_node']:.0f} clips/s a node, "
+            f"{loader['decode_cores_a_node']:.0f} cores that decode at "
+            f"{loader['decode_seconds_a_clip'] * 1e3:.0f} ms a clip"
         )
-    a_clip = step["seconds"] / found["batch_clips"]
-    for row in found["measured"][-3:]:
-        seen = row["seconds"] / row["batch_clips"]
+    if shares := found.get("efficiency_by_gpus"):
+        by_number = ", ".join(f"{n} {x:.0%}" for n, x in list(shares.items())[:12])
+        lines.append(
+            f"  GPUs              {all_clips} clips a step keep {found['gpus_of_use']} busy to "
+            f"{OF_USE:.0%}; by number: {by_number}"
+        )
+    for row in found.get("measured", [])[-3:]:
+        times = step["seconds"] / found["batch_clips"] / (row["seconds"] / row["batch_clips"])
         lines.append(
             f"  measured          {row['seconds']:.3g} s a step of {row['batch_clips']} clips "
-            f"(commit {row['commit']}); a clip is predicted {a_clip / seen - 1:+.0%}"
+            f"(commit {row['commit']}); a clip is predicted {times - 1:+.0%}"
         )
-    if not found["measured"]:
+    if "measured" in found and not found["measured"]:
         lines.append("  measured          nothing yet on this device")
-    if found["paper"]:
-        p = found["paper"]
+    if p := found.get("paper"):
         lines.append(
             f"  the paper's       {p['ratio']:.0%}, {p['gpus']} {p['device']}, official code: "
             f"{p['compute_hours']} h of compute, {p['with_data_hours']} h with loading; "
@@ -367,10 +329,37 @@ def tell(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str) -> None:
+def _model(found: dict[str, Any]) -> Iterator[str]:
+    """Lines on the model, whatever it takes: parameters, target, FLOP, memory."""
+    held, target, compute = found["memory"], found["target"], found["step"]["compute"]
+    yield f"  parameters        {found['parameters'] / 1e6:.1f} M"
+    yield (
+        f"  forward           {found['forward_gflops']:.1f} GFLOP a clip, "
+        f"{found['flop_speedup']:.1f}x less than at 0% (official count)"
+    )
+    yield (
+        f"  memory            {held['peak_mb'] / 1024:.1f} GiB of "
+        f"{found['ceilings']['memory'] / 2**30:.0f}; {held['a_clip_mb']:.0f} MiB a clip, at most "
+        f"{held['greatest_batch']} clips"
+    )
+    if target["name"] in _COSTS:
+        more = target["seconds_more"] / (compute - target["seconds_more"])
+        yield f"  target            {target['name']}: {_COSTS[target['name']]}"
+        yield (
+            f"                    {more:+.0%} of a step and {target['memory_more_mb'] / 1024:+.1f} "
+            f"GiB against pixels; the loss is in {target['unit']}"
+        )
+    yield from ("", "  GFLOP a clip             official fwd      bwd  |  done fwd      bwd")
+    for part, flop in found["gflop_a_clip"].items():
+        a, b, c, d = flop.values()
+        yield f"    {part:24} {a:10.1f} {b:8.1f}  | {c:9.1f} {d:8.1f}"
+    yield ""
+
+
+def draw(path: str, device: cost.Device, batch: int, clips: float) -> None:
     """Device-hours against the masking ratio, by model, with the paper's points."""
     figure, axis = figures.figure(7, 4.5)
-    clips, ratios = epochs * _videos(dataset), [r / 100 for r in range(0, 100, 5)]
+    ratios = [r / 100 for r in range(0, 100, 5)]
     for model in DRAWN:
         cfg = make_preset(model)
         steps = (cost.Step(cfg, batch, r, device) for r in ratios)
@@ -386,8 +375,8 @@ def draw(path: str, device: cost.Device, batch: int, epochs: float, dataset: str
             color="black",
             label=f"the paper, ViT-L, {PAPER['device']}, {what.replace('_', ' ')}",
         )
-    axis.set(xlabel="masked share", ylabel="device-hours", yscale="log")
-    axis.set_title(f"{clips / 1e6:.0f} M clips; lines are predictions, loading not included")
+    title = f"{clips / 1e6:.0f} M clips; lines are predictions, loading not included"
+    axis.set(xlabel="masked share", ylabel="device-hours", yscale="log", title=title)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figures.write_figure(path, figure, dpi=130)
