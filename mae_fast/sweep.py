@@ -89,8 +89,8 @@ def sweep(
             $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT; the last to end writes the table.
         device: of the prediction.
         gpus: of the prediction.
-        dataset: of the prediction, where the configuration names no index: k400, k600, k700, ssv2,
-            or a number of videos.
+        dataset: of the prediction, where the configuration names no index: k400, ssv2, or a number
+            of videos.
         price: of one device for an hour, in any currency.
     """
     require(gpus > 0, "--gpus must be positive", gpus)
