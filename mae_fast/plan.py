@@ -185,7 +185,7 @@ def predict(step: cost.Step, model: str, data_rate: float) -> dict[str, Any]:
             "name": cfg.target,
             "unit": cfg.loss_unit,
             "seconds_more": step.compute - pixels.compute,
-            "memory_more_mb": (held.peak - memory.memory(pixels.cfg, batch, ratio, p).peak) / 2**20,
+            "memory_more_mb": (held.peak - pixels.held().peak) / 2**20,
         },
         "forward_gflops": forward_flop(cfg, ratio) / 1e9,
         "flop_speedup": forward_flop(cfg, 0) / forward_flop(cfg, ratio),

@@ -46,13 +46,6 @@ device = "cpu"
 """
 
 
-@pytest.fixture(scope="module")
-def index(folder, tmp_path_factory):
-    path = tmp_path_factory.mktemp("index") / "i.jsonl"
-    build_index([folder], path, progress=False)
-    return path
-
-
 @pytest.fixture
 def made(index, tmp_path, monkeypatch):
     """make(text of a sweep) -> its file; the runs are tiny, and the machine is not timed."""

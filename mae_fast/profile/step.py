@@ -4,7 +4,7 @@ import contextlib
 import json as jsonlib
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -92,25 +92,51 @@ def profile(
 def measure(
     cells: list[Cell], setting: Setting, clips: int, folder: Path, videos: str, workers: int
 ) -> dict[str, Any]:
-    """The record: steps without a profiler, and with it, beside the machine's limits. Traces and
-    snapshots go into `folder`."""
-    limits = machine.limits(cells[0].model == QUICK, setting.device, setting.dtype)
-    built = {cell.engine: build(cell, setting) for cell in cells}
+    """The record: steps without a profiler, and with it, beside the machine's limits. On random
+    clips engines and limits take turns. With loading it is one engine after the other, since two
+    loaders would share the cores. Traces and snapshots go into `folder`."""
+    device, timer = setting.device, clock(setting.device)
+    limits = machine.limits(cells[0].model == QUICK, device, setting.dtype)
     runs = {name: limit.run for name, limit in limits.items()}
-    seconds, traces, held = run(cells, built, runs, setting, clips, folder, videos, workers)
+    seconds = defaultdict(list, interleave(runs, ROUNDS, timer) if videos else {})
+    found: dict[str, tuple[Built, list[Trace], Timeline]] = {}
+    built = {cell.engine: build(cell, setting) for cell in cells}
+    for group in [[cell] for cell in cells] if videos else [cells]:
+        with contextlib.ExitStack() as stack:
+            steps, warm = {}, 0
+            for cell in group:
+                source = make_clips(cell.cfg, clips, setting)
+                if videos:  # no batch is to be left, in a trace, of those made in a pause
+                    source = stack.enter_context(LoadedClips(cell, setting, clips, videos, workers))
+                    warm = source.ahead + 1
+                step = steps[cell.engine] = stepper(cell, built[cell.engine], source, setting)
+                step(), step()
+            traces = defaultdict(list)
+            for _ in range(ROUNDS):
+                in_turn = {} if videos else runs | steps
+                for name, samples in interleave(in_turn, 1, timer).items():
+                    seconds[name] += samples
+                for name, step in steps.items():
+                    traces[name].append(trace(built[name], step, device, warm))
+            for name, step in steps.items():
+                with snapshot(folder / f"{name}.memory.pickle", device):
+                    last = trace(built[name], step, device, 0, memory=True)
+                found[name] = built[name], traces[name], timeline(last, device)
+                if videos:
+                    seconds[name] = [t.unprofiled for t in traces[name]]
     rates = {name: x.amount / statistics.median(seconds[name]) for name, x in limits.items()}
     product = max(rates[name] for name, limit in limits.items() if limit.unit == "flop")
     engines: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        name, found = cell.engine, traces[cell.engine]
-        found[0].profile.export_chrome_trace(str(folder / f"{name}.trace.json"))
+        name, (engine, traces, held) = cell.engine, found[cell.engine]
+        traces[0].profile.export_chrome_trace(str(folder / f"{name}.trace.json"))
         todo, step = least(cell, clips, setting.dtype), statistics.median(seconds[name])
         engines[name] = {
-            "profiled_seconds": statistics.median(t.seconds for t in found),
-            "parts": parts(found, step, todo, product, rates["copy"]),
-            "launches": sum(row.launches for row in found[0].rows.values()),
-            "state_mb": state_mb(built[name]),
-            "memory": held[name]._asdict(),
+            "profiled_seconds": statistics.median(t.seconds for t in traces),
+            "parts": parts(traces, step, todo, product, rates["copy"]),
+            "launches": sum(row.launches for row in traces[0].rows.values()),
+            "state_mb": state_mb(engine),
+            "memory": held._asdict(),
         }
     return {
         "kind": "profile",
@@ -128,49 +154,6 @@ def measure(
         "seconds": {name: seconds[name] for name in engines},
         "environment": environment(),
     }
-
-
-def run(
-    cells: list[Cell],
-    built: dict[str, Built],
-    limits: dict[str, Callable[[], object]],
-    setting: Setting,
-    clips: int,
-    folder: Path,
-    videos: str,
-    workers: int,
-) -> tuple[dict[str, list[float]], dict[str, list[Trace]], dict[str, Timeline]]:
-    """({engine or limit: seconds without a profiler}, {engine: traces}, {engine: its memory}). On
-    random clips engines and limits take turns. With loading it is one engine after the other, since
-    two loaders would share the cores, and so many steps before each trace that no batch is left of
-    those made in a pause."""
-    device, timer = setting.device, clock(setting.device)
-    seconds = defaultdict(list, interleave(limits, ROUNDS, timer) if videos else {})
-    traces, held, steps, warm = defaultdict(list), {}, {}, 0
-    for group in [[cell] for cell in cells] if videos else [cells]:
-        with contextlib.ExitStack() as stack:
-            for name, cell in ((cell.engine, cell) for cell in group):
-                source = make_clips(cell.cfg, clips, setting)
-                if videos:
-                    source = LoadedClips(cell, setting, clips, videos, workers)
-                    warm = stack.enter_context(source).ahead + 1
-                steps[name] = stepper(cell, built[name], source, setting)
-                for _ in range(0 if videos else 2):
-                    steps[name]()
-            names = [cell.engine for cell in group]
-            for _ in range(ROUNDS):
-                in_turn = {} if videos else limits | steps
-                for name, samples in interleave(in_turn, 1, timer).items():
-                    seconds[name] += samples
-                for name in names:
-                    traces[name].append(trace(built[name], steps[name], device, warm))
-            for name in names:
-                with snapshot(folder / f"{name}.memory.pickle", device):
-                    found = trace(built[name], steps[name], device, 0, memory=True)
-                held[name] = timeline(found, device)
-                if videos:
-                    seconds[name] = [t.unprofiled for t in traces[name]]
-    return seconds, traces, held
 
 
 def least(cell: Cell, clips: int, dtype: torch.dtype) -> dict[Where, Work]:

@@ -210,27 +210,26 @@ def _every_record(page: Page, found: list[Record], sources: list[str]) -> None:
     page.code("\n".join([*again, f"mae-fast report {' '.join(sources)} -o report.html"]))
 
 
+# What measures a record again, by its kind.
+COMMANDS = {
+    "ratio": "mae-fast bench ratio --model {model} --batch {asked_clips}",
+    "steps": "mae-fast bench step --model {model} --batch {batch_clips}",
+    "profile": "mae-fast profile --model {model} --batch {batch_clips} --ratio {ratio}",
+    "finetune": "mae-fast bench finetune --model {model} --batch {batch_clips}",
+    "augment": "python -m benchmarks.randaugment",
+    "losses": "python -m benchmarks.curves --model {model}",
+}
+
+
 def _command(r: Record) -> str:
-    """What measures such a record again."""
     if "stage" in r:
         return "make gpu"
-    model, clips = f"--model {r.get('model')}", f"--batch {r.get('batch_clips')}"
-    match r["kind"]:
-        case "ratio":
-            return f"mae-fast bench ratio {model} --batch {r['asked_clips']}"
-        case "steps" if len(r["seconds"]) > 1:
-            engines = "..." if "family" in r else " ".join(r["seconds"])
-            return f"mae-fast bench ratio {model} {clips} --ratios 0.9 --engines {engines}"
-        case "steps":
-            return f"mae-fast bench step {model} {clips}"
-        case "profile":
-            loading = " --with-data FOLDER" if r.get("workers") is not None else ""
-            others = "".join(f" --against {name}" for name in list(r["engines"])[1:])
-            return f"mae-fast profile {model} {clips} --ratio {r['ratio']}{loading}{others}"
-        case "finetune":
-            return f"mae-fast bench finetune {model} {clips}"
-        case "augment":
-            return "python -m benchmarks.randaugment"
-        case "losses":
-            return f"python -m benchmarks.curves {model}"
-    return "mae-fast bench ops"
+    if r["kind"] == "steps" and len(r["seconds"]) > 1:
+        engines = "..." if "family" in r else " ".join(r["seconds"])
+        how = f"--model {r['model']} --batch {r['batch_clips']} --ratios 0.9 --engines {engines}"
+        return f"mae-fast bench ratio {how}"
+    said = COMMANDS.get(r["kind"], "mae-fast bench ops").format(**r)
+    if r["kind"] == "profile":
+        said += "" if r.get("workers") is None else " --with-data FOLDER"
+        said += "".join(f" --against {name}" for name in list(r["engines"])[1:])
+    return said
