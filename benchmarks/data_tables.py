@@ -33,14 +33,14 @@ def loading_tables(records: list[dict]) -> list[str]:
 
     small, psnr = size["pack"] / size["256"], first["psnr"]
     faster = [
-        ("pack, against the 720p files by the old loader", 30.0, once, "720p, old", "pack"),
-        ("pack, against 256, GOP 250, by the old loader", 8.0, once, "256, old", "pack"),
-        ("the first, at repeat_aug 4", 20.0, four, "720p, old", "pack"),
-        ("the second, at repeat_aug 4", 5.0, four, "256, old", "pack"),
-        ("`--copy` of the 256 files, by the old loader", 1.5, once, "256, old", "copy"),
+        ("pack, against the 720p files by the old loader", "30x", once, "720p, old", "pack"),
+        ("pack, against 256, GOP 250, by the old loader", "8x", once, "256, old", "pack"),
+        ("the first, at repeat_aug 4", "20x", four, "720p, old", "pack"),
+        ("the second, at repeat_aug 4", "5x", four, "256, old", "pack"),
+        ("`--copy` of the 256 files, by the old loader", "1.5x", once, "256, old", "copy"),
         (
             "patches from planes, against RGB and the whole clip",
-            4.0,
+            "4x",
             made,
             "RGB, whole clip",
             "patches from planes",

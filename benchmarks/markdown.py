@@ -57,14 +57,13 @@ def section(
     return "\n".join([*([said, ""] if said else []), first, rule, *others, ""])
 
 
-def target(what: str, least: float | str, record: Any, of: Callable[[Any], float]) -> list[str]:
-    """A row under TARGET: whether of(record), where there is one, is so many times, or percent."""
-    percent = isinstance(least, str)
-    number, asked = (float(least[:-1]) / 100, least) if percent else (least, f"{least:g}x")
+def target(what: str, least: str, record: Any, of: Callable[[Any], float]) -> list[str]:
+    """A row under TARGET: whether of(record), where there is one, is so many times or percent."""
     if record is None:
-        return [what, asked, "unmeasured", "-"]
-    found = of(record)
-    return [what, asked, f"{found:.0%}" if percent else f"{found:.2f}x", met(found >= number)]
+        return [what, least, "unmeasured", "-"]
+    found, percent = of(record), least.endswith("%")
+    enough = found >= float(least[:-1]) / (100 if percent else 1)
+    return [what, least, f"{found:.0%}" if percent else f"{found:.2f}x", met(enough)]
 
 
 def met(enough: bool) -> str:
