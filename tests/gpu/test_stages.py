@@ -14,6 +14,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import engines, predict, records, tables
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import attention, compile, profile, steps, tune
+from mae_fast import cost
 from mae_fast.bench.calls import Call
 from mae_fast.kernels import configs
 
@@ -246,5 +247,5 @@ def test_predictions_are_those_of_the_model():
     """docs/gpu.md: python -m benchmarks.gpu.predict writes it again."""
     assert predict.tables() in predict.DOC.read_text()
     for model in predict.TARGETS:
-        terms = predict.terms(predict.model_of(model), predict.CLIPS, 0.9, predict.H100)
-        assert all(t.amount > 0 for t in terms)
+        step = predict.Step(predict.model_of(model), predict.CLIPS, 0.9, predict.H100)
+        assert {t.name: t.amount > 0 for t in step.terms()} == dict.fromkeys(cost.GPU_SHARES, True)
