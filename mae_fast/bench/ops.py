@@ -1,22 +1,18 @@
 """`mae-fast bench ops`: each op on the calls that a training step makes, by every backend, beside
-what it replaces, against the machine's limits of the same rounds.
-
-pytest-benchmark drives it, through the suite mae_fast/bench/bench_ops.py, which `make bench` runs
-as it is; `make gpu`, where nothing may be installed, calls `measure` itself. A variant whose error
-against fp64 is more than twice plain torch's is not timed.
+what it replaces, against the machine's limits of the same rounds. `make bench` has the chosen ones
+under pytest-benchmark (bench_ops.py), `make gpu` what else there is to compare with. A variant
+whose error against fp64 is more than twice plain torch's is not timed.
 """
 
-import contextlib
 import importlib
 import json as jsonlib
-import random
 import statistics
 import sys
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +25,7 @@ from mae_fast.bench.calls import Call, Run, calls, check
 from mae_fast.bench.engines import QUICK, config_of
 from mae_fast.bench.records import append
 from mae_fast.bench.table import text_table
-from mae_fast.bench.timing import clock, interleave, ratio, share, spread
+from mae_fast.bench.timing import Timer, clock, interleave, ratio, share, spread
 from mae_fast.config import ModelConfig, TrainConfig
 from mae_fast.environment import environment
 from mae_fast.errors import BackendError, ConfigError
@@ -43,19 +39,9 @@ SMALL = 2  # clips on which a backend is checked in fp64
 DIFFER = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the norm, from plain torch, on all clips
 CALLS_A_SAMPLE = 300  # of the smallest input, for a clock that is coarser than one
 # The smallest input of every op: two patches of two pixels, tokens of one value.
+ONE = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 SMALLEST = ModelConfig(
-    img_size=2,
-    patch_size=2,
-    in_chans=3,
-    num_frames=2,
-    t_patch_size=1,
-    pred_t_dim=2,
-    embed_dim=1,
-    depth=1,
-    num_heads=1,
-    decoder_embed_dim=1,
-    decoder_depth=1,
-    decoder_num_heads=1,
+    img_size=2, patch_size=2, num_frames=2, t_patch_size=1, pred_t_dim=2, **dict.fromkeys(ONE, 1)
 )
 
 
@@ -98,12 +84,12 @@ class Plan:
         return [*most.values(), tuple(by_channel(call, cfg) for call in loss)]
 
 
-@dataclass(eq=False)
-class Planned:
-    """What a run of the suite is given: its plan, and where its records go. A plugin of pytest."""
+class Ready(NamedTuple):
+    """What is to be timed, the run that is chosen first, and what else its record says. `wrong`
+    tells what gave wrong results."""
 
-    plan: Plan
-    records: list[dict[str, Any]]
+    runs: dict[str, Run]
+    fields: dict[str, Any]
 
 
 def _amount(call: Call) -> float:
@@ -133,7 +119,7 @@ def ops(
 ) -> None:
     """Time ops on the calls of a training step, forward and with backward, by every backend, beside
     what the official code or torch computes there, and against this machine's limits; of all ops
-    also what one call costs on the smallest input. Runs pytest-benchmark, which must be installed.
+    also what one call costs on the smallest input.
 
     Args:
         ops: which ones, every different call of them; by default all, the largest calls of each.
@@ -152,50 +138,70 @@ def ops(
         raise ConfigError(f"unknown op {unknown[0]!r} (known: {', '.join(OPS)})")
     model, rounds = (QUICK, 2) if quick else (model, rounds)
     plan = Plan(ops, model, batch, ratio, precision, device, rounds)
-    found, code = run_suite(plan, quiet=json)
+    limits, found, wrong = machine.limits(quick, device, plan.dtype), [], []
+    for name, ready in prepared(plan):
+        print(name, file=sys.stderr, flush=True)
+        try:
+            found.append(measure(plan, ready(), limits))
+        except AssertionError as e:
+            wrong.append(str(e))
+    found += [] if ops else [time_smallest(op, rounds) for op in OPS]
     for record in found if out else ():
         append(out, record)
-    if json:
-        print(jsonlib.dumps(found, indent=1))
-    else:
-        print(table(found))
-    if code:
-        raise ConfigError("an op is wrong, and was not timed: its reason stands above")
+    print(jsonlib.dumps(found, indent=1) if json else table(found))
+    wrong += [text for record in found for text in record.get("wrong", {}).values()]
+    if wrong:
+        raise ConfigError(f"an op is wrong, and was not timed: {'; '.join(wrong)}")
 
 
-def run_suite(plan: Plan, quiet: bool) -> tuple[list[dict[str, Any]], int]:
-    """(records, pytest's exit code) of the suite under this plan."""
-    try:
-        import pytest
-        import pytest_benchmark  # noqa: F401
-    except ImportError as e:
-        raise ConfigError(
-            f"bench ops needs pytest-benchmark (pip install pytest-benchmark): {e}"
-        ) from e
-    planned = Planned(plan, [])
-    options = "-q -p no:cacheprovider -p no:xdist --benchmark-disable-gc --benchmark-quiet"
-    suite = str(Path(__file__).with_name("bench_ops.py"))
-    with contextlib.redirect_stdout(sys.stderr if quiet else sys.stdout):
-        code = pytest.main([suite, *options.split()], plugins=[planned])
-    return planned.records, int(code)
+def prepared(plan: Plan) -> Iterator[tuple[str, Callable[[], Ready]]]:
+    """(name, what makes it ready) of everything that a plan asks for."""
+    for call, small in plan.cases():
+        for direction in DIRECTIONS[: 1 + call.differentiable]:
+            name = f"{call.op}-{call.shape}-{direction}"
+            yield name, partial(ready_call, plan, call, small, direction)
+    if not plan.ops or "adamw" in plan.ops:
+        yield "adamw", partial(ready_adamw, plan, config_of(plan.model), "decoder_blocks")
 
 
 def measure(
+    plan: Plan, ready: Ready, limits: dict[str, machine.Limit], timer: Timer | None = None
+) -> dict[str, Any]:
+    """The record of an op: its runs and the limits, in turn."""
+    timer = timer or clock(plan.device, cold=plan.model != QUICK)
+    functions = ready.runs | {name: limit.run for name, limit in limits.items()}
+    with plan.autocast():
+        for function in functions.values():
+            function()
+        seconds = interleave(functions, plan.rounds, timer)
+    return {
+        "kind": "op",
+        "model": plan.model,
+        "batch_clips": plan.clips,
+        "ratio": plan.ratio,
+        "precision": plan.precision,
+        "device": plan.device,
+        "chosen": next(iter(ready.runs)),
+        **ready.fields,
+        "seconds": {name: seconds[name] for name in ready.runs},
+        "limits": machine.as_record(limits, seconds),
+        "environment": environment(),
+    }
+
+
+def ready_call(
     plan: Plan,
     call: Call,
     small: Call,
     direction: str,
-    limits: dict[str, machine.Limit],
     beside: dict[str, Callable] | None = None,
-    timer: Callable[[Run], float] | None = None,
-    benchmark: Any = None,
-) -> dict[str, Any]:
-    """The record of one call in one direction: by backend, by what it replaces, or by the functions
-    `beside` in its place, and the limits, in turn. `wrong` says what gave wrong results."""
+) -> Ready:
+    """One call in one direction: by backend, and by what it replaces, or by the functions `beside`
+    in its place."""
     call, small = call.real(plan.device), small.real(plan.device)
+    run_of = call.forward if direction == "forward" else call.both
     with plan.autocast():
         usable, declined, wrong = _usable(plan, call, small, beside or {})
-        run_of = call.forward if direction == "forward" else call.both
         runs = {name: run_of(function) for name, function in usable.items()}
         chosen, base = next(iter(runs)), "reference"
         if beside is None:
@@ -206,44 +212,18 @@ def measure(
                 runs[base] = theirs.both(made.function, made.theirs)
                 results = made.ours(*runs[base]())
                 _agree(call, base, results, runs[chosen](), plan.dtype)
-        amount, backward = call.work()
-        amount = amount if direction == "forward" else amount + backward
-        seconds = time_runs(runs, limits, plan, timer, benchmark)
-    return {
+    amount, backward = call.work()
+    amount = amount if direction == "forward" else amount + backward
+    fields = {
         "what": f"op, {direction.replace('_', ' + ')}, interleaved, caches cold",
         "op": call.op,
         "shape": call.shape,
         "direction": direction,
         "calls_a_step": call.count,
         "baseline": base,
-        **_record(plan, amount, runs, limits, seconds),
-        "declined": declined,
-        "wrong": wrong,
     }
-
-
-def _record(
-    plan: Plan,
-    work: Work,
-    runs: dict[str, Run],
-    limits: dict[str, machine.Limit],
-    seconds: dict[str, list[float]],
-) -> dict[str, Any]:
-    """What the record of an op has by its plan and its times. The first run is the one chosen."""
-    return {
-        "kind": "op",
-        "model": plan.model,
-        "batch_clips": plan.clips,
-        "ratio": plan.ratio,
-        "precision": plan.precision,
-        "device": plan.device,
-        "chosen": next(iter(runs)),
-        "flop": work.flop,
-        "bytes": work.bytes,
-        "seconds": {name: seconds[name] for name in runs},
-        "limits": machine.as_record(limits, seconds),
-        "environment": environment(),
-    }
+    fields |= {"flop": amount.flop, "bytes": amount.bytes, "declined": declined, "wrong": wrong}
+    return Ready(runs, fields)
 
 
 def _usable(
@@ -277,87 +257,42 @@ def _agree(call: Call, name: str, got: Sequence[Tensor], expected: Sequence[Tens
         )
 
 
-def time_runs(
-    runs: dict[str, Run],
-    limits: dict[str, machine.Limit],
-    plan: Plan,
-    timer: Callable[[Run], float] | None = None,
-    benchmark: Any = None,
-) -> dict[str, list[float]]:
-    """{run or limit: seconds of each round}. `benchmark`: pytest-benchmark's fixture, which times
-    the first run; between its rounds all others are timed."""
-    timer = timer or clock(plan.device, cold=plan.model != QUICK)
-    functions = runs | {name: limit.run for name, limit in limits.items()}
-    for function in functions.values():
-        function()
-    if benchmark is None:
-        return interleave(functions, plan.rounds, timer=timer)
-    first, *others = functions
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-
-    def between() -> None:
-        random.shuffle(others)
-        for name in others:
-            seconds[name].append(timer(functions[name]))
-        timer(lambda: None)
-
-    def on_device() -> None:
-        seconds[first].append(timer(functions[first]))
-
-    on_cpu = plan.device == "cpu"
-    benchmark.pedantic(functions[first] if on_cpu else on_device, setup=between, rounds=plan.rounds)
-    if on_cpu:  # none where benchmarks are only run
-        seconds[first] = (
-            list(benchmark.stats.stats.data) if benchmark.stats else [timer(functions[first])]
-        )
-    return seconds
-
-
-def adamw(
-    plan: Plan,
-    cfg: ModelConfig,
-    limits: dict[str, machine.Limit],
-    timer: Any = None,
-    benchmark: Any = None,
-    part: str = "",
-) -> dict[str, Any]:
-    """The record of clipping and the step on all parameters of a model, or a part of it, by each
-    backend and by the official loop."""
+def ready_adamw(plan: Plan, cfg: ModelConfig, part: str = "") -> Ready:
+    """Clipping and the step by each backend and by the official loop."""
     with torch.device("meta"):
-        model = MaskedAutoencoder(cfg)
-        shapes = [p.shape for p in model.get_submodule(part).parameters()]
+        shapes = [p.shape for p in MaskedAutoencoder(cfg).get_submodule(part).parameters()]
     torch.manual_seed(0)
     values, grads = ([torch.randn(s, device=plan.device) for s in shapes] for _ in range(2))
 
-    def ours(backend: str) -> tuple[nn.ParameterList, Run]:
+    def made(
+        optimizer_of: Callable[[nn.ParameterList], torch.optim.Optimizer],
+        step: Callable[[torch.optim.Optimizer, nn.ParameterList], object],
+        backend: str = "reference",
+    ) -> tuple[nn.ParameterList, Run]:
         params = nn.ParameterList(nn.Parameter(v.clone()) for v in values)
-        optimizer = make_optimizer(params, TrainConfig())
+        optimizer = optimizer_of(params)
 
         def run() -> None:
             for p, grad in zip(params, grads, strict=True):
                 p.grad = grad
             with dispatch.backends(adamw=backend):
-                clipped_step(optimizer, training.LR, training.CLIP_GRAD)
+                step(optimizer, params)
 
         return params, run
 
-    def official() -> Run:
-        params = nn.ParameterList(nn.Parameter(v.clone()) for v in values)
-        optimizer = training.make_optimizer(params)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad.clone()  # clipped in place, to the norm at which clipping leaves it
+    def official(optimizer: torch.optim.Optimizer, params: nn.ParameterList) -> None:
+        nn.utils.clip_grad_norm_(params, training.CLIP_GRAD)
+        optimizer.step()
 
-        def run() -> None:
-            nn.utils.clip_grad_norm_(params, training.CLIP_GRAD)
-            optimizer.step()
-
-        return run
-
-    expected, plain = ours("reference")
+    ours = (
+        lambda params: make_optimizer(params, TrainConfig()),
+        lambda optimizer, _: clipped_step(optimizer, training.LR, training.CLIP_GRAD),
+    )
+    expected, plain = made(*ours)
     plain()
     runs, declined, wrong = {}, {}, {}
     for backend in OPS["adamw"].backends:
-        params, run = ours(backend)
+        params, run = made(*ours, backend)
         try:
             run()
         except BackendError as e:
@@ -369,20 +304,18 @@ def adamw(
             runs[backend] = run
         else:
             wrong[backend] = f"adamw: {backend} differs from the reference by {error:.1e}"
-    runs["official"] = official()
+    _, runs["official"] = made(training.make_optimizer, official)
     count = sum(v.numel() for v in values)
-    seconds = time_runs(runs, limits, plan, timer, benchmark)
-    return {
+    fields = {
         "what": "op, clip and step, interleaved, caches cold",
         "op": "adamw",
         "shape": f"{part} {count / 1e6:.1f} M parameters".strip(),
         "direction": "step",
         "calls_a_step": 1,
         "baseline": "official",
-        **_record(plan, Work(0.0, ADAMW_BYTES * count), runs, limits, seconds),
-        "declined": declined,
-        "wrong": wrong,
     }
+    amount = {"flop": 0.0, "bytes": ADAMW_BYTES * count}
+    return Ready(runs, fields | amount | {"declined": declined, "wrong": wrong})
 
 
 class _Bare(TorchDispatchMode):
@@ -407,30 +340,24 @@ def smallest(op: str) -> dict[str, Callable[[], object]]:
         param.grad = torch.ones(1, device="cpu")
         optimizer = torch.optim.AdamW([param], lr=0.0, fused=True)
         args = optimizer, torch.ones((), device="cpu"), torch.zeros((), device="cpu")
+        bare = optimizer.step
     else:
         call = next(c for c in calls(SMALLEST, 1, 0.5, torch.float32) if c.op == op)
         args, _ = call.real().leaves()
-    found = {"public": lambda: public(*args), "reference": lambda: reference(*args)}
-    if op == "adamw":
-        return found | {"bare": optimizer.step}
-    with _Bare() as seen:
-        public(*args)
-    if seen.called:
-        bare, given, options = seen.called
-        found["bare"] = lambda: bare(*given, **options)
-    return found
+        with _Bare() as seen:
+            public(*args)
+        operator, given, options = seen.called or (None, (), {})
+        bare = operator and partial(operator, *given, **options)
+    ways = {"public": partial(public, *args), "reference": partial(reference, *args)}
+    return ways | ({"bare": bare} if bare else {})
 
 
-def time_smallest(op: str, rounds: int, benchmark: Any = None) -> dict[str, Any]:
+def time_smallest(op: str, rounds: int) -> dict[str, Any]:
     """The record of what one call costs before it computes anything, by way."""
 
     def timer(function: Callable[[], object]) -> float:
         return timeit.timeit(function, number=CALLS_A_SAMPLE) / CALLS_A_SAMPLE
 
-    ways = smallest(op)
-    if benchmark is not None:
-        benchmark(ways["public"])
-    seconds = interleave(ways, rounds, timer)
     return {
         "kind": "call",
         "what": "one call of an op on its smallest input, forward",
@@ -439,7 +366,7 @@ def time_smallest(op: str, rounds: int, benchmark: Any = None) -> dict[str, Any]
         "device": "cpu",
         "calls_a_sample": CALLS_A_SAMPLE,
         "baseline": "reference",
-        "seconds": seconds,
+        "seconds": interleave(smallest(op), rounds, timer),
         "environment": environment(),
     }
 

@@ -54,8 +54,9 @@ def measure(
 ) -> dict:
     """The record of one call in one direction."""
     others = beside(setting, case) if beside else {}
-    how = plan(setting, case.model), case.call, case.two, direction, limits, others
-    return told(ops.measure(*how, timer=setting.clock(cold=True)))
+    how = plan(setting, case.model)
+    ready = ops.ready_call(how, case.call, case.two, direction, others)
+    return told(ops.measure(how, ready, limits, setting.clock(cold=True)))
 
 
 def told(record: dict) -> dict:

@@ -47,8 +47,9 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def adamw(setting: Setting, model: str, limits: dict) -> dict:
     """Of one size a kernel: its backends beside each other."""
-    how = plan(setting, model), setting.cfg(model), limits, setting.clock(cold=True)
-    return told(ops.adamw(*how))
+    how = plan(setting, model)
+    ready = ops.ready_adamw(how, setting.cfg(model))
+    return told(ops.measure(how, ready, limits, setting.clock(cold=True)))
 
 
 def cases_in_order(setting: Setting) -> list[Case]:
