@@ -8,7 +8,6 @@ import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from mae_fast.bench.baselines.official import OfficialMAE, normalise
@@ -40,10 +39,8 @@ class Official(Baseline):
             model.compile(dynamic=False, backend=self.compiler)
 
         def loss_of(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool) -> Tensor:
-            if clips.dtype == torch.uint8:
-                clips = normalise(clips)
             with span("compiled", "compiled") if self.compiled else contextlib.nullcontext():
-                return model(clips, ratio, noise, encode_all)[0]
+                return model(normalise(clips), ratio, noise, encode_all)[0]
 
         return model, loss_of, self.fused_adamw
 

@@ -18,7 +18,9 @@ EPS = 1e-6  # of every layer norm
 
 
 def normalise(video: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A uint8 clip as the official loader hands it over: (x / 255 - 0.45) / 0.225."""
+    """A uint8 clip as the official loader hands it over: (x / 255 - 0.45) / 0.225; floats are."""
+    if video.dtype != torch.uint8:
+        return video
     return (video.to(dtype) / 255.0 - 0.45) / 0.225
 
 

@@ -45,10 +45,8 @@ class OfficialRepository(Baseline):
         def loss_of(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool = False) -> Tensor:
             if encode_all:
                 raise ValueError("the official repository cannot encode every token")
-            if clips.dtype == torch.uint8:
-                clips = normalise(clips)
             with given_noise(noise):
-                return model(clips, ratio)[0]
+                return model(normalise(clips), ratio)[0]
 
         return model, loss_of, False
 

@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,55 +45,41 @@ class Baseline(abc.ABC):
         cfg: ModelConfig,
         mask_ratio: float = 0.9,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> Built:
-        """The model, its optimizer, and one training step. ValueError on a model it lacks."""
+        """The model on its device, the official optimizer, and one step of the official loop, its
+        host syncs included; bf16 runs forward under autocast, the official code is fp32. ValueError
+        on a model it lacks."""
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
         model, loss_of, fused = self.parts(cfg)
-        return make_built(model, loss_of, mask_ratio, device, precision, fused)
+        params = list(model.to(device).train().parameters())
+        optimizer = make_optimizer(model, fused)
+
+        def step(
+            clips: Tensor,
+            noise: Tensor,
+            mask_ratio: float = mask_ratio,
+            encode_all: bool = False,
+        ) -> float:
+            with torch.autocast(clips.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_of(clips, noise, mask_ratio, encode_all)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value}")
+            loss.backward()
+            with span("optimizer", "adamw"):
+                torch.nn.utils.clip_grad_norm_(params, CLIP_GRAD)
+                optimizer.step()
+            optimizer.zero_grad()
+            if clips.is_cuda:
+                torch.cuda.synchronize()
+            return value
+
+        return Built(model, optimizer, step)
 
 
 def make_optimizer(model: nn.Module, fused: bool = False) -> torch.optim.AdamW:
     """AdamW on the official groups, multi-tensor as in the official code, or fused."""
     groups = param_groups(model, WEIGHT_DECAY)
     return torch.optim.AdamW(groups, lr=LR, betas=BETAS, foreach=not fused, fused=fused)
-
-
-def make_built(
-    model: nn.Module,
-    loss_of: LossOf,
-    mask_ratio: float,
-    device: str = "cpu",
-    precision: str = "fp32",
-    fused: bool = False,
-) -> Built:
-    """A model on its device with the official optimizer and one step of the official loop, its host
-    syncs included.
-
-    precision "bf16" runs forward under autocast; the official code is "fp32".
-    """
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-    params = list(model.to(device).train().parameters())
-    optimizer = make_optimizer(model, fused)
-
-    def step(
-        clips: Tensor,
-        noise: Tensor,
-        mask_ratio: float = mask_ratio,
-        encode_all: bool = False,
-    ) -> float:
-        with torch.autocast(clips.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of(clips, noise, mask_ratio, encode_all)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value}")
-        loss.backward()
-        with span("optimizer", "adamw"):
-            torch.nn.utils.clip_grad_norm_(params, CLIP_GRAD)
-            optimizer.step()
-        optimizer.zero_grad()
-        if clips.is_cuda:
-            torch.cuda.synchronize()
-        return value
-
-    return Built(model, optimizer, step)

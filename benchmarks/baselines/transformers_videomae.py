@@ -41,7 +41,9 @@ def imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalise(clips: Tensor) -> Tensor:
-    """uint8 clips as VideoMAE's loaders give them."""
+    """uint8 clips as VideoMAE's loaders give them; float ones are."""
+    if clips.dtype != torch.uint8:
+        return clips
     mean, std = imagenet(clips.device)
     return (clips.float() / 255 - mean) / std
 
@@ -70,9 +72,7 @@ class TransformersVideoMAE(Baseline):
         model = VideoMAEForPreTraining(config)
 
         def loss_of(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool = False) -> Tensor:
-            if clips.dtype == torch.uint8:
-                clips = normalise(clips)
-            masked = hidden(noise, ratio)
+            clips, masked = normalise(clips), hidden(noise, ratio)
             with _all_seen(model, masked) if encode_all else contextlib.nullcontext():
                 return model(clips.transpose(1, 2), bool_masked_pos=masked).loss
 

@@ -10,11 +10,9 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +20,16 @@ from torch import Tensor
 
 from mae_fast.bench import engines
 from mae_fast.bench.baselines.training import Built
-from mae_fast.bench.engines import QUICK, Masking, config_of  # noqa: F401
+from mae_fast.bench.engines import Masking, config_of
 from mae_fast.bench.machine import free_mb
 from mae_fast.bench.timing import clock
 from mae_fast.config import DataConfig, ModelConfig
-from mae_fast.data import Batch, build_index, make_loader, read_index
+from mae_fast.data import Batch, make_loader
+from mae_fast.data.index import read_source
 from mae_fast.errors import ConfigError, MaeFastError
 from mae_fast.metrics import memory_mb
 from mae_fast.ops.source import Source
-from mae_fast.spans import spanned
+from mae_fast.spans import span, spanned
 
 # For peak memory: blocks of 128 KiB and more go back when freed; setting it stops glibc from
 # raising the number. It makes steps a third slower.
@@ -91,28 +90,17 @@ class LoadedClips:
     clips are augmented there. A context."""
 
     def __init__(self, cell: Cell, setting: Setting, clips: int, folder: str, workers: int) -> None:
-        self.cfg, self.device = cell.cfg, torch.device(setting.device)
+        self.size, self.device = cell.cfg.img_size, torch.device(setting.device)
         self.whole = not cell.engine.startswith(engines.OURS)
-        self.clips, self.folder, self.workers, self.seed = clips, folder, workers, setting.seed
         self.repeat = next(n for n in (4, 2, 1) if clips % n == 0)  # of one video, as in training
         self.ahead = 2 * workers  # batches that torch's loader has ready at most
         self.waited = 0.0  # seconds of the last call
+        data = DataConfig(index=folder, repeat_aug=self.repeat, workers=workers)
+        how = dict(num_frames=cell.cfg.num_frames, batch_size=clips // self.repeat)
+        loader = make_loader(read_source(folder), data, **how, seed=setting.seed, steps=ENDLESS)
+        self.batches = iter(loader)
 
     def __enter__(self) -> "LoadedClips":
-        with tempfile.TemporaryDirectory() as scratch:
-            index = Path(scratch) / "index.jsonl"
-            build_index([self.folder], index, progress=False)
-            rows = [row for row in read_index(index) if not row.error]
-        data = DataConfig(index=str(index), repeat_aug=self.repeat, workers=self.workers)
-        loader = make_loader(
-            rows,
-            data,
-            num_frames=self.cfg.num_frames,
-            batch_size=self.clips // self.repeat,
-            seed=self.seed,
-            steps=ENDLESS,
-        )
-        self.batches = iter(loader)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -122,20 +110,16 @@ class LoadedClips:
     def next_batch(self) -> Batch:
         return next(self.batches)
 
-    @spanned("host to device", "copy")
-    def to_device(self, batch: Batch) -> Batch:
-        return batch.to(self.device, non_blocking=True)
-
-    @spanned("data", "crop_resize")
-    def augment(self, batch: Batch) -> Tensor:
-        return batch.video(self.cfg.img_size)
-
     def __call__(self) -> Tensor | Source:
         begin = time.perf_counter()
         batch = self.next_batch()
         self.waited = time.perf_counter() - begin
-        batch = self.to_device(batch)
-        return self.augment(batch) if self.whole else batch.source(self.cfg.img_size)
+        with span("host to device", "copy"):
+            batch = batch.to(self.device, non_blocking=True)
+        if not self.whole:
+            return batch.source(self.size)
+        with span("data", "crop_resize"):
+            return batch.video(self.size)
 
 
 def stepper(
@@ -182,15 +166,13 @@ def with_data(
     cell: Cell, setting: Setting, clips: int, folder: str, workers: int
 ) -> dict[str, Any]:
     """Seconds of steps whose clips are decoded, augmented and copied, and of these the wait."""
-    built, timer = build(cell, setting), clock(setting.device)
-    seconds, waits = [], []
+    built, timer, found = build(cell, setting), clock(setting.device), []
     with LoadedClips(cell, setting, clips, folder, workers) as source:
         step = stepper(cell, built, source, setting)
         for _ in range(WARM + TIMED):
-            seconds.append(timer(step))
-            waits.append(source.waited)
-    found = {"clips": clips, "seconds": seconds[WARM:], "waits": waits[WARM:]}
-    return found | {"repeat": source.repeat}
+            found.append((timer(step), source.waited))
+    seconds, waits = zip(*found[WARM:], strict=True)
+    return {"clips": clips, "seconds": seconds, "waits": waits, "repeat": source.repeat}
 
 
 def in_own_process(what: str, cell: Cell, setting: Setting, **arguments: Any) -> dict[str, Any]:
@@ -216,9 +198,10 @@ def main(order: str) -> None:
     try:
         measure = {"probe": probe, "with_data": with_data}[what]
         found = measure(Cell(**cell), Setting(**setting), **arguments)
-    except (RuntimeError, MemoryError) as e:
-        kinds = torch.OutOfMemoryError, MemoryError
-        if not isinstance(e, kinds) and "can't allocate memory" not in str(e):
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        found = {"memory": str(e)}
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e):
             raise
         found = {"memory": str(e)}
     except MaeFastError as e:

@@ -10,11 +10,11 @@ import importlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS
 from mae_fast.bench.baselines.official_repository import OfficialRepository
-from mae_fast.bench.baselines.training import Built, make_built
+from mae_fast.bench.baselines.training import Baseline, Built, LossOf
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B, nearest
 from mae_fast.bench.flops import BASE_RATIO, forward_flop, step_work
 from mae_fast.bench.ours import Ours
@@ -117,33 +117,38 @@ def why_not(name: str, cfg: ModelConfig, masking: Masking) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Foreign(Baseline):
+    """MODULE:FUNCTION[@PATH], which is called with cfg (and PATH), and gives (model, loss_of[,
+    fused]): loss_of(clips uint8, noise [B, L], mask_ratio) is the loss of one forward; the model's
+    parameters are trained by the official optimizer, fused or not. The model may be one of
+    mae_fast.accelerate."""
+
+    name: str
+
+    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
+        where, _, path = self.name.partition("@")
+        module, _, function = where.partition(":")
+        try:
+            made = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as e:
+            raise ConfigError(f"engine {self.name}: {e}") from e
+        model, loss_of, *fused = made(cfg, *([path] if path else []))
+        return model, lambda *args: loss_of(*args[:3]), (fused or [True])[0]
+
+
 def build(name: str, cfg: ModelConfig, device: str = "cpu", precision: str = "fp32") -> Built:
-    """An engine with its own starting values. MODULE:FUNCTION[@PATH] is called with cfg (and PATH),
-    and gives (model, loss_of[, fused]): loss_of(clips uint8, noise [B, L], mask_ratio) is the loss
-    of one forward; the model's parameters are trained by the official optimizer, fused or not. The
-    model may be one of mae_fast.accelerate.
-    """
+    """An engine with its own starting values."""
     where, _, path = name.partition("@")
     if where.endswith(FP32):
         return build(plainly(name), cfg, device, "fp32")
     if where.startswith(OURS):
-        ours = Ours([where.removeprefix(WITHOUT)] if where != OURS else ())
-        return ours.build(cfg, BASE_RATIO, device, precision)
-    if where == REPOSITORY:
-        return OfficialRepository(path).build(cfg, BASE_RATIO, device, precision)
-    if where in BASELINES:
-        return BASELINES[where].build(model_of(where, cfg), BASE_RATIO, device, precision)
-    module, _, function = where.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"engine {name}: {e}") from e
-    model, loss_of, *fused = made(cfg, *([path] if path else []))
-
-    def loss(clips: Tensor, noise: Tensor, ratio: float, encode_all: bool) -> Tensor:
-        return loss_of(clips, noise, ratio)
-
-    return make_built(model, loss, BASE_RATIO, device, precision, *fused or [True])
+        engine = Ours([where.removeprefix(WITHOUT)] if where != OURS else ())
+    elif where == REPOSITORY:
+        engine = OfficialRepository(path)
+    else:
+        engine = BASELINES.get(where) or Foreign(name)
+    return engine.build(model_of(name, cfg), device=device, precision=precision)
 
 
 def twin(name: str) -> str | None:

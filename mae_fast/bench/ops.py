@@ -31,7 +31,7 @@ from mae_fast.environment import environment
 from mae_fast.errors import BackendError, ConfigError
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch
-from mae_fast.ops.work import ADAMW_BYTES, Work
+from mae_fast.ops.work import ADAMW_BYTES
 from mae_fast.optim import clipped_step, make_optimizer
 
 DIRECTIONS = ("forward", "forward_backward")

@@ -20,26 +20,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich import progress as bar
-from rich.console import Console
 
 from mae_fast.bench import machine
 from mae_fast.bench.baselines.training import Built
-from mae_fast.bench.cell import (
-    QUICK,
-    Cell,
-    Setting,
-    build,
-    in_own_process,
-    make_clips,
-    stepper,
-)
-from mae_fast.bench.engines import name_of, twin, why_not
+from mae_fast.bench.cell import Cell, Setting, build, in_own_process, make_clips, stepper
+from mae_fast.bench.engines import QUICK, name_of, twin, why_not
 from mae_fast.bench.ratio_table import assemble, print_tables, summary
 from mae_fast.bench.records import append
 from mae_fast.bench.timing import clock, interleave
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
+from mae_fast.fields import require
 from mae_fast.profile.trace import trace
 
 RATIOS = (0.0, 0.5, 0.75, 0.8, 0.9, 0.95, 0.98)
@@ -115,72 +106,40 @@ def ratio(
     return None
 
 
-class Progress(bar.Progress):
-    """What is going on and how long it will take, on stderr: a bar on a terminal, else lines."""
-
-    def __init__(self, what: str, total: float) -> None:
-        columns = [bar.TextColumn("{task.description}"), bar.BarColumn(bar_width=20)]
-        columns += [bar.TimeElapsedColumn(), bar.TextColumn("left"), bar.TimeRemainingColumn()]
-        console = Console(stderr=True)
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
-        self.what, self.total, self.so_far, self.began = what, total, 0.0, time.monotonic()
-        self.task = self.add_task(what, total=total or None)
-
-    def tell(self, now: str) -> None:
-        self.update(self.task, description=f"{self.what}: {now}")
-        if self.disable:
-            passed = time.monotonic() - self.began
-            left = passed * (self.total / self.so_far - 1) if self.so_far else None
-            words = "" if left is None else f", {left / 60:.1f} min left"
-            print(f"{self.what}: {now}{words}", file=sys.stderr, flush=True)
-
-    def done(self, amount: float) -> None:
-        self.so_far += amount
-        self.advance(self.task, amount)
-
-
 class Run:
     """The samples of a run in FOLDER/samples.jsonl: what is there is not measured again."""
 
     def __init__(self, setting: Setting, clips: int, rounds: int, folder: Path) -> None:
-        if rounds < 2:
-            raise ConfigError(f"rounds must be 2 or more, got {rounds}")
+        require(rounds >= 2, "rounds must be 2 or more", rounds)
         clips = clips or (64 if setting.device == "cuda" else 2)
         self.setting, self.clips, self.rounds, self.folder = setting, clips, rounds, folder
         self.path, self.measured = folder / "samples.jsonl", False
-        self.log: dict[str, Any] = {"probe": {}, "data": {}, "parts": {}}
-        self.log |= {"rounds": [], "skipped": {}}
-        here = {"setting": asdict(setting), "clips": clips, "environment": environment()}
-        self.commit = here["environment"]["commit"]
+        now = {"setting": asdict(setting), "clips": clips, "environment": environment()}
+        self.commit = now["environment"]["commit"]
         if self.path.exists():
             lines = [jsonlib.loads(line) for line in self.path.read_text().splitlines() if line]
-            self._same_conditions(lines[0], here)
-            for line in lines[1:]:
-                self._take(line)
-            self.log |= lines[0]
+            self._same_conditions(lines[0], now)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            self.log |= here
-            self._write(here)
+            lines = [now]
+            self._write(now)
+        self.log: dict[str, Any] = {"probe": {}, "data": {}, "parts": {}, **lines[0]}
+        self.log |= {"rounds": [], "skipped": {}}
+        for line in lines[1:]:
+            self._take(line)
 
-    def _same_conditions(self, before: dict, now: dict) -> None:
-        for key in ("setting", "clips"):
+    def _same_conditions(self, *both: dict) -> None:
+        before, now = ({**line, **line["environment"]} for line in both)
+        for key in ("setting", "clips", "torch", "cpu"):
             if before[key] != now[key]:
                 raise ConfigError(
                     f"{self.path} holds another run ({key} {before[key]}, not {now[key]}): "
                     "name another --out"
                 )
-        for key in ("torch", "cpu"):
-            old, new = before["environment"][key], now["environment"][key]
-            if old != new:
-                raise ConfigError(
-                    f"{self.path} was measured with {key} {old}, this is {new}: name another --out"
-                )
 
     def _take(self, line: dict) -> None:
-        for kind in ("probe", "data", "parts"):
-            if kind in line:
-                self.log[kind][line["cell"]] = line[kind]
+        for kind in {"probe", "data", "parts"} & line.keys():
+            self.log[kind][line["cell"]] = line[kind]
         if "seconds" in line:
             self.log["rounds"].append(line)
 
@@ -210,12 +169,21 @@ class Run:
                 yield cell
 
     def measure(self, cells: list[Cell], folder: str = "", workers: int = 0) -> list[dict]:
-        """The records of the cells; `folder`: of videos, whose loading is timed too."""
-        self.probe_all(cells)
+        """The records of the cells; `folder`: of videos, whose loading is timed too, each cell
+        alone with its loader."""
+        self._each("probe", cells, self._probe)
+        reasons = {cell.key: self._wrong(cell) for cell in cells}
+        self.log["skipped"] |= {key: reason for key, reason in reasons.items() if reason}
+        cells = [cell for cell in cells if not reasons[cell.key]]
         if folder:
-            self.data_all(cells, folder, workers)
+
+            def load(cell: Cell) -> dict[str, Any]:
+                how = {"clips": self.log["probe"][cell.key]["clips"], "folder": folder}
+                return in_own_process("with_data", cell, self.setting, workers=workers, **how)
+
+            self._each("data", cells, load)
         for name in dict.fromkeys(cell.model for cell in cells):
-            for group in self.groups([c for c in cells if c.model == name and self.fits(c)]):
+            for group in self.groups([cell for cell in cells if cell.model == name]):
                 self.time_group(group)
         return assemble(self.log, cells)
 
@@ -223,35 +191,15 @@ class Run:
         """What the records say, and why cells are not there."""
         return summary(found) | {"skipped": self.log["skipped"]}
 
-    def probe_all(self, cells: list[Cell]) -> None:
-        """Peak memory and loss of every cell, at the largest batch that fits."""
-        self._each("one process a cell", "probe", cells, self._probe)
-        for cell in cells:
-            reason = self._wrong_loss(cell)
-            if reason:
-                self.log["skipped"][cell.key] = reason
-
-    def data_all(self, cells: list[Cell], folder: str, workers: int) -> None:
-        """Loading and computing, each cell alone with its loader."""
-
-        def load(cell: Cell) -> dict[str, Any]:
-            how = {"clips": self.log["probe"][cell.key]["clips"], "folder": folder}
-            return in_own_process("with_data", cell, self.setting, workers=workers, **how)
-
-        self._each("loading and computing", "data", filter(self.fits, cells), load)
-
-    def _each(
-        self, what: str, kind: str, cells: Iterable[Cell], measure: Callable[[Cell], dict]
-    ) -> None:
-        """Log what is measured of each of these cells that has it not yet."""
-        todo = [c for c in cells if c.key not in self.log[kind]]
-        with Progress(what, len(todo)) as progress:
-            for cell in todo:
-                progress.tell(cell.key)
-                self._add({"cell": cell.key, kind: measure(cell)})
-                progress.done(1)
+    def _each(self, kind: str, cells: list[Cell], measure: Callable[[Cell], dict]) -> None:
+        """Log what is measured, in a process of its own, of each of these that has it not yet."""
+        todo = [cell for cell in cells if cell.key not in self.log[kind]]
+        for number, cell in enumerate(todo, 1):
+            tell(f"{kind}, {number} of {len(todo)}: {cell.key}")
+            self._add({"cell": cell.key, kind: measure(cell)})
 
     def _probe(self, cell: Cell) -> dict[str, Any]:
+        """Peak memory and loss, at the largest batch that fits."""
         clips = self.clips
         while True:
             try:
@@ -264,7 +212,7 @@ class Run:
                 return {"failed": f"one clip does not fit in memory: {found['memory']}"}
             clips //= 2
 
-    def _wrong_loss(self, cell: Cell) -> str | None:
+    def _wrong(self, cell: Cell) -> str | None:
         """Why a cell's numbers say nothing: engines of one model must give one loss."""
         found = self.log["probe"][cell.key]
         if "failed" in found:
@@ -276,9 +224,6 @@ class Run:
         if abs(found["loss"] / base["loss"] - 1) <= LOSS_TOLERANCE[self.setting.precision]:
             return None
         return f"its loss is {found['loss']}, that of {key} {base['loss']}: not timed"
-
-    def fits(self, cell: Cell) -> bool:
-        return cell.key not in self.log["skipped"]
 
     def groups(self, cells: list[Cell]) -> list[list[Cell]]:
         """The cells of one model, by engines that lie in memory at once: all, if they fit."""
@@ -295,40 +240,41 @@ class Run:
     def time_group(self, cells: list[Cell]) -> None:
         """Rounds of these cells, each in an order drawn anew, until each has all its samples."""
         taken = Counter(key for line in self.log["rounds"] for key in line["seconds"])
-        parts = self.log["parts"]
+        parts, probes = self.log["parts"], self.log["probe"]
         cells = [c for c in cells if taken[c.key] < self.rounds or c.key not in parts]
         if not cells:
             return
-        estimate = {c.key: self.log["probe"][c.key]["step_seconds"] for c in cells}
-        left = sum((self.rounds - taken[key] + 2) * s for key, s in estimate.items())
         timer, built, steps, update = clock(self.setting.device), {}, {}, {}
-        with Progress(f"{len(cells)} cells, steps in turn", left) as progress:
-            for cell in cells:
-                progress.tell(f"warming up {cell.key}")
-                if cell.engine not in built:
-                    built[cell.engine] = build(cell, self.setting)
-                clips = make_clips(cell.cfg, self.log["probe"][cell.key]["clips"], self.setting)
-                step = stepper(cell, built[cell.engine], clips, self.setting)
-                steps[cell.key] = until_update(built[cell.engine], step, cell.key, update)
-                warm_up(step, timer)
-                if cell.key not in parts:
-                    seen = trace(built[cell.engine], step, self.setting.device, warm=0)
-                    self._add({"cell": cell.key, "parts": seen.phases()})
-                progress.done(2 * estimate[cell.key])
-            how = self.setting.device, self.setting.dtype
-            limits = machine.limits(cells[0].model == QUICK, *how)
-            while cells := [c for c in cells if taken[c.key] < self.rounds]:
-                number = min(taken[c.key] for c in cells)
-                progress.tell(f"round {number + 1} of {self.rounds}")
-                random.seed(f"{self.setting.seed} {number}")
-                functions = {name: limit.run for name, limit in limits.items()}
-                functions |= {c.key: steps[c.key] for c in cells}
-                samples = interleave(functions, 1, timer=timer)
-                line = {"model": cells[0].model, "limits": machine.as_record(limits, samples)}
-                line["until_update"] = {c.key: update[c.key] for c in cells}
-                self._add(line | {"seconds": {c.key: samples[c.key][0] for c in cells}})
-                progress.done(sum(estimate[c.key] for c in cells))
-                taken.update(c.key for c in cells)
+        for cell in cells:
+            tell(f"warming up {cell.key}")
+            if cell.engine not in built:
+                built[cell.engine] = build(cell, self.setting)
+            clips = make_clips(cell.cfg, probes[cell.key]["clips"], self.setting)
+            step = stepper(cell, built[cell.engine], clips, self.setting)
+            steps[cell.key] = until_update(built[cell.engine], step, cell.key, update)
+            warm_up(step, timer)
+            if cell.key not in parts:
+                seen = trace(built[cell.engine], step, self.setting.device, warm=0)
+                self._add({"cell": cell.key, "parts": seen.phases()})
+        how = self.setting.device, self.setting.dtype
+        limits = machine.limits(cells[0].model == QUICK, *how)
+        while cells := [c for c in cells if taken[c.key] < self.rounds]:
+            number = min(taken[c.key] for c in cells)
+            left = sum((self.rounds - taken[c.key]) * probes[c.key]["step_seconds"] for c in cells)
+            tell(f"round {number + 1} of {self.rounds}, {left / 60:.1f} min left")
+            random.seed(f"{self.setting.seed} {number}")
+            functions = {name: limit.run for name, limit in limits.items()}
+            functions |= {c.key: steps[c.key] for c in cells}
+            samples = interleave(functions, 1, timer=timer)
+            line = {"model": cells[0].model, "limits": machine.as_record(limits, samples)}
+            line["until_update"] = {c.key: update[c.key] for c in cells}
+            self._add(line | {"seconds": {c.key: samples[c.key][0] for c in cells}})
+            taken.update(c.key for c in cells)
+
+
+def tell(now: str) -> None:
+    """What is going on."""
+    print(now, file=sys.stderr, flush=True)
 
 
 def until_update(
