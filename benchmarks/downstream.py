@@ -6,10 +6,11 @@ there already is not done again. The table is of all seeds that are there: means
 Student's 95% interval over seeds.
 """
 
-import argparse
 import json
 import logging
 from pathlib import Path
+
+import tyro
 
 from mae_fast import demo_downstream as made
 from mae_fast.checkpoint import checkpoints
@@ -32,17 +33,9 @@ def one(source: Path, folder: Path, minutes: float, steps: int, seed: int) -> di
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("videos", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=3.5)
-    parser.add_argument("--steps", type=int, default=0)
-    args = parser.parse_args()
+def main(videos: Path, out: Path, /, seeds: int = 3, minutes: float = 3.5, steps: int = 0) -> None:
     logging.getLogger("mae_fast").setLevel(logging.WARNING)
-    how = (args.minutes, args.steps)
-    found = [one(args.videos, args.out / str(s), *how, s) for s in range(args.seeds)]
+    found = [one(videos, out / str(s), minutes, steps, s) for s in range(seeds)]
     print(f"| top-1 of {made.TEST} clips, {len(found)} seeds | mean | 95% |\n|---|---|---|")
     for name in ROWS:
         mean, half = interval([100 * r[name] for r in found])
@@ -52,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -7,15 +7,16 @@ squared error and its backward; ours from the bytes. CPU time; memory is what ea
 process of its own.
 """
 
-import argparse
 import math
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 
 from mae_fast import backends
@@ -60,46 +61,39 @@ def added(run: Callable[[], object]) -> float:
     return int(os.read(ours, 99)) / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("slowfast")
-    parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+def main(slowfast: str, /, clips: int = 4, rounds: int = 5) -> None:
     torch.set_num_threads(1)
-    layer, samples = operator(args.slowfast), torch.arange(args.clips)
-    video = torch.randint(0, 256, (args.clips, 3, 16, 224, 224), dtype=torch.uint8)
-    ids = draw_ids("random", GRID, 0.9, seed=0, step=0, samples=samples)[1]
+    layer = operator(slowfast)
+    video = torch.randint(0, 256, (clips, 3, 16, 224, 224), dtype=torch.uint8)
+    ids = draw_ids("random", GRID, 0.9, seed=0, step=0, samples=torch.arange(clips))[1]
     ids = ids.sort(dim=1).values  # as a mask has them
-    mask = torch.zeros(args.clips, math.prod(GRID), dtype=torch.bool).scatter_(1, ids.long(), True)
+    mask = torch.zeros(clips, math.prod(GRID), dtype=torch.bool).scatter_(1, ids.long(), True)
     pred = torch.randn(*ids.shape, 108, requires_grad=True)
     normal = (video.float() / 255 - MEAN) / STD
-    runs = {"official fp32": lambda: official(layer, normal, mask, pred)}
-    runs |= {
-        name: lambda name=name: masked_hog_mse(pred, video, ids, tuple(range(0, 16, 2)), 16, STD)
-        for name in ("reference", "cpp")
-    }
 
-    def step(name: str) -> Tensor:
+    def ours(backend: str) -> Tensor:
+        with backends(masked_hog_mse=backend):
+            return masked_hog_mse(pred, video, ids, tuple(range(0, 16, 2)), 16, STD)
+
+    def step(loss_of: Callable[[], Tensor]) -> Tensor:
         pred.grad = None
-        own = "reference" if name == "official fp32" else name
-        with backends(masked_hog_mse=own):
-            loss = runs[name]()
-            loss.backward()
+        loss = loss_of()
+        loss.backward()
         return loss.detach()
 
-    losses = {name: float(step(name)) for name in runs}
-    steps = {name: lambda name=name: step(name) for name in runs}
+    steps = {"official fp32": partial(step, partial(official, layer, normal, mask, pred))}
+    steps |= {name: partial(step, partial(ours, name)) for name in ("reference", "cpp")}
+    losses = {name: float(run()) for name, run in steps.items()}
     memory = {name: added(run) for name, run in steps.items()}
-    seconds = interleave(steps, args.rounds, timer=cpu_time)
-    print(f"{args.clips} clips, {args.rounds} rounds; median and extremes of CPU time, one thread")
+    seconds = interleave(steps, rounds, timer=cpu_time)
+    print(f"{clips} clips, {rounds} rounds; median and extremes of CPU time, one thread")
     for name, each in seconds.items():
-        low, middle, high = min(each), statistics.median(each), max(each)
+        low, middle, high = (1e3 * x for x in (min(each), statistics.median(each), max(each)))
         print(
-            f"{name:14} {1e3 * middle:8.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f})"
+            f"{name:14} {middle:8.1f} ms ({low:.1f} to {high:.1f})"
             f" {memory[name]:8.1f} MB  loss {losses[name]:.7f}"
         )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -7,7 +7,6 @@ the official sampling, and loaded when the joined batch lies in the training pro
 processor time, of one worker and the training process, and each round is a process of its own.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -21,6 +20,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+import tyro
 
 from mae_fast.bench.data import patches
 from mae_fast.bench.ours import Ours
@@ -102,14 +102,14 @@ def make(videos: Path, out: Path, old: Path) -> dict[str, tuple[Path, Path]]:
 
 def loading(ways: dict[str, tuple[Path, Path]], repeats: int, rounds: int, seconds: float) -> dict:
     """Seconds a clip of each way, in turn."""
-    steps = {}
-    for name, (root, path) in ways.items():
-        a_clip = float(python(root, ROUND, path, repeats, 4, 99))
-        steps[name] = max(4, round(seconds / a_clip / 2 / repeats))
     found: dict[str, list[float]] = {name: [] for name in ways}
+    a_clip = {
+        n: float(python(root, ROUND, path, repeats, 4, 99)) for n, (root, path) in ways.items()
+    }
     for k in range(rounds):
         for name, (root, path) in ways.items():
-            found[name].append(float(python(root, ROUND, path, repeats, steps[name], k)))
+            steps = max(4, round(seconds / a_clip[name] / 2 / repeats))
+            found[name].append(float(python(root, ROUND, path, repeats, steps, k)))
     return found
 
 
@@ -119,13 +119,11 @@ def making(folder: Path, rounds: int) -> dict[str, list[float]]:
     clips = [decoded(path, k) for k, path in enumerate(sorted(folder.glob("*.mp4")))]
 
     def planes_of() -> list:
-        return [
-            pictures("", ((k, f, (False, 0)) for k, f in enumerate(c[0])), 16, 256) for c in clips
-        ]
+        kept = ([(k, frame, (False, 0)) for k, frame in enumerate(c[0])] for c in clips)
+        return [pictures("", frames, 16, 256) for frames in kept]
 
-    sources = [
-        p.source([(list(range(16)), *c[1:])], 224) for p, c in zip(planes_of(), clips, strict=True)
-    ]
+    pairs = zip(planes_of(), clips, strict=True)
+    sources = [planes.source([(list(range(16)), *c[1:])], 224) for planes, c in pairs]
 
     def by_rgb() -> None:
         for frames, box, flip in clips:
@@ -167,41 +165,38 @@ def mega(path: Path) -> float:
     return sum(p.stat().st_size for p in path.rglob("*") if p.suffix in (".mp4", ".tar")) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("videos", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a round, about")
-    parser.add_argument("--record", default="", help="the file that the records are appended to")
-    args = parser.parse_args()
+def main(
+    videos: Path, out: Path, old: Path, /, rounds: int = 5, seconds: float = 5.0, record: str = ""
+) -> None:
+    """Args:
+    seconds: of a round, about.
+    record: the file that the records are appended to.
+    """
     torch.set_num_threads(1)
-    ways = make(args.videos, args.out.resolve(), args.old.resolve())
-    size = {name: mega(args.out / name) for name in (*SIZES, "pack", "copy")}
-    psnr = json.loads((args.out / "pack/pack.json").read_text())["psnr"]
-    record = {"kind": "loading", "environment": environment()}
-    head = ["git", "-C", args.old, "rev-parse", "--short", "HEAD"]
-    record |= {
-        "old": subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
-    }
-    records = []
-    for repeats in (1, 4):
-        found = loading(ways, repeats, args.rounds, args.seconds)
-        what = {"what": "loading a clip, processor time", "item": f"repeat_aug {repeats}"}
-        records.append(record | what | {"seconds": found, "megabytes": size, "psnr": psnr})
-    what = {"what": "a clip of decoded frames", "item": "patches"}
-    records.append(record | what | {"seconds": making(args.out / "256", args.rounds)})
-    for precision in ("fp32", "bf16"):
-        what = {"what": "a step of vit_base, processor time a clip", "item": precision}
-        records.append(record | what | {"seconds": {"mae_fast": step(precision, args.rounds)}})
-    for each in records:
-        for name, samples in each["seconds"].items():
-            print(f"{each['item']:14} {name:22} {1e3 * statistics.median(samples):9.2f} ms a clip")
-        if args.record:
-            append(args.record, each)
+    ways = make(videos, out.resolve(), old.resolve())
+    size = {name: mega(out / name) for name in (*SIZES, "pack", "copy")}
+    psnr = json.loads((out / "pack/pack.json").read_text())["psnr"]
+    head = ["git", "-C", old, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    of_files = {"megabytes": size, "psnr": psnr}
+    found = [
+        (f"repeat_aug {n}", "loading a clip, processor time", loading(ways, n, rounds, seconds))
+        for n in (1, 4)
+    ]
+    found.append(("patches", "a clip of decoded frames", making(out / "256", rounds)))
+    found += [
+        (each, "a step of vit_base, processor time a clip", {"mae_fast": step(each, rounds)})
+        for each in ("fp32", "bf16")
+    ]
+    for item, what, times in found:
+        for name, samples in times.items():
+            print(f"{item:14} {name:22} {1e3 * statistics.median(samples):9.2f} ms a clip")
+        made = {"kind": "loading", "what": what, "item": item, "old": commit, "seconds": times}
+        if record:
+            more = of_files if item.startswith("repeat") else {}
+            append(record, made | more | {"environment": environment()})
     print(size, f"PSNR {psnr:.1f} dB")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

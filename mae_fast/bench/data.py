@@ -5,13 +5,16 @@ import os
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import tyro
 
 from mae_fast import cost, memory
+from mae_fast.bench.timing import cpu_time
 from mae_fast.config import DataConfig, preset
 from mae_fast.data import remote
 from mae_fast.data.decode import VideoReader
@@ -86,10 +89,10 @@ def measure(rows: list[VideoRow], cfg: DataConfig, seconds: float, rounds: int) 
     steps = max(2, round(seconds / a_video / 2))
     samples = [_round(rows, cfg, steps, k) for k in range(rounds)]
     cold = _forget(rows) and _round(rows, cfg, steps, rounds)
-    rate = statistics.median(s["clips_per_s_core"] for s in samples)
+    rates = [s["clips_per_s_core"] for s in samples]
     return {
-        "clips_per_s_core": rate,
-        "clips_per_s_core_rounds": [s["clips_per_s_core"] for s in samples],
+        "clips_per_s_core": statistics.median(rates),
+        "clips_per_s_core_rounds": rates,
         "clips_per_s": statistics.median(s["clips_per_s"] for s in samples),
         "clips_per_s_cold_cache": cold["clips_per_s"] if cold else None,
         "workers": cfg.workers,
@@ -99,24 +102,20 @@ def measure(rows: list[VideoRow], cfg: DataConfig, seconds: float, rounds: int) 
         "memory_mb": samples[-1]["memory_mb"],
         "stages_ms": stages(dataset),
         "cores": usable_cores(),
-        "needs": needs(rate),
+        "needs": needs(statistics.median(rates)),
     }
 
 
 def _round(rows, cfg: DataConfig, steps: int, k: int) -> dict[str, float]:
     """One run of a loader: its worker processes have ended, so their time is known."""
     loader = make_loader(rows, cfg, num_frames=FRAMES, batch_size=2, seed=k, steps=steps)
-    before, began = _cpu(), time.perf_counter()
+    before = os.times()
     clips = sum(len(batch) for batch in loader)
-    wall, cpu = time.perf_counter() - began, _cpu() - before
+    after = os.times()
+    wall, cpu = after.elapsed - before.elapsed, sum(after[:4]) - sum(before[:4])
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     rates = {"clips_per_s": clips / wall, "clips_per_s_core": clips / cpu}
     return {"clips": clips, "memory_mb": memory, **rates}
-
-
-def _cpu() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def _bytes_read() -> int:
@@ -133,10 +132,8 @@ def _forget(rows: list[VideoRow]) -> bool:
         return False
     for path in {os.path.dirname(r.path) if r.at >= 0 else r.path for r in rows}:
         fd = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
     return True
 
 
@@ -153,23 +150,18 @@ def stages(dataset: ClipDataset) -> dict[str, float]:
         asked.append((video, wanted.tolist()))  # which can be read: a damaged one was replaced
         return found
 
-    dataset._read = note
-    try:
+    with mock.patch.object(dataset, "_read", note):
         for g in range(videos):
             dataset[g]
-    finally:
-        dataset._read = read
-    ladder = _packed_ladder(dataset) if packed else _file_ladder(dataset)
-    out, below, clips = {}, 0.0, videos * dataset.cfg.repeat_aug
-    for name, step in ladder.items():
-        taken = _time(lambda step=step: [step(video, wanted) for video, wanted in asked])
-        out[name] = (taken - below) * 1000 / clips
-        below = taken
-    taken = _time(lambda: [join([dataset[g]]) for g in range(videos)])
-    out["sample, copy, join"] = (taken - below) * 1000 / clips
+    out, below = {}, 0.0
+    for name, step in (_packed_ladder if packed else _file_ladder)(dataset).items():
+        taken = _least(lambda step=step: [step(video, wanted) for video, wanted in asked])
+        out[name], below = taken - below, taken
+    joined = _least(lambda: [join([dataset[g]]) for g in range(videos)])
+    out["sample, copy, join"] = joined - below
     ready = [join([dataset[g]]).source(_SIZE) for g in range(videos)]
-    out["patches"] = _time(lambda: [patches(source) for source in ready]) * 1000 / clips
-    return out
+    out["patches"] = _least(lambda: [patches(source) for source in ready])
+    return {name: 1e3 * taken / videos / dataset.cfg.repeat_aug for name, taken in out.items()}
 
 
 def patches(source: Source) -> None:
@@ -182,37 +174,30 @@ def patches(source: Source) -> None:
     crop_resize_patchify_gather(target, ids[:, tokens // 10 :], 1, *numbers, channel_last=True)
 
 
-def _time(call) -> float:
+def _least(call: Callable[[], object]) -> float:
     """Processor seconds, the least of three."""
-    taken = []
-    for _ in range(3):
-        before = time.process_time()
-        call()
-        taken.append(time.process_time() - before)
-    return min(taken)
+    return min(cpu_time(call) for _ in range(3))
 
 
-def _packed_ladder(dataset: ClipDataset) -> dict[str, Any]:
+def _packed_ladder(dataset: ClipDataset) -> dict[str, Callable]:
     reader = dataset._packs
 
-    def place(video):
-        return dataset._place(video, os.fsdecode(dataset._paths[video]))
+    def placed(read):
+        return lambda video, wanted: read(
+            dataset._place(video, os.fsdecode(dataset._paths[video])), wanted
+        )
 
-    def read(video, wanted):
-        where = place(video)
+    def read(where, wanted):
         rows = reader._table(where)[wanted]
         reader._bytes(where, int(rows["at"].min()), int((rows["at"] + rows["size"]).max()))
 
-    return {
-        "read": read,
-        "decode": lambda video, wanted: reader.frames(place(video), wanted),
-        "planes": lambda video, wanted: reader.pictures(
-            place(video), wanted, dataset.cfg.short_side
-        ),
-    }
+    def planes(where, wanted):
+        reader.pictures(where, wanted, dataset.cfg.short_side)
+
+    return {"read": placed(read), "decode": placed(reader.frames), "planes": placed(planes)}
 
 
-def _file_ladder(dataset: ClipDataset) -> dict[str, Any]:
+def _file_ladder(dataset: ClipDataset) -> dict[str, Callable]:
     def opened(read):
         def step(video, wanted):
             path, access = os.fsdecode(dataset._paths[video]), dataset._access_of(video)
@@ -229,11 +214,8 @@ def _file_ladder(dataset: ClipDataset) -> dict[str, Any]:
     def planes(reader, wanted):
         reader.pictures(wanted, dataset.cfg.short_side)
 
-    return {
-        "open": opened(lambda reader, wanted: None),
-        "decode": opened(decode),
-        "planes": opened(planes),
-    }
+    nothing = opened(lambda reader, wanted: None)
+    return {"open": nothing, "decode": opened(decode), "planes": opened(planes)}
 
 
 def needs(rate: float) -> dict[str, dict[str, float]]:
@@ -249,14 +231,15 @@ def needs(rate: float) -> dict[str, dict[str, float]]:
 
 
 def tell(found: dict[str, Any]) -> str:
-    rate, cores = found["clips_per_s_core"], found["cores"]
-    spread = found["clips_per_s_core_rounds"]
+    rate, cores, rounds = (
+        found[key] for key in ("clips_per_s_core", "cores", "clips_per_s_core_rounds")
+    )
     cold = found["clips_per_s_cold_cache"]
     stages = ", ".join(f"{name} {ms:.2f}" for name, ms in found["stages_ms"].items())
     lines = [
         f"{found['source']} ({found['kind']}), repeat_aug {found['repeat_aug']}: "
-        f"{rate:.1f} clips a second and core ({min(spread):.1f} to {max(spread):.1f} of "
-        f"{len(spread)} rounds of {found['clips_a_round']} clips)",
+        f"{rate:.1f} clips a second and core ({min(rounds):.1f} to {max(rounds):.1f} of "
+        f"{len(rounds)} rounds of {found['clips_a_round']} clips)",
         f"with {found['workers']} workers {found['clips_per_s']:.1f} clips/s"
         + (f", {cold:.1f} from a cold page cache" if cold else "")
         + f"; {found['memory_mb']:.0f} MB a worker; "
@@ -264,9 +247,9 @@ def tell(found: dict[str, Any]) -> str:
         f"a clip, in ms of a core: {stages}",
         f"this machine's {cores} cores feed {rate * cores:.0f} clips/s",
     ]
-    for name, each in found["needs"].items():
-        lines.append(
-            f"{name} at {each['clips_per_s_predicted']:.0f} clips/s of an H100 (predicted) needs "
-            f"{each['cores']:.0f} cores of this kind"
-        )
+    lines += [
+        f"{name} at {each['clips_per_s_predicted']:.0f} clips/s of an H100 (predicted) needs "
+        f"{each['cores']:.0f} cores of this kind"
+        for name, each in found["needs"].items()
+    ]
     return "\n".join(lines)

@@ -8,19 +8,24 @@ the official code's logits and gradients are held against ours, from the same we
 import json as jsonlib
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mae_fast.bench.baselines.official_classifier import OfficialClassifier
+from mae_fast.bench.baselines.training import Baseline, LossOf
 from mae_fast.bench.baselines.transformers_videomae import encoder_settings
 from mae_fast.bench.engines import config_of
 from mae_fast.bench.records import append
 from mae_fast.bench.timing import interleave, ratio, spread
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
+from mae_fast.config import ModelConfig
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError, MaeFastError
+from mae_fast.fields import require
 from mae_fast.masking import draw_ids
 from mae_fast.step import Step
 from mae_fast.tasks.augment import smoothed, soft_cross_entropy
@@ -55,9 +60,10 @@ def finetune(
         json: print the record, and nothing else on stdout.
     """
     unknown = [name for name in engines if name not in ENGINES]
-    if unknown or rounds < 2:
-        what = f"unknown engine {unknown[0]!r}" if unknown else f"rounds must be 2, got {rounds}"
-        raise ConfigError(f"{what} (known: {', '.join(ENGINES)})")
+    require(not unknown, f"--engines must be of {', '.join(ENGINES)}", unknown)
+    require(rounds >= 2, "--rounds must be 2 or more", rounds)
+    if "transformers" in engines and not find_spec("transformers"):
+        raise ConfigError("the engine transformers needs `pip install transformers`")
     cfg = ClassifierConfig(config_of(model), "mae_st", classes)
     torch.manual_seed(0)
     m = cfg.model
@@ -104,15 +110,13 @@ def tell(record: dict) -> str:
 
 def check(cfg: ClassifierConfig, video: Tensor, target: Tensor) -> None:
     """Raises MaeFastError where the official code's logits or gradients are not ours."""
-    ours, official = VideoClassifier(cfg), OfficialClassifier(cfg, "sdpa")
-    official.load_state_dict(ours.state_dict())
-    found = []
-    for net in (ours, official):
-        logits = net(video)
+    nets = VideoClassifier(cfg), OfficialClassifier(cfg, "sdpa")
+    nets[1].load_state_dict(nets[0].state_dict())
+    a, b = (net(video) for net in nets)
+    for logits in (a, b):
         soft_cross_entropy(logits, target).backward()
-        grads = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()])
-        found.append((logits.detach(), grads))
-    (a, x), (b, y) = found
+    a, b = a.detach(), b.detach()
+    x, y = (nn.utils.get_total_norm([p.grad for p in net.parameters()]) for net in nets)
     off = max(float((a - b).norm() / b.norm()), abs(float(x / y) - 1))
     if not off < TOLERANCE:
         raise MaeFastError(f"nothing is timed: the official classifier differs by {off:.1e}")
@@ -124,27 +128,29 @@ def stepper(
     """One step of an engine, whose state goes on."""
     if name.startswith("mae_fast"):
         return _ours(cfg, video, target, precision, MASKED * (name == "mae_fast_masked"))
-    if name == "transformers":
-        net = _transformers(cfg)
-        clip, logits_of = video.transpose(1, 2).contiguous(), lambda x: net(x).logits
-    else:
-        net = OfficialClassifier(cfg, name.removeprefix("official_"))
-        clip, logits_of = video, net
-    net.train()
-    # As the loops there: multi-tensor AdamW by groups, and a loss that the host waits for.
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=DECAY)
+    built = Theirs(name, cfg, target).build(cfg.model, precision=precision)
+    clips = video.transpose(1, 2).contiguous() if name == "transformers" else video
+    return lambda: built.step(clips, None)
 
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = soft_cross_entropy(logits_of(clip), target)
-        value = loss.item()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        return value
 
-    return step
+@dataclass(frozen=True)
+class Theirs(Baseline):
+    """A classifier in the official loop: multi-tensor AdamW, and a loss that the host waits for."""
+
+    name: str
+    cfg: ClassifierConfig
+    target: Tensor
+
+    def parts(self, cfg: ModelConfig) -> tuple[nn.Module, LossOf, bool]:
+        if self.name == "transformers":
+            from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+            how = dict(num_labels=self.cfg.num_classes, attn_implementation="sdpa")
+            net = VideoMAEForVideoClassification(VideoMAEConfig(**encoder_settings(cfg), **how))
+            logits_of = lambda clips: net(clips).logits  # noqa: E731
+        else:
+            net = logits_of = OfficialClassifier(self.cfg, self.name.removeprefix("official_"))
+        return net, lambda clips, *_: soft_cross_entropy(logits_of(clips), self.target), False
 
 
 def _ours(
@@ -164,12 +170,3 @@ def _ours(
         return trainer.update(LR)[0]
 
     return step
-
-
-def _transformers(cfg: ClassifierConfig) -> nn.Module:
-    try:
-        from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-    except ImportError as e:
-        raise ConfigError(f"the engine transformers needs `pip install transformers`: {e}") from e
-    how = dict(num_labels=cfg.num_classes, attn_implementation="sdpa")
-    return VideoMAEForVideoClassification(VideoMAEConfig(**encoder_settings(cfg.model), **how))

@@ -26,6 +26,7 @@ class Ours:
     without: Collection[str] = ()
     encode_all: bool = False
     graph: bool = False
+    lr: float = LR
 
     def build(
         self,
@@ -58,9 +59,9 @@ class Ours:
             encode_all: bool = self.encode_all,
         ) -> Tensor:
             ids = ids_from_noise(noise, num_keep("random", cfg.grid, mask_ratio))
-            whole = torch.is_tensor(clips)
-            steps[encode_all].micro(*((clips,) if whole else (clips.flat, clips.table)), *ids)
-            return steps[encode_all].update(LR)[0]
+            pixels = (clips,) if torch.is_tensor(clips) else (clips.flat, clips.table)
+            steps[encode_all].micro(*pixels, *ids)
+            return steps[encode_all].update(self.lr)[0]
 
         return Built(model, optimizer, step)
 

@@ -12,7 +12,7 @@ from mae_fast.bench.engines import flop_limit, label, source_of, work
 from mae_fast.bench.flops import forward_flop
 from mae_fast.bench.paper import PAPER
 from mae_fast.bench.table import number, text_table
-from mae_fast.bench.timing import spread
+from mae_fast.bench.timing import ratio, share, spread
 
 OFFICIAL = "official_eager"
 NOISY = 0.10  # a spread above it is marked
@@ -34,28 +34,27 @@ def _record(log: dict[str, Any], cells: list[Cell]) -> dict:
     """Of engines at one ratio."""
     first, rounds = cells[0], log["rounds"]
     cfg, masking = config_of(first.model), first.masking
-    of = {
-        cell: [n for n, line in enumerate(rounds) if cell.key in line["seconds"]] for cell in cells
-    }
-    used = sorted({n for numbers in of.values() for n in numbers})
-    limits = [rounds[n]["limits"] for n in used]
-    commits = dict.fromkeys(str(rounds[n]["commit"]) for n in used)
-    seconds = {label(c.engine): [rounds[n]["seconds"][c.key] for n in of[c]] for c in cells}
-    engines = {}
+    seconds, engines = {}, {}
     for cell in cells:
-        probe, done = log["probe"][cell.key], work(cell.engine, cfg, 1, cell.masking)
-        update = [rounds[n].get("until_update", {}).get(cell.key) for n in of[cell]]
-        engines[label(cell.engine)] = {
-            "rounds": of[cell],
+        name, probe = label(cell.engine), log["probe"][cell.key]
+        mine = [n for n, line in enumerate(rounds) if cell.key in line["seconds"]]
+        done = work(cell.engine, cfg, 1, cell.masking)
+        flop = done and probe["clips"] * int(sum(w.flop for both in done.values() for w in both))
+        update = [rounds[n].get("until_update", {}).get(cell.key) for n in mine]
+        seconds[name] = [rounds[n]["seconds"][cell.key] for n in mine]
+        engines[name] = {
+            "rounds": mine,
             "clips": probe["clips"],
             "peak_memory_mb": probe["peak_memory_mb"],
-            "flop": done
-            and probe["clips"] * int(sum(w.flop for both in done.values() for w in both)),
+            "flop": flop,
             "parts": log["parts"][cell.key],
             "data": log["data"].get(cell.key),
             "until_update": None if None in update else update,
             "source": source_of(cell.engine),
         }
+    used = sorted({n for engine in engines.values() for n in engine["rounds"]})
+    limits = [rounds[n]["limits"] for n in used]
+    commits = dict.fromkeys(str(rounds[n]["commit"]) for n in used)
     return {
         "kind": "ratio",
         "what": "training step by masking ratio, synthetic clips, interleaved",
@@ -95,14 +94,17 @@ def summary(records: list[dict]) -> dict[str, Any]:
 
 def _cell(record: dict, dense: dict | None, name: str) -> dict[str, Any]:
     engine, seconds = record["engines"][name], record["seconds"][name]
-    clips, median = engine["clips"], statistics.median(seconds)
+    clips, flop, median = engine["clips"], engine["flop"], statistics.median(seconds)
+    at = [record["rounds"].index(n) for n in engine["rounds"]]
+    limits = {
+        limit: found | {"seconds": [found["seconds"][n] for n in at]}
+        for limit, found in record["limits"].items()
+    }
+    asked = ("model", "strategy", "ratio", "precision", "device", "asked_clips")
     return {
-        **{key: record[key] for key in ("model", "strategy", "ratio")},
+        **{key: record[key] for key in (*asked, "forward_gflop", "flop_limit")},
         "engine": name,
-        "precision": record["precision"],
-        "device": record["device"],
         "clips": clips,
-        "asked_clips": record["asked_clips"],
         "seconds_a_step": median,
         "seconds_a_clip": median / clips,
         "clips_a_second": clips / median,
@@ -110,10 +112,8 @@ def _cell(record: dict, dense: dict | None, name: str) -> dict[str, Any]:
         "spread": spread(seconds),
         "noisy": spread(seconds) > NOISY,
         "peak_memory_mb": engine["peak_memory_mb"],
-        "forward_gflop": record["forward_gflop"],
-        "gflop_a_clip": engine["flop"] and engine["flop"] / clips / 1e9,
-        "share_of_product_rate": _share(record, name),
-        "flop_limit": record["flop_limit"],
+        "gflop_a_clip": flop and flop / clips / 1e9,
+        "share_of_product_rate": flop and share(limits, {"flop": flop}, seconds),
         "against_itself_at_0": faster(dense, name, record, name),
         "against_official_at_0": faster(dense, OFFICIAL, record, name),
         "against_official": faster(record, OFFICIAL, record, name),
@@ -128,39 +128,23 @@ def faster(base: dict | None, base_name: str, record: dict, name: str) -> dict |
     were in; where there are none, the ratio of medians, and `apart` is true."""
     if base is None or base_name not in base["seconds"]:
         return None
-    (a, a_clips), (b, b_clips) = _samples(base, base_name), _samples(record, name)
-    both = a.keys() & b.keys()
-    if both:
-        ratio = statistics.median(a[n] / b[n] for n in both)
+    a, b = _by_round(base, base_name), _by_round(record, name)
+    if both := a.keys() & b.keys():
+        times = statistics.median(a[n] / b[n] for n in both)
     else:
-        ratio = statistics.median(a.values()) / statistics.median(b.values())
-    return {"times": ratio * b_clips / a_clips, "apart": not both}
+        times = statistics.median(a.values()) / statistics.median(b.values())
+    return {"times": times, "apart": not both}
 
 
-def _samples(record: dict, name: str) -> tuple[dict[int, float], int]:
-    """({round: seconds}, clips a step)."""
-    engine = record["engines"][name]
-    return dict(zip(engine["rounds"], record["seconds"][name], strict=True)), engine["clips"]
-
-
-def _share(record: dict, name: str) -> float | None:
-    """FLOP really done, of what the machine's best product does in the same rounds."""
-    engine = record["engines"][name]
-    if engine["flop"] is None:
-        return None
-    products = [limit for limit in record["limits"].values() if "flop" in limit]
-    rates = (
-        max(limit["flop"] / limit["seconds"][n] for limit in products)
-        for n in map(record["rounds"].index, engine["rounds"])
-    )
-    seconds = record["seconds"][name]
-    return statistics.median(
-        engine["flop"] / s / best for s, best in zip(seconds, rates, strict=True)
-    )
+def _by_round(record: dict, name: str) -> dict[int, float]:
+    """{round: seconds a clip}."""
+    engine, seconds = record["engines"][name], record["seconds"][name]
+    return {n: s / engine["clips"] for n, s in zip(engine["rounds"], seconds, strict=True)}
 
 
 def parts_of(record: dict, name: str) -> dict[str, float]:
-    """Seconds a clip by part: the shares of a profiled step, of the median step."""
+    """Seconds a clip by part: the shares of a profiled step, of the median step; "data" is what
+    loading takes on top."""
     engine, found = record["engines"][name], {}
     each = statistics.median(record["seconds"][name]) / engine["clips"]
     total = sum(engine["parts"].values())
@@ -168,9 +152,13 @@ def parts_of(record: dict, name: str) -> dict[str, float]:
         part = "overhead" if phase in OVERHEAD else phase
         found[part] = found.get(part, 0.0) + each * seconds / total
     if engine["data"]:
-        data = statistics.median(engine["data"]["seconds"]) / engine["data"]["clips"]
-        found["data"] = max(0.0, data - each)
+        found["data"] = max(0.0, _loaded(engine["data"]) - each)
     return found
+
+
+def _loaded(data: dict) -> float:
+    """Seconds a clip of loading and computing."""
+    return statistics.median(data["seconds"]) / data["clips"]
 
 
 def lost(record: dict, dense: dict | None, name: str) -> dict[str, dict]:
@@ -194,18 +182,13 @@ def _data(record: dict, dense: dict | None, name: str) -> dict | None:
     if not data:
         return None
     told = {
-        "seconds_a_clip": statistics.median(data["seconds"]) / data["clips"],
-        "waiting": statistics.median(
-            w / s for w, s in zip(data["waits"], data["seconds"], strict=True)
-        ),
+        "seconds_a_clip": _loaded(data),
+        "waiting": ratio(data["waits"], data["seconds"]),
         "repeat": data["repeat"],
         "spread": spread(data["seconds"]),
     }
     before = dense and dense["engines"].get(name, {}).get("data")
-    if before:
-        seconds = statistics.median(before["seconds"]) / before["clips"]
-        told["against_itself_at_0"] = seconds / told["seconds_a_clip"]
-    return told
+    return told | ({"against_itself_at_0": _loaded(before) / _loaded(data)} if before else {})
 
 
 def print_tables(told: dict[str, Any]) -> None:
