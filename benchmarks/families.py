@@ -26,7 +26,7 @@ from mae_fast.adapters import videomae as own_videomae
 from mae_fast.adapters import videomae_v2 as own_videomae_v2
 from mae_fast.bench.baselines import official_repository as official
 from mae_fast.bench.baselines import transformers_videomae as peer
-from mae_fast.bench.baselines.official import normalise, patches
+from mae_fast.bench.baselines.official import normalise, normed_by_channel, patches
 from mae_fast.config import ModelConfig
 from mae_fast.masking import draw_ids, mask_from_keep
 
@@ -152,10 +152,8 @@ def _pretrain_model(code: ModuleType, cfg: ModelConfig) -> nn.Module:
 def _labels(clips: Tensor, cfg: ModelConfig) -> Tensor:
     """What VideoMAE's loops compute as labels of every token: [B, L, P]."""
     mean, std = peer.imagenet(clips.device)
-    pixels = clips * std + mean
-    cells = patches(pixels, cfg.t_patch_size, cfg.patch_size, "nthwupqc").flatten(2, 4)  # [B,L,n,C]
-    centred = cells - cells.mean(dim=-2, keepdim=True)
-    return (centred / (cells.var(dim=-2, keepdim=True).sqrt() + 1e-6)).flatten(2)
+    pixels = patches(clips * std + mean, cfg.t_patch_size, cfg.patch_size, "nthwupqc").flatten(2)
+    return normed_by_channel(pixels, cfg.in_chans)
 
 
 def _module(path: str, name: str) -> ModuleType:

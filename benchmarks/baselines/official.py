@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mae_fast.config import ModelConfig
 
-EPS = 1e-6  # of every layer norm
+EPS = 1e-6  # of every norm
 
 
 def normalise(video: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,6 +31,19 @@ def patches(video: Tensor, t_patch: int, patch: int, order: str) -> Tensor:
     return torch.einsum(f"nctuhpwq->{order}", x).flatten(1, 3)
 
 
+def normed(target: Tensor) -> Tensor:
+    """Each patch [..., P] by its mean and unbiased variance."""
+    mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+    return (target - mean) / (var + EPS) ** 0.5
+
+
+def normed_by_channel(target: Tensor, chans: int) -> Tensor:
+    """VideoMAE's: each channel of a patch by itself, and EPS on its deviation."""
+    x = target.unflatten(-1, (-1, chans))
+    x = (x - x.mean(dim=-2, keepdim=True)) / (x.var(dim=-2, keepdim=True).sqrt() + EPS)
+    return x.flatten(-2)
+
+
 class Attention(nn.Module):
     """Self-attention, its scores materialised ("eager") or torch's ("sdpa")."""
 
@@ -38,9 +51,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kind = heads, kind
         self.scale = (dim // heads) ** -0.5
-        self.q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, S, D] -> [N, S, D]
@@ -96,43 +107,23 @@ class PatchEmbed(nn.Module):
         return torch.einsum("ncts->ntsc", x).flatten(1, 2)
 
 
-class OfficialMAE(nn.Module):
-    """loss, pred, mask = model(video, mask_ratio, noise, encode_all), the official slow way.
+class Trunk(nn.Module):
+    """What a model and its classifier share: the encoder's parts, and positions."""
 
-    video [N, C, T, H, W] float, normalised; noise [N, L] (drawn when None); mask [N, L] is 0 for
-    kept and 1 for removed. pred is [N, L, P] for mae_st, and for slowfast, which projects masked
-    tokens only, [N, M, P], both in patch order. encode_all is not in the official code: the encoder
-    sees every token, and the decoder gets those that the mask keeps.
-    """
-
-    def __init__(self, cfg: ModelConfig, attention: Literal["eager", "sdpa"] = "eager") -> None:
+    def __init__(self, cfg: ModelConfig, attention: Literal["eager", "sdpa"]) -> None:
         super().__init__()
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"attention must be eager or sdpa, got {attention!r}")
-        self.cfg = cfg
-        self.slowfast = cfg.variant == "slowfast"
-        side = cfg.img_size // cfg.patch_size
-        self.steps, self.cells = cfg.num_frames // cfg.t_patch_size, side * side
-        dim, dec = cfg.embed_dim, cfg.decoder_embed_dim
+        self.cfg, dim = cfg, cfg.embed_dim
+        self.steps, self.cells = cfg.grid[0], cfg.grid[1] * cfg.grid[2]
         if cfg.cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-            if not self.slowfast:
-                self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, dec))
         self._add_pos("pos_embed", dim, cfg.sep_pos_embed)
-        self._add_pos("decoder_pos_embed", dec, cfg.sep_pos_embed and not self.slowfast)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dec))
         self.patch_embed = PatchEmbed(cfg)
         self.blocks = nn.ModuleList(
             Block(dim, cfg.num_heads, cfg, attention) for _ in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(dim, eps=EPS)
-        self.decoder_embed = nn.Linear(dim, dec)
-        self.decoder_blocks = nn.ModuleList(
-            Block(dec, cfg.decoder_num_heads, cfg, attention) for _ in range(cfg.decoder_depth)
-        )
-        self.decoder_norm = nn.LayerNorm(dec, eps=EPS)
-        self.pred_t_patch = cfg.t_patch_size * cfg.pred_t_dim // cfg.num_frames
-        self.decoder_pred = nn.Linear(dec, self.pred_t_patch * cfg.patch_size**2 * cfg.in_chans)
 
     def _add_pos(self, name: str, dim: int, separable: bool) -> None:
         cls = int(self.cfg.cls_embed)
@@ -155,6 +146,32 @@ class OfficialMAE(nn.Module):
         if self.cfg.cls_embed:
             pos = torch.cat([getattr(self, f"{name}_class"), pos], dim=1)
         return pos
+
+
+class OfficialMAE(Trunk):
+    """loss, pred, mask = model(video, mask_ratio, noise, encode_all), the official slow way.
+
+    video [N, C, T, H, W] float, normalised; noise [N, L] (drawn when None); mask [N, L] is 0 for
+    kept and 1 for removed. pred is [N, L, P] for mae_st, and for slowfast, which projects masked
+    tokens only, [N, M, P], both in patch order. encode_all is not in the official code: the encoder
+    sees every token, and the decoder gets those that the mask keeps.
+    """
+
+    def __init__(self, cfg: ModelConfig, attention: Literal["eager", "sdpa"] = "eager") -> None:
+        super().__init__(cfg, attention)
+        self.slowfast = cfg.variant == "slowfast"
+        dim, dec = cfg.embed_dim, cfg.decoder_embed_dim
+        if cfg.cls_embed and not self.slowfast:
+            self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, dec))
+        self._add_pos("decoder_pos_embed", dec, cfg.sep_pos_embed and not self.slowfast)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dec))
+        self.decoder_embed = nn.Linear(dim, dec)
+        self.decoder_blocks = nn.ModuleList(
+            Block(dec, cfg.decoder_num_heads, cfg, attention) for _ in range(cfg.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(dec, eps=EPS)
+        self.pred_t_patch = cfg.t_patch_size * cfg.pred_t_dim // cfg.num_frames
+        self.decoder_pred = nn.Linear(dec, self.pred_t_patch * cfg.patch_size**2 * cfg.in_chans)
 
     def forward(
         self,
@@ -226,16 +243,11 @@ class OfficialMAE(nn.Module):
         else:
             index = torch.linspace(0, cfg.num_frames - 1, cfg.pred_t_dim).long()
             frames = video.index_select(2, index.to(video.device))
-        target = self.patchify(frames)
+        # [N, C, t*u, H, W] -> [N, L, u*p*p*C], channel fastest.
+        target = patches(frames, self.pred_t_patch, cfg.patch_size, "nthwupqc").flatten(2)
         if self.slowfast:
             target = target[mask.bool()].unflatten(0, (len(video), -1))
         if cfg.norm_pix_loss:
-            mean = target.mean(dim=-1, keepdim=True)
-            var = target.var(dim=-1, keepdim=True)  # unbiased
-            target = (target - mean) / (var + 1.0e-6) ** 0.5
+            target = normed(target)
         loss = ((pred - target) ** 2).mean(dim=-1)
         return loss.mean() if self.slowfast else (loss * mask).sum() / mask.sum()
-
-    def patchify(self, frames: Tensor) -> Tensor:
-        """frames [N, C, t*u, H, W] -> [N, L, u*p*p*C], channel fastest."""
-        return patches(frames, self.pred_t_patch, self.cfg.patch_size, "nthwupqc").flatten(2)

@@ -78,7 +78,7 @@ def import_models(path: str) -> ModuleType:
         "timm": {},
         "timm.models": {},
         "timm.models.layers": {"to_2tuple": to_2tuple},
-        "timm.models.vision_transformer": {"DropPath": _NoDropPath, "Mlp": _Mlp},
+        "timm.models.vision_transformer": {"DropPath": None, "Mlp": _Mlp},  # no path is dropped
         "iopath": {},
         "iopath.common": {},
         "iopath.common.file_io": {"g_pathmgr": None},
@@ -99,13 +99,6 @@ def import_beside(name: str, contents: dict[str, dict[str, Any]]) -> ModuleType:
 
 def to_2tuple(x: Any) -> tuple:
     return x if isinstance(x, tuple) else (x, x)
-
-
-class _NoDropPath(nn.Module):
-    """Pre-training drops no path."""
-
-    def __init__(self, drop_prob: float) -> None:
-        raise ValueError(f"drop_path must be 0 in pre-training, got {drop_prob}")
 
 
 class _Mlp(nn.Module):

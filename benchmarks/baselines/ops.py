@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mae_fast.bench.baselines.official import EPS, patches
+from mae_fast.bench.baselines.official import normed, normed_by_channel, patches
 from mae_fast.masking import mask_from_keep
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather_ref
 from mae_fast.ops.mlp import mlp_ref
@@ -38,9 +38,7 @@ def rows(x: Tensor, ids: Tensor) -> Tensor:
 
 def baseline(op: str, args: tuple) -> Baseline:
     """Of a call op(*args) with memory behind its tensors."""
-    if op in TORCH:
-        return Baseline("torch", args, TORCH[op])
-    return OFFICIAL[op](*args)
+    return Baseline("torch", args, TORCH[op]) if op in TORCH else OFFICIAL[op](*args)
 
 
 def _attention(*qkv: Tensor) -> Baseline:
@@ -80,11 +78,6 @@ def _patchify_gather(video, ids, t_patch, patch, mean, std, dtype) -> Baseline:
     return Baseline("official", (video,), function)
 
 
-def _crop_resize(*args) -> Baseline:
-    """Whole clips are resized, then gathered from."""
-    return Baseline("official", args, crop_resize_patchify_gather_ref)
-
-
 def _decoder_tokens(visible, cls, mask_token, pos, keep, mask) -> Baseline:
     """Repeat, concatenation and an unshuffling gather: patch order, which ours never has."""
     order = torch.cat([keep, mask], dim=1)
@@ -108,8 +101,7 @@ def _masked_mse(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix) -
     """Targets and a loss of all patches, from a clip that the loader has normalised, for free;
     VideoMAE's ("channel") makes targets of all, and a loss of the masked."""
     normal = (video.float() / 255 - mean) / std
-    chans, (height, width) = video.shape[1], video.shape[3:]
-    length = len(frames) // t_patch * (height // patch) * (width // patch)
+    length = len(frames) // t_patch * (video.shape[3] // patch) * (video.shape[4] // patch)
     wanted = torch.tensor(frames, device=video.device)
 
     def targets() -> Tensor:
@@ -118,9 +110,8 @@ def _masked_mse(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix) -
     if norm_pix == "channel":
 
         def by_channel(pred: Tensor) -> Tensor:
-            x = targets().unflatten(2, (-1, chans))
-            x = (x - x.mean(-2, keepdim=True)) / (x.var(-2, keepdim=True).sqrt() + EPS)
-            return (pred - rows(x.flatten(2), ids)).square().mean()
+            target = normed_by_channel(targets(), video.shape[1])
+            return (pred - rows(target, ids)).square().mean()
 
         return Baseline("official", (pred,), by_channel)
     full = pred.new_zeros(len(pred), length, pred.shape[2])
@@ -128,9 +119,7 @@ def _masked_mse(pred, video, ids, frames, t_patch, patch, mean, std, norm_pix) -
     mask = 1 - mask_from_keep(ids, length)  # of those to keep: here, those that are masked
 
     def function(full: Tensor) -> Tensor:
-        target = targets()
-        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-        loss = ((full - (target - mean) / (var + EPS) ** 0.5) ** 2).mean(-1)
+        loss = ((full - normed(targets())) ** 2).mean(-1)
         return (loss * mask).sum() / mask.sum()
 
     return Baseline("official", (full,), function, lambda loss, grad: (loss, rows(grad, ids)))
@@ -183,7 +172,10 @@ OFFICIAL: dict[str, Callable[..., Baseline]] = {
     "attention": _attention,
     "patch_embed": _patch_embed,
     "patchify_gather": _patchify_gather,
-    "crop_resize_patchify_gather": _crop_resize,
+    # Whole clips are resized, then gathered from.
+    "crop_resize_patchify_gather": lambda *args: Baseline(
+        "official", args, crop_resize_patchify_gather_ref
+    ),
     "decoder_tokens": _decoder_tokens,
     "masked_hog_mse": _masked_hog_mse,
     "masked_mse": _masked_mse,

@@ -22,39 +22,35 @@ from mae_fast.errors import ConfigError
 
 Record = dict[str, Any]
 ENVIRONMENT = ("mae_fast", "python", "torch", "cpu", "commit")
-STEP = {"model": str, "batch_clips": int, "ratio": (int, float), "precision": str}
-STEP |= {"device": str}
+STEP = "model batch_clips ratio precision device engines seconds"
 # What a record is of, and the fields that it has.
-KINDS: dict[str, dict[str, Any]] = {
+KINDS = {
     # Training steps; ratio 0: the encoder sees every token. Of each engine what was measured:
     # clips, rounds (of its samples), peak_memory_mb, flop, until_update (before the optimizer).
-    "steps": {**STEP, "engines": dict, "seconds": dict},
+    "steps": STEP,
     # The same by `bench ratio`; of each engine also its parts, and steps with loading (data).
-    "ratio": {**STEP, "engines": dict, "seconds": dict, "strategy": str, "flop_limit": float},
+    "ratio": f"{STEP} strategy flop_limit",
     # One step by phase and op: of each engine its parts and its memory.
-    "profile": {
-        **STEP,
-        "engines": dict,
-        "seconds": dict,
-        "product_rate": float,
-        "copy_rate": float,
-    },
+    "profile": f"{STEP} product_rate copy_rate",
     # Steps of fine-tuning a classifier; of each engine its masked share, 0: every token.
-    "finetune": {**STEP, "engines": dict, "seconds": dict},
+    "finetune": STEP,
     # Processor time a clip, by way: loading, and what stands beside it.
-    "loading": {"item": str, "seconds": dict},
+    "loading": "item seconds",
     # What a data worker makes of a clip, by operation and by who does it.
-    "augment": {"op": str, "shape": str, "seconds": dict},
+    "augment": "op shape seconds",
     # One op on one call, by backend; flop and bytes: what it does at the least.
-    "op": {"op": str, "shape": str, "direction": str, "precision": str, "seconds": dict},
+    "op": "op shape direction precision seconds",
     # One call of an op on its smallest input, by way.
-    "call": {"op": str, "seconds": dict},
+    "call": "op seconds",
     # Losses step by step, by how they were computed.
-    "losses": {"model": str, "precision": str, "losses": dict},
+    "losses": "model precision losses",
     # Something that holds or does not.
-    "check": {},
+    "check": "",
 }
-GPU = {"item": str, "status": str, "sources": str, "at": str}
+GPU = "item status sources at"  # beside these
+TYPES = dict.fromkeys(("environment", "engines", "seconds", "losses"), dict)  # others are str
+TYPES |= {"batch_clips": int, "ratio": int | float}
+TYPES |= dict.fromkeys(("flop_limit", "product_rate", "copy_rate"), float)
 
 
 def append(path: str | Path, record: Record) -> None:
@@ -110,12 +106,13 @@ def problems(record: Any) -> list[str]:
     kind = record.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         return [f"kind must be one of {', '.join(KINDS)}, got {kind!r:.60}"]
-    fields = {"environment": dict, "what": str} | (GPU if "stage" in record else {})
+    fields = f"environment what {GPU if 'stage' in record else ''}".split()
     if record.get("status", "measured") == "measured":
-        fields |= KINDS[kind]
+        fields += KINDS[kind].split()
+    types = {field: TYPES.get(field, str) for field in fields}
     found = [
-        f"{field} must be {_name(of)}, got {record.get(field)!r:.60}"
-        for field, of in fields.items()
+        f"{field} must be {getattr(of, '__name__', of)}, got {record.get(field)!r:.60}"
+        for field, of in types.items()
         if not isinstance(record.get(field), of)
     ]
     if found:
@@ -123,7 +120,7 @@ def problems(record: Any) -> list[str]:
     lacking = [key for key in ENVIRONMENT if key not in record["environment"]]
     if lacking:
         found.append(f"environment lacks {', '.join(lacking)}")
-    samples = record.get("seconds", {}) if "seconds" in fields else {}
+    samples = record["seconds"] if "seconds" in fields else {}
     if "seconds" in fields and not samples:
         found.append("it has no samples")
     for series, values in samples.items():
@@ -169,9 +166,9 @@ def title(record: Record) -> str:
     """Of a record of steps: what was run."""
     family = f"{record['family']}, " if "family" in record else ""
     said = f"{family}{record['model']}, {record['ratio']:.0%} masked, {record['batch_clips']} clips"
-    workers = record.get("workers")  # with loading
-    loaded = "" if workers is None else f" loaded by {workers} processes"
-    return f"{said}{loaded}, {record['precision']}"
+    if record.get("workers") is not None:
+        said += f" loaded by {record['workers']} processes"
+    return f"{said}, {record['precision']}"
 
 
 def where(record: Record) -> str:
@@ -183,7 +180,3 @@ def where(record: Record) -> str:
 def newest(records: Iterable[Record]) -> dict[tuple, Record]:
     """{subject: its last record}, in the order in which subjects first appear."""
     return {subject(r): r for r in records}
-
-
-def _name(kind: Any) -> str:
-    return " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
