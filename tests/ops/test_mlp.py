@@ -3,6 +3,7 @@
 import pytest
 import torch
 from op_checks import DEVICE, assert_as_good_as_torch, gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mae_fast
 from mae_fast import forward
@@ -156,6 +157,13 @@ def test_it_is_off_until_it_was_measured(monkeypatch):
     monkeypatch.setattr(measured, "architecture", lambda: "90")
     assert next(iter(OP.by_table(measured_key(fc1, torch.bfloat16, True)))) == "triton"
     assert next(iter(OP.by_table(measured_key(fc1, torch.bfloat16, False)))) == "apart"
+
+    def first(need, dtype=torch.bfloat16):
+        with FakeTensorMode(), torch.autocast("cuda", dtype, enabled=dtype is not None):
+            x = torch.empty(2, 3, 512, device="cuda", requires_grad=need)
+            return next(iter(OP.order(x, torch.empty(2048, 512, device="cuda"))))
+
+    assert (first(True), first(False), first(True, None)) == ("triton", "apart", "apart")
     taken = []
     monkeypatch.setattr(forward.MLP, "order", lambda *args: taken.append(1) or ["apart"])
     transformer_block(torch.randn(1, 3, 32), None, _block(32, 128), 2)
