@@ -84,7 +84,6 @@ class _Fused(torch.autograd.Function):
             dhidden, dbias1 = torch.ops.mae_fast.mlp_bwd(dout, second, hidden, bias1)
             dx = (dhidden @ first).view(shape) if need_x else None
             dfc1 = wide_product(dhidden.t(), x) if need_fc1 else None
-            dbias1 = dbias1 if need_bias1 else None
         if need_fc2:
             if activation is None:
                 activation = torch.ops.mae_fast.bias_gelu_fwd(hidden, bias1)
@@ -95,8 +94,6 @@ class _Fused(torch.autograd.Function):
 
 
 def _why_not_triton(x: Tensor, fc1: Tensor, bias1: Tensor, fc2: Tensor, *_) -> str | None:
-    if fc1.dtype != fc2.dtype:
-        return f"the weights are {fc1.dtype} and {fc2.dtype}"
     if not x.numel() or not len(fc1):
         return "there are no values"
     return dispatch.why_not_triton(x, fc1, bias1, fc2) or why_not_half(x, fc1)
