@@ -101,16 +101,13 @@ def sweep(
         return
     judge = sweep_judge.read(found.judge, found.config(None, found.seeds[0]))
     sweep_judge.check(judge)
-    first: dict[str, tuple[str, int]] = {}
-    for run, cfg in configs.items():
-        first.setdefault(cfg.output, run)
-    runs = list(first.values())
+    runs = list({cfg.output: cfg for cfg in configs.values()}.values())
     mine = _part(runs, part)
-    for number, run in enumerate(mine, 1):
-        print(f"{run[0]}, seed {run[1]} ({number} of {len(mine)})", flush=True)
-        _run(configs[run], judge)
+    for number, cfg in enumerate(mine, 1):
+        print(f"{cfg.output} ({number} of {len(mine)})", flush=True)
+        _run(cfg, judge)
     results = {run: _result(cfg, judge) for run, cfg in configs.items()}
-    missing = sum(results[run] is None for run in runs)
+    missing = len({configs[run].output for run, result in results.items() if result is None})
     if missing:
         print(f"{missing} of {len(runs)} runs are still to be done: no table yet")
         return

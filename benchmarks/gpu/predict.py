@@ -11,6 +11,7 @@ from benchmarks.gpu.engines import OURS
 from benchmarks.gpu.records import RESULTS
 from benchmarks.gpu.setting import model_of
 from benchmarks.gpu.tables import devices, steps
+from benchmarks.markdown import placed
 from mae_fast.bench.flops import official_step_flop
 from mae_fast.cost import DEVICES, Step
 
@@ -61,8 +62,7 @@ def of_the_h200() -> list[dict]:
 
 
 def main() -> None:
-    before, rest = DOC.read_text().split(BEGIN)
-    DOC.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{rest.split(END)[1]}")
+    DOC.write_text(placed(DOC, tables(), BEGIN, END))
 
 
 if __name__ == "__main__":
