@@ -92,7 +92,10 @@ def test_backward_is_put_where_forward_was():
 def test_work_is_all_flop_of_the_step(masked):
     for engine, flop in (("mae_fast", step_flop), ("official_eager", official_step_flop)):
         cell = Cell("quick", "random", masked, engine)
-        todo = sum(least(cell, 2, torch.float32).values(), Work())
+        found = least(cell, 2, torch.float32)
+        todo, norms = sum(found.values(), Work()), {w.op for w in found if "norm" in w.op}
+        # A baseline adds elsewhere.
+        assert norms == {"layer_norm", *(["add_layer_norm"] if engine == "mae_fast" else [])}
         if engine == "mae_fast":
             ratio = masked or engines.BASE_RATIO
             assert todo.flop == flop(cell.cfg, 2, ratio, encode_all=not masked)
