@@ -31,7 +31,7 @@ from mae_fast.train import pretrain
 
 # Of Student's t, two-sided 95%, by degrees of freedom from 1 on; the normal's after them.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_KEYS = {"config": str, "output": str, "seeds": list, "ready": (str, list)}
+_KEYS = {"config": str, "output": str, "seeds": list, "ready": list}
 _KEYS |= {"arms": dict, "grid": dict, "judge": dict}
 
 
@@ -152,17 +152,18 @@ def read(file: str | Path) -> Sweep:
 
 def _checked(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Arm]]:
     """A sweep's keys, held to their kinds, and its arms."""
+    if isinstance(tree.get("ready"), str):
+        tree = tree | {"ready": [tree["ready"]]}
     for key, value in tree.items():
         if key not in _KEYS:
             raise ConfigError(unknown("key", key, _KEYS))
-        require(isinstance(value, _KEYS[key]), f"{key} is of another kind", value)
+        require(isinstance(value, _KEYS[key]), f"{key} must be {_KEYS[key].__name__}", value)
     if not tree.get("config"):
         raise ConfigError("config is missing: the TOML file of a run")
     seeds = [typed("seeds", seed, int) for seed in tree.get("seeds", [0])]
     require(len(seeds) == len({*seeds}) > 0, "seeds must be different", seeds)
     arms: dict[str, Arm] = {}
     names = tree.get("ready", [])
-    names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in READY:
             raise ConfigError(unknown("ready sweep", name, READY))

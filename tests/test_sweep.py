@@ -11,7 +11,6 @@ import torch
 
 from mae_fast import cli, evaluate, metrics, sweep, sweep_page
 from mae_fast.checkpoint import read
-from mae_fast.config import ConfigError
 from mae_fast.data import build_index
 from mae_fast.errors import Interrupted
 from mae_fast.sweep_ready import READY
@@ -267,25 +266,6 @@ def test_two_runs_of_features_have_no_loss_in_common(made):
     assert not sweep.sweep_judge.comparable(cfg, judge)
 
 
-@pytest.mark.parametrize(
-    ("judge", "words"),
-    [
-        ("{ by = 'accuracy' }", "judge.by must be of loss, knn, attentive, got 'accuracy'"),
-        ("{ by = [] }", "judge.by must name one at least"),
-        ("{ epochs = 0 }", "judge.epochs must be positive"),
-        ("{ videos = 'x' }", "unknown key 'judge.videos'"),
-        ("{ by = 'knn' }", "has no label, which a probe needs"),
-    ],
-    ids=["unknown", "none", "no_epoch", "unknown_key", "no_labels"],
-)
-def test_a_judge_that_cannot_be_is_refused_before_anything_runs(
-    judge, words, made, tmp_path, capsys
-):
-    assert cli.main(["sweep", str(made(f"judge = {judge}\n[arms.a]\n"))]) == 2
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_paper_s_accuracies_stand_apart_in_the_picture(made):
     """A panel of what was measured, a panel of theirs against predicted hours; none of one arm."""
     found = sweep.read(made('ready = "decoder_depth"'))
@@ -321,22 +301,25 @@ def test_ready_sweeps_are_configurations(name, made, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('ready = "mask"', r"unknown ready sweep 'mask'; did you mean 'masks'\? \(known: ratio"),
+        ('ready = "mask"', "unknown ready sweep 'mask'; did you mean 'masks'? (known: ratio"),
         ("", "there are no arms"),
         ("arm = 3", "unknown key 'arm'"),
         ("seeds = [1, 1]\nready = 'ratio'", "seeds must be different"),
+        ("seeds = 1\nready = 'ratio'", "seeds must be list, got 1"),
         ("[grid]\n'mask.ratio' = 0.5", "lists of values"),
+        ('[arms.bad]\n"mask.ratio" = 2.0', "arm bad: mask.ratio must be in [0, 1)"),
+        ("judge.by = 'accuracy'\n[arms.a]", "must be of loss, knn, attentive, got 'accuracy'"),
+        ("judge.by = []\n[arms.a]", "judge.by must name one at least"),
+        ("judge.epochs = 0\n[arms.a]", "judge.epochs must be positive"),
+        ("judge.videos = 'x'\n[arms.a]", "unknown key 'judge.videos'"),
+        ("judge.by = 'knn'\n[arms.a]", "has no label, which a probe needs"),
     ],
-    ids=["unknown", "no_arms", "unknown_key", "a_seed_twice", "no_list"],
+    ids="unknown no_arms unknown_key a_seed_twice no_seeds no_list bad_arm unknown_judge no_judge "
+    "no_epoch judge_s_unknown_key no_labels".split(),
 )
-def test_a_sweep_that_cannot_be_is_refused(text, words, made):
-    with pytest.raises(ConfigError, match=words):
-        sweep.read(made(text))
-
-
-def test_an_arm_that_cannot_be_names_itself_before_anything_runs(made, tmp_path, capsys):
-    assert cli.main(["sweep", str(made('[arms.bad]\n"mask.ratio" = 2.0\n'))]) == 2
-    assert "arm bad: mask.ratio must be in [0, 1)" in capsys.readouterr().err
+def test_what_cannot_be_is_refused_before_anything_runs(text, words, made, tmp_path, capsys):
+    assert cli.main(["sweep", str(made(text))]) == 2
+    assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -40,14 +40,12 @@ def step_rows(record: Record) -> list[list[str]]:
     """A row for each engine of a record of steps, under STEP_HEAD."""
     engines, seconds, rows = record["engines"], record["seconds"], []
     for name, samples in seconds.items():
-        engine, faster, until = engines[name], "-", "-"
-        # What it is held against.
-        ours = next((n for n in (f"{name}_{AFTER}", OURS, AFTER) if n in seconds), None)
-        before = engines[ours].get("until_update") if ours else None
-        if ours and name != ours:
-            faster = f"{ratio(samples, seconds[ours]):.2f}x"
-            if before and engine.get("until_update"):
-                until = f"{ratio(engine['until_update'], before):.2f}x"
+        # What it is held against; ours against nothing.
+        held = next((n for n in (f"{name}_{AFTER}", OURS, AFTER) if n in seconds), name)
+        faster = ratio(samples, seconds[held]) if held != name else None
+        both = [engines[n].get("until_update") for n in (name, held)]
+        until = ratio(*both) if held != name and all(both) else None
+        engine = engines[name]
         rows.append(
             [
                 name,
@@ -55,8 +53,8 @@ def step_rows(record: Record) -> list[list[str]]:
                 f"{statistics.median(samples):.3f}",
                 f"{spread(samples):.0%}",
                 str(len(samples)),
-                faster,
-                until,
+                number(faster, ".2f", "x"),
+                number(until, ".2f", "x"),
                 number(engine.get("data_wait_share"), ".1%"),
                 number(engine.get("peak_memory_mb"), ".0f"),
             ]
