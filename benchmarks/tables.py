@@ -48,7 +48,7 @@ def tables(results: Path) -> str:
     """Everything that is generated, from a folder of records."""
     ladder, ops = read(results / "ladder.jsonl"), read(results / "ops.jsonl")
     parts = [
-        *gpu_tables(results / "gpu"),
+        *gpu.tables(results / "gpu"),
         targets_table(ladder, ops),
         *ladder_tables(ladder),
         *amx_tables(read(results / "amx.jsonl")),
@@ -62,15 +62,6 @@ def tables(results: Path) -> str:
         *clips_tables(read(results / "augment.jsonl")),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def gpu_tables(folder: Path) -> list[str]:
-    """Every device's."""
-    return [
-        section(words, [], rows[0], [list(row.values()) for row in rows])
-        for _, records in gpu.devices(folder)
-        for words, rows in gpu.tables(records)
-    ]
 
 
 def targets_table(ladder: list[dict], ops: list[dict]) -> str:

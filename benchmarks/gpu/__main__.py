@@ -57,7 +57,13 @@ STAGES = (
     Stage("smoke", 95, "golden figures, equal bits: 20 s, then what goes on beside"),
     Stage("steps", 120, "training steps of B and L at 64 clips, against the bar"),
     Stage("profile", 25, "one step, kernel by kernel"),
-    Stage("attention", 40, "attention by every backend -> kernels/measured_backends.json", True),
+    Stage(
+        "attention",
+        40,
+        "attention by every backend -> kernels/measured_backends.json",
+        True,
+        "kernels:items_of_attention",
+    ),
     Stage("tune", 50, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
     Stage("checks", 75, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
     Stage("rungs", 30, "training steps of the other rungs and sizes", where="steps:items_of_rungs"),
@@ -81,20 +87,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only items whose name holds this")
     parser.add_argument("--deadline", type=float, default=math.inf, help="in seconds since 1970")
     parser.add_argument("--records", type=Path, help="the file that the stage writes")
-    parser.add_argument("--alone", action="store_true", help="whatever is recorded elsewhere")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
-    reason = why_no_device()
-    if reason and not args.rehearse:
-        print(SKIPPED.format(reason))
+    if not (args.rehearse or (torch.version.cuda and torch.cuda.is_available())):
+        without = f"torch {torch.__version__} is built without CUDA"
+        print(SKIPPED.format("torch sees none" if torch.version.cuda else without))
         return 0
     return run_stage(args) if args.stage else run_all(args.rehearse)
-
-
-def why_no_device() -> str | None:
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return None if torch.cuda.is_available() else "torch sees none"
 
 
 def run_all(rehearse: bool) -> int:
@@ -124,9 +123,8 @@ def end_of(stage: Stage, began: float, rehearse: bool) -> float:
     """When a stage must end: it has the time of all stages up to it."""
     if rehearse:
         return began + REHEARSAL_SECONDS
-    if stage not in STAGES:
-        return began + stage.seconds
-    return began + sum(s.seconds for s in STAGES[: STAGES.index(stage) + 1])
+    until = STAGES[: STAGES.index(stage) + 1] if stage in STAGES else (stage,)
+    return began + sum(s.seconds for s in until)
 
 
 def start(
@@ -166,7 +164,7 @@ def end_session(process: subprocess.Popen) -> None:
 
 def run_stage(args: argparse.Namespace) -> int:
     """One stage, in this process."""
-    setting = Setting.make(args.rehearse, args.deadline, args.records, args.alone)
+    setting = Setting.make(args.rehearse, args.deadline, args.records)
     (stage,) = (stage for stage in (*BESIDE, *STAGES) if stage.name == args.stage)
     items = (item for item in stage.items(setting) if args.only in item.name)
     records.work(args.stage, items, setting.records, setting.deadline)

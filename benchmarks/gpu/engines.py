@@ -6,7 +6,8 @@ name says. `official_fp32` is what the official script runs; `official_sdpa_comp
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,54 +19,38 @@ from mae_fast.bench.baselines.training import Built
 from mae_fast.bench.ours import Ours
 from mae_fast.config import ModelConfig
 
+T = TypeVar("T")
 OURS, EAGER = "mae_fast", "mae_fast_without_graph"
+ENCODE_ALL, BAR = "mae_fast_encode_all", "official_sdpa_compile"
 LOSS_TOLERANCE = 1e-2  # relative: bf16 against fp32, on the same weights and mask
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What builds an engine, and what it computes in. tf32: fp32 products by tensor cores."""
-
-    maker: Ours | Official
-    precision: str = "bf16"
-    tf32: bool = False
-
-
+# What builds an engine, and what it computes in; tf32: fp32 whose products tensor cores make.
 ENGINES = {
-    OURS: Engine(Ours(graph=True)),
-    EAGER: Engine(Ours()),
-    "mae_fast_encode_all": Engine(Ours(encode_all=True, graph=True)),
-    "official_fp32": Engine(Official("eager"), "fp32"),
-    "official_tf32": Engine(Official("eager"), "fp32", tf32=True),
-    "official_bf16": Engine(Official("eager")),
-    "official_sdpa": Engine(Official("sdpa", "sdpa")),
-    "official_compile": Engine(Official("compile", compiled=True)),
-    "official_sdpa_compile": Engine(Official("sdpa_compile", "sdpa", compiled=True)),
-    "official_sdpa_compile_fused_adamw": Engine(
-        Official("sdpa_compile_fused_adamw", "sdpa", fused_adamw=True, compiled=True)
-    ),
+    OURS: (Ours(graph=True), "bf16"),
+    EAGER: (Ours(), "bf16"),
+    ENCODE_ALL: (Ours(encode_all=True, graph=True), "bf16"),
+    "official_fp32": (Official("eager"), "fp32"),
+    "official_tf32": (Official("eager"), "tf32"),
+    "official_bf16": (Official("eager"), "bf16"),
+    "official_sdpa": (Official("sdpa", "sdpa"), "bf16"),
+    "official_compile": (Official("compile", compiled=True), "bf16"),
+    BAR: (Official("bar", "sdpa", compiled=True), "bf16"),
+    f"{BAR}_fused_adamw": (Official("fused", "sdpa", fused_adamw=True, compiled=True), "bf16"),
 }
 
 
 def build(name: str, cfg: ModelConfig, setting: Setting, ratio: float = 0.9) -> Built:
     """An engine on the setting's device. step(clips, noise) -> loss."""
-    engine, device = ENGINES[name], setting.device
-    maker = engine.maker
-    if isinstance(maker, Official) and maker.compiled:
+    (maker, precision), device = ENGINES[name], setting.device
+    if getattr(maker, "compiled", False):
         # Dynamo gives up after eight models that share their code.
         torch._dynamo.reset()
         maker = replace(maker, compiler=setting.compiler)
     torch.manual_seed(0)
     with torch.device(device):  # starting values of 600 M parameters take a CPU seconds
-        built = maker.build(cfg, ratio, device, engine.precision)
-    step = built.step
-    if engine.precision == "fp32":
-
-        def step(clips: Tensor, noise: Tensor) -> float:
-            with products_in(tf32=engine.tf32):
-                return built.step(clips, noise)
-
-    return built._replace(step=step)
+        if precision == "bf16":
+            return maker.build(cfg, ratio, device, precision)
+        built = maker.build(cfg, ratio, device)
+    return built._replace(step=products_in(tf32=precision == "tf32")(built.step))
 
 
 @contextlib.contextmanager
@@ -90,20 +75,19 @@ def first_losses(
     for name, engine in built.items():
         engine.model.load_state_dict(state)
         losses[name] = float(engine.step(clips, noise))
-    expected = next(iter(losses.values()))
-    for name, loss in losses.items():
-        assert abs(loss / expected - 1) <= LOSS_TOLERANCE, (
-            f"{name} gives loss {loss}, expected {expected}: not timed"
+        expected = next(iter(losses.values()))
+        assert abs(losses[name] / expected - 1) <= LOSS_TOLERANCE, (
+            f"{name} gives loss {losses[name]}, expected {expected}: not timed"
         )
     return losses
 
 
-def fitting(run: Callable[[int], object], batch: int) -> int:
-    """The greatest of batch, batch / 2, ... whose run(batch) fits into the device's memory."""
+def fitting(run: Callable[[int], T], batch: int) -> tuple[int, T]:
+    """The greatest of batch, batch / 2, ... whose run(batch) fits into the device's memory, and
+    what that gives."""
     while True:
         try:
-            run(batch)
-            return batch
+            return batch, run(batch)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise

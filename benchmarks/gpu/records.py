@@ -1,6 +1,7 @@
 """The records: a line of JSON for each item of a stage, written as it ends, so that nothing is lost
 and a second run goes on where the first one stopped."""
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -42,27 +43,21 @@ class Records:
 
     path: Path
     sources: str
-    folders: tuple[Path, ...]
+    folders: tuple[Path, ...] = ()
 
     def all(self) -> Iterator[dict[str, Any]]:
         """What is recorded of these sources, oldest first; a line cut short by a crash is left."""
-        for folder in dict.fromkeys([*self.folders, self.path.parent]):
-            for file in sorted(folder.glob("*.jsonl")):
-                for line in file.read_text().splitlines():
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue
-                    if record["sources"] == self.sources:
+        folders = dict.fromkeys([*self.folders, self.path.parent])
+        for file in (file for folder in folders for file in sorted(folder.glob("*.jsonl"))):
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    if (record := json.loads(line))["sources"] == self.sources:
                         yield record
 
     def done(self, stage: str) -> set[str]:
         """The items of a stage that need not be run again."""
-        return {
-            record["item"]
-            for record in self.all()
-            if record["stage"] == stage and record["status"] != NOT_REACHED
-        }
+        found = (r for r in self.all() if r["stage"] == stage)
+        return {r["item"] for r in found if r["status"] != NOT_REACHED}
 
     def add(self, stage: str, item: str, status: str, **data: Any) -> None:
         name = {"kind": "check", "what": f"{stage}: {item}", "stage": stage, "item": item}
@@ -76,19 +71,21 @@ class Records:
             f.write("\n" * cut + json.dumps(record).replace(f"{ROOT}/", "") + "\n")
 
 
-def open_records(rehearsal: bool, path: Path | None = None, alone: bool = False) -> Records:
-    """`path`, or else <$OUT, or benchmarks/results/gpu>/<device>/<date>-<commit>.jsonl. A rehearsal
-    without OUT writes to build/. alone: what is recorded in the usual place does not count."""
+def open_records(rehearsal: bool, path: Path | None = None) -> Records:
+    """`path`, or else <$OUT, or benchmarks/results/gpu>/<device>/<date>-<commit>.jsonl; what is
+    recorded in the usual place counts too. A rehearsal without OUT writes to build/."""
     device = "rehearsal-cpu" if rehearsal else torch.cuda.get_device_name()
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", device).strip("-")
+    name, version = (_plain(text) for text in (device, commit() or "no-commit"))
     here = ROOT / "build/gpu-rehearsal" if rehearsal else RESULTS
     folder = Path(os.environ.get("OUT") or here) / name
-    version = re.sub(r"[^A-Za-z0-9._-]+", "-", commit() or "no-commit")
     # A run that goes on after midnight goes on in the same file.
     found = sorted(folder.glob(f"*-{version}.jsonl"))
     new = folder / f"{time.strftime('%Y-%m-%d')}-{version}.jsonl"
-    path = path or next(iter(found), new)
-    return Records(path, hash_of_sources(), () if alone else (here / name,))
+    return Records(path or next(iter(found), new), hash_of_sources(), (here / name,))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")
 
 
 def hash_of_sources() -> str:
@@ -109,25 +106,27 @@ def work(stage: str, items: Iterator[Item], records: Records, deadline: float) -
         if item.name in done:
             print(f"{stage}: {item.name}: recorded before", flush=True)
             continue
-        status, data, began = MEASURED, {}, time.time()
-        if began >= deadline:
-            status = NOT_REACHED
-        else:
-            try:
-                data = item.run()
-                if data.get("wrong"):
-                    status, reason = FAILED, f"wrong, and not timed: {data['wrong']}"
-                    data = {"reason": reason, **data}
-            except Declined as e:
-                status, data = DECLINED, {"reason": str(e)}
-            except Exception as e:
-                text = "".join(traceback.format_exception(e))
-                status, data = FAILED, {"reason": f"{type(e).__name__}: {e}", "traceback": text}
+        began = time.time()
+        status, data = outcome(item) if began < deadline else (NOT_REACHED, {})
         data = {**data, "took": round(time.time() - began, 3), "environment": conditions}
         records.add(stage, item.name, status, **data)
         told = data.get("reason", "").splitlines()[:1] or [data.get("told", "")]
         print(f"{stage}: {item.name}: {status}: {told[0]}", flush=True)
         free()
+
+
+def outcome(item: Item) -> tuple[str, dict[str, Any]]:
+    """(status, fields of the record) of an item that is run."""
+    try:
+        data = item.run()
+    except Declined as e:
+        return DECLINED, {"reason": str(e)}
+    except Exception as e:
+        text = "".join(traceback.format_exception(e))
+        return FAILED, {"reason": f"{type(e).__name__}: {e}", "traceback": text}
+    if data.get("wrong"):
+        return FAILED, {"reason": f"wrong, and not timed: {data['wrong']}", **data}
+    return MEASURED, data
 
 
 def free() -> None:

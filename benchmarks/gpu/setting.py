@@ -1,6 +1,7 @@
-"""What every stage is given: the device, and the sizes to run at."""
+"""What every stage is given: the device and its state, and the sizes to run at."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,11 +33,27 @@ TINY = preset(
     num_heads=1,
     decoder_embed_dim=32,
 )
+SMI_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw")
+SMI_FIELDS += ("power.limit", "temperature.gpu", "clocks_throttle_reasons.active")
 
 
 def model_of(name: str) -> ModelConfig:
     """A preset by name. vit_huge16 has patches of 16: 1,568 tokens as the others, not 2,048."""
     return preset("vit_huge", patch_size=16) if name == "vit_huge16" else preset(name)
+
+
+def smi() -> dict[str, str]:
+    """Clocks, power and temperature as nvidia-smi tells them; {} where it is not."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader", "--id=0"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        return {}
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return {"nvidia-smi": str(e)}
+    if run.returncode:
+        return {"nvidia-smi": (run.stdout + run.stderr).strip()[:200]}
+    return dict(zip(SMI_FIELDS, (x.strip() for x in run.stdout.split(",")), strict=False))
 
 
 @dataclass(frozen=True)
@@ -50,13 +67,11 @@ class Setting:
     deadline: float
 
     @classmethod
-    def make(
-        cls, rehearse: bool, deadline: float, path: Path | None = None, alone: bool = False
-    ) -> "Setting":
+    def make(cls, rehearse: bool, deadline: float, path: Path | None = None) -> "Setting":
         if rehearse:  # Triton's interpreter does not round or multiply bf16 by itself
             sys.path.append(str(ROOT / "tests/ops"))
             import_module("interpreter")
-        found = open_records(rehearse, path, alone)
+        found = open_records(rehearse, path)
         return cls("cpu" if rehearse else "cuda", found, rehearse, deadline)
 
     def cfg(self, model: str) -> ModelConfig:
@@ -88,30 +103,27 @@ class Setting:
 
     def peak_mb(self, call: Callable[[], object]) -> float:
         """What is allocated on the device at most during a call, in MB."""
-        if not self.tiny:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+        if self.tiny:
+            call()
+            return 0.0
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
         call()
-        if not self.tiny:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 2**20
 
     def write_table(self, name: str, table: dict) -> None:
         """A table of kernels/, and a copy beside the records; a rehearsal's only there."""
-        paths = [self.records.path.with_name(name)]
-        if not self.tiny:
-            paths.append(configs.MEASURED.with_name(name))
-        for path in paths:
+        paths = [self.records.path.with_name(name), configs.MEASURED.with_name(name)]
+        for path in self.some(paths):
             path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
             print(f"wrote {path}", flush=True)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16)
 
-    def clips(self, cfg: ModelConfig, batch: int) -> Tensor:
-        """Random uint8 clips [B, C, T, H, W] on the device."""
+    def inputs(self, cfg: ModelConfig, batch: int) -> tuple[Tensor, Tensor]:
+        """(random uint8 clips [B, C, T, H, W], the mask's noise) on the device."""
         shape = (batch, cfg.in_chans, cfg.num_frames, cfg.img_size, cfg.img_size)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
-
-    def noise(self, cfg: ModelConfig, batch: int) -> Tensor:
-        return torch.rand(batch, cfg.num_patches, device=self.device)
+        clips = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
+        return clips, torch.rand(batch, cfg.num_patches, device=self.device)

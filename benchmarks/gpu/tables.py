@@ -4,16 +4,28 @@ commit; benchmarks/tables.py puts them into docs/results.md and the README.
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.gpu.engines import ENGINES, OURS
+from benchmarks.gpu.engines import BAR, ENGINES, OURS
 from benchmarks.gpu.records import RESULTS
-from benchmarks.gpu.stages.steps import BAR
+from benchmarks.markdown import section
 from mae_fast.bench.timing import ratio, spread
 
 SOURCES = RESULTS / "sources.json"  # hash_of_sources -> commit
-Rows = list[dict[str, str]]  # cells by column
+
+
+def tables(folder: Path) -> Iterator[str]:
+    """Each table of each device in results/gpu, in Markdown."""
+    for _, records in devices(folder):
+        for kind in TABLES:
+            used = [r for r in records if r["stage"] in kind.stages]
+            rows = [cells for r in kind.order(used) if (cells := kind.cells(r))]
+            if rows:
+                yield section(f"{kind.words} {where(used)}.", [], kind.head.split("|"), rows)
 
 
 def devices(folder: Path) -> Iterator[tuple[str, list[dict]]]:
@@ -21,8 +33,7 @@ def devices(folder: Path) -> Iterator[tuple[str, list[dict]]]:
     for path in sorted(p for p in folder.glob("*") if p.is_dir()):
         found: dict[tuple[str, str], dict] = {}
         for file in sorted(path.glob("*.jsonl")):
-            for line in file.read_text().splitlines():
-                record = json.loads(line)
+            for record in map(json.loads, file.read_text().splitlines()):
                 if record["status"] == "measured":
                     key = record["stage"], record["item"]
                     found[key] = max(found.get(key, record), record, key=lambda r: r["at"])
@@ -40,15 +51,6 @@ def where(records: list[dict]) -> str:
     return f"{e['cuda:0']}; {versions}; commit {', '.join(map(str, commits))}"
 
 
-def microseconds(samples: list[float]) -> str:
-    """Their median; ! where they spread over 10%."""
-    return f"{1e6 * statistics.median(samples):.0f}{'!' * (spread(samples) > 0.1)}"
-
-
-def direction(record: dict) -> str:
-    return record["direction"].replace("_", " + ")
-
-
 def steps(records: list[dict]) -> list[dict]:
     """The records of training steps at 90%, by model and clips, ours first."""
     found = [r for r in records if r["kind"] == "steps" and r.get("engine") in ENGINES]
@@ -63,141 +65,124 @@ def faster(record: dict) -> float:
     return times * clips[OURS]["clips"] / clips[engine]["clips"]
 
 
-def tables(records: list[dict]) -> Iterator[tuple[str, Rows]]:
-    """(words, rows) of one device's records."""
-    for stages, (make, words) in TABLES.items():
-        used = [r for r in records if r["stage"] in stages]
-        rows = make(used)
-        if rows:
-            yield f"{words} {where(used)}.", rows
+def step_cells(r: dict) -> list[str]:
+    name, rate = r["engine"], r["clips_per_second"][r["engine"]]
+    engine, done, of = r["engines"][name], rate * r["official_flop_a_clip"] / 1e12, "-"
+    if product := r["limits"].get("product"):
+        peak = product["flop"] / statistics.median(product["seconds"]) / 1e12
+        of = f"{done / peak:.0%} of {peak:.0f}"
+    times = "-" if name == OURS else f"{faster(r):.2f}x"
+    cells = [r["model"], str(engine["clips"]), f"`{name}`", f"{rate:.0f}", f"{done:.0f}", of, times]
+    return [*cells, f"{engine['peak_memory_mb'] / 1024:.1f}", f"{spread(r['seconds'][name]):.0%}"]
 
 
-def step_rows(records: list[dict]) -> Rows:
-    rows = []
-    for r in steps(records):
-        name, rate = r["engine"], r["clips_per_second"][r["engine"]]
-        engine, done, of = r["engines"][name], rate * r["official_flop_a_clip"] / 1e12, "-"
-        if product := r["limits"].get("product"):
-            peak = product["flop"] / statistics.median(product["seconds"]) / 1e12
-            of = f"{done / peak:.0%} of {peak:.0f}"
-        row = {
-            "model": r["model"],
-            "clips": str(engine["clips"]),
-            "engine": f"`{name}`",
-            "clips/s": f"{rate:.0f}",
-            "TFLOP/s of the official count": f"{done:.0f}",
-            "of the product rate, TFLOP/s": of,
-            "mae_fast is faster": "-" if name == OURS else f"{faster(r):.2f}x",
-            "peak GB": f"{engine['peak_memory_mb'] / 1024:.1f}",
-            "spread": f"{spread(r['seconds'][name]):.0%}",
-        }
-        rows.append(row)
-    return rows
+def ratio_cells(r: dict) -> list[str]:
+    rate, times = r["clips_per_second"][OURS], (r["times_the_base"], r["times_the_base_in_flop"])
+    return [r["model"], f"{r['ratio']:.0%}", f"{rate:.0f}", *(f"{x:.2f}x" for x in times)]
 
 
-def ratio_rows(records: list[dict]) -> Rows:
+def medians(record: dict) -> dict[str, float]:
+    """Microseconds by backend."""
+    return {name: 1e6 * statistics.median(s) for name, s in record.get("seconds", {}).items()}
+
+
+def microseconds(samples: list[float]) -> str:
+    """Their median; ! where they spread over 10%."""
+    return f"{1e6 * statistics.median(samples):.0f}{'!' * (spread(samples) > 0.1)}"
+
+
+def attention_cells(r: dict) -> list[str] | None:
+    others, seconds = medians(r), r["seconds"]
+    ours, _ = others.pop("triton", None), others.pop("reference", None)
+    if ours is None or not others:
+        return None
+    best = min(others, key=others.get)
     return [
-        {
-            "model": r["model"],
-            "masked": f"{r['ratio']:.0%}",
-            "clips/s": f"{r['clips_per_second'][OURS]:.0f}",
-            "time of a clip, of that at 90%": f"{r['times_the_base']:.2f}x",
-            "in FLOP": f"{r['times_the_base_in_flop']:.2f}x",
-        }
-        for r in sorted(records, key=lambda r: (r["model"], r["ratio"]))
+        r["model"],
+        " ".join(x.removeprefix("bfloat16") for x in r["shape"].split()[:2]),
+        r["direction"].replace("_", " + "),
+        microseconds(seconds["triton"]),
+        f"{r['flop'] / ours / 1e6:.0f}",
+        f"{microseconds(seconds[best])} (`{best}`)",
+        f"{others[best] / ours:.2f}x",
     ]
 
 
-def ours_and_others(records: list[dict]) -> Iterator[tuple[dict, float, dict[str, float]]]:
-    """(record, microseconds of Triton's kernel, {other: its}) of each that has Triton's."""
-    for r in records:
-        medians = {n: 1e6 * statistics.median(s) for n, s in r.get("seconds", {}).items()}
-        ours = medians.pop("triton", None)
-        if ours is not None:
-            yield r, ours, medians
-
-
-def attention_rows(records: list[dict]) -> Rows:
-    rows = []
-    for r, ours, others in ours_and_others(records):
-        others.pop("reference", None)
-        if not others:
-            continue
-        best = min(others, key=others.get)
-        row = {
-            "model": r["model"],
-            "q, and k and v": " ".join(x.removeprefix("bfloat16") for x in r["shape"].split()[:2]),
-            "direction": direction(r),
-            "us": microseconds(r["seconds"]["triton"]),
-            "TFLOP/s": f"{r['flop'] / ours / 1e6:.0f}",
-            "fastest library, us": f"{microseconds(r['seconds'][best])} (`{best}`)",
-            "ours is faster": f"{others[best] / ours:.2f}x",
-        }
-        rows.append(row)
-    return rows
-
-
-def op_rows(records: list[dict]) -> Rows:
-    rows = []
-    for r, ours, others in ours_and_others(records):
-        copy = r["limits"]["copy"]
-        rate = copy["bytes"] / statistics.median(copy["seconds"])
-        row = {
-            "op": f"`{r['op']}`",
-            "shape": r["shape"].split()[0],
-            "direction": direction(r),
-            "us": microseconds(r["seconds"]["triton"]),
-            "of copy": f"{r['bytes'] / (ours / 1e6) / rate:.0%}",
-            "others, us": ", ".join(f"{us:.0f} (`{n}`)" for n, us in others.items()),
-        }
-        rows.append(row)
-    return rows
-
-
-def profile_rows(records: list[dict]) -> Rows:
+def op_cells(r: dict) -> list[str] | None:
+    others = medians(r)
+    if "triton" not in others:
+        return None
+    ours, copy = others.pop("triton"), r["limits"]["copy"]
+    rate = copy["bytes"] / statistics.median(copy["seconds"])
     return [
-        {
-            "model": r["model"],
-            "clips": str(r["batch_clips"]),
-            "ms of kernels": f"{r['microseconds'] / 1e3:.1f}",
-            "shares": ", ".join(f"{op} {part:.0%}" for op, part in list(r["shares"].items())[:8]),
-            "launches": str(sum(r["launches"].values())),
-            "with graphs": str(sum(r["launches_with_graph"].values())),
-        }
-        for r in records
+        f"`{r['op']}`",
+        r["shape"].split()[0],
+        r["direction"].replace("_", " + "),
+        microseconds(r["seconds"]["triton"]),
+        f"{r['bytes'] / (ours / 1e6) / rate:.0%}",
+        ", ".join(f"{us:.0f} (`{name}`)" for name, us in others.items()),
     ]
 
 
-TABLES = {  # of which stages, and what is said above them
-    ("steps", "rungs"): (
-        step_rows,
+def profile_cells(r: dict) -> list[str]:
+    shares = ", ".join(f"{op} {part:.0%}" for op, part in list(r["shares"].items())[:8])
+    launches = (str(sum(r[how].values())) for how in ("launches", "launches_with_graph"))
+    return [r["model"], str(r["batch_clips"]), f"{r['microseconds'] / 1e3:.1f}", shares, *launches]
+
+
+class Kind(NamedTuple):
+    """A table: of which stages, what is said above it, its columns, a record's cells or None."""
+
+    stages: tuple[str, ...]
+    words: str
+    head: str
+    cells: Callable[[dict], list[str] | None]
+    order: Callable[[list[dict]], list[dict]] = list
+
+
+TABLES = (
+    Kind(
+        ("steps", "rungs"),
         "**Training steps on a GPU**, 90% masked, bf16 autocast with fp32 weights (`official_fp32` "
         "and `official_tf32` as they are called), clip and AdamW included, synthetic uint8 clips "
         "on the device. Each engine beside `mae_fast` in the same rounds; the official code is "
         "written from the specification. `mae_fast` replays CUDA graphs, as training does there.",
+        "model|clips|engine|clips/s|TFLOP/s of the official count|of the product rate, TFLOP/s|"
+        "mae_fast is faster|peak GB|spread",
+        step_cells,
+        steps,
     ),
-    ("ratios",): (
-        ratio_rows,
+    Kind(
+        ("ratios",),
         "**What masking buys on a GPU**, 64 clips, bf16, beside 90% in the same rounds. At 0% the "
         "encoder sees every token; the decoder and the loss stay those of 90%.",
+        "model|masked|clips/s|time of a clip, of that at 90%|in FLOP",
+        ratio_cells,
+        partial(sorted, key=itemgetter("model", "ratio")),
     ),
-    ("attention",): (
-        attention_rows,
+    Kind(
+        ("attention",),
         "**Attention on a GPU**, on the calls of a step at 64 clips in bf16, caches cold: the "
         "Triton kernel beside the fastest of torch's four kernels and of the libraries that were "
         "there; ! spread over 10%: the host was not far enough ahead, and is in it.",
+        "model|q, and k and v|direction|us|TFLOP/s|fastest library, us|ours is faster",
+        attention_cells,
     ),
-    ("kernels",): (
-        op_rows,
+    Kind(
+        ("kernels",),
         "**Ops on a GPU**, on the calls of a step at 64 clips under autocast, caches cold: "
         "Triton's kernels, the share of a copy's bandwidth at which they move the least bytes, and "
         "the other ways.",
+        "op|shape|direction|us|of copy|others, us",
+        op_cells,
     ),
-    ("profile",): (
-        profile_rows,
+    Kind(
+        ("profile",),
         "**Where a step's time goes on a GPU**: its kernels, by op; what the host launches.",
+        "model|clips|ms of kernels|shares|launches|with graphs",
+        profile_cells,
     ),
-}
+)
 
 
 def headline(folder: Path) -> str:
@@ -207,11 +192,10 @@ def headline(folder: Path) -> str:
         parts, used = [], []
         for model, name in (("vit_base", "ViT-B"), ("vit_large", "ViT-L")):
             ours, bar = (found.get((model, 64, engine)) for engine in (OURS, BAR))
-            if not ours:
-                continue
-            used += [r for r in (ours, bar) if r]
-            text = f"{name} **{ours['clips_per_second'][OURS]:.0f} clips/s**"
-            parts.append(text + (f", {faster(bar):.2f}x" if bar else ""))
+            if ours:
+                used += [r for r in (ours, bar) if r]
+                text = f"{name} **{ours['clips_per_second'][OURS]:.0f} clips/s**"
+                parts.append(text + (f", {faster(bar):.2f}x" if bar else ""))
         if parts:
             return (
                 "**On one GPU** (64 clips of 16 frames, 90% masked, bf16, clips on the device):\n"

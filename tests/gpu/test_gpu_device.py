@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.gpu import device, setting
+from benchmarks.gpu import setting
 from benchmarks.gpu.records import Records
 from mae_fast.bench import timing
 
@@ -52,8 +52,8 @@ def test_peak_memory_is_that_of_the_call(fake):
 
 
 def test_conditions_are_those_of_nvidia_smi(tools, monkeypatch):
-    assert device.smi()["clocks.sm"] == "1980 MHz"
+    assert setting.smi()["clocks.sm"] == "1980 MHz"
     (tools / "nvidia-smi").write_text("#!/bin/sh\necho no permission; exit 4\n")
-    assert device.smi() == {"nvidia-smi": "no permission"}
+    assert setting.smi() == {"nvidia-smi": "no permission"}
     monkeypatch.setenv("PATH", "")
-    assert device.smi() == {}
+    assert setting.smi() == {}

@@ -13,12 +13,16 @@ import torch
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import engines, predict, records, tables
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages import attention, compile, profile, steps, tune
+from benchmarks.gpu.stages import compile, kernels, profile, steps, tune
 from mae_fast import cost
 from mae_fast.bench.calls import Call
 from mae_fast.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def rehearsing(folder: Path) -> Setting:
+    return Setting("cpu", records.Records(folder / "a.jsonl", "sources"), True, math.inf)
 
 
 def test_what_decides_comes_first():
@@ -43,7 +47,7 @@ def test_an_item_that_fails_does_not_lose_the_others(tmp_path):
         yield records.Item("declines", decline)
         yield records.Item("works", lambda: ran.append("works") or {"value": 1})
 
-    found = records.Records(tmp_path / "a.jsonl", "sources", ())
+    found = records.Records(tmp_path / "a.jsonl", "sources")
     records.work("stage", items(), found, math.inf)
     records.work("stage", items(), found, math.inf)  # nothing is left
     assert ran == ["works"]
@@ -65,7 +69,7 @@ def test_tables_say_how_much_faster_ours_is():
 
 
 def test_what_was_not_reached_is_run_next_time(tmp_path):
-    found = records.Records(tmp_path / "a.jsonl", "sources", ())
+    found = records.Records(tmp_path / "a.jsonl", "sources")
     item = records.Item("late", dict)
     records.work("stage", iter([item]), found, deadline=0.0)
     (tmp_path / "a.jsonl").open("a").write('{"cut short by a cra')
@@ -81,7 +85,9 @@ def test_a_batch_that_does_not_fit_is_halved():
         if batch > 3:
             raise torch.OutOfMemoryError("too much")
 
-    assert engines.fitting(run, 12) == 3 and tried == [12, 6, 3]
+        return 10 * batch
+
+    assert engines.fitting(run, 12) == (3, 30) and tried == [12, 6, 3]
     with pytest.raises(torch.OutOfMemoryError):
         engines.fitting(lambda batch: run(4), 2)
 
@@ -97,8 +103,8 @@ def test_an_engine_with_another_loss_is_not_timed():
 
 
 def test_memory_of_a_step_is_what_it_adds(tmp_path, monkeypatch):
-    setting = Setting.make(True, math.inf, tmp_path / "a.jsonl", alone=True)
-    monkeypatch.setattr(steps, "allocated_mb", lambda: 100.0)
+    setting = rehearsing(tmp_path)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100 << 20)
     monkeypatch.setattr(Setting, "peak_mb", lambda self, call: call() or 300.0)
     reference = steps.Reference(setting, "vit_base", 2)
     assert reference.used_mb == 200.0 and len(reference.clips) == len(reference.noise) == 2
@@ -109,6 +115,7 @@ def test_memory_of_a_step_is_what_it_adds(tmp_path, monkeypatch):
 
 def test_cuda_kernels_are_built_where_nvcc_is(tmp_path, monkeypatch):
     monkeypatch.setattr(compile, "ROOT", tmp_path)
+    monkeypatch.setattr(compile, "LOG", tmp_path / "build/log")
     setup = tmp_path / "setup.py"
     setup.write_text("import sys, os; print(*sys.argv[1:], os.environ['MAX_JOBS'])")
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -126,7 +133,7 @@ def test_cuda_kernels_are_built_where_nvcc_is(tmp_path, monkeypatch):
 
 def test_a_kernel_that_is_wrong_is_a_failure(tmp_path):
     """Its item is: what else was timed is kept."""
-    setting = Setting.make(True, math.inf, tmp_path / "a.jsonl", alone=True)
+    setting = rehearsing(tmp_path)
     item = records.Item("an op", lambda: {"wrong": {"triton": "result 0"}})
     records.work("kernels", iter([item]), setting.records, math.inf)
     (row,) = setting.records.all()
@@ -172,12 +179,11 @@ def test_a_chosen_size_is_what_its_kernel_gets(monkeypatch):
 def test_attention_is_ordered_by_all_calls_of_a_row():
     def record(count, **seconds):
         times = {name: [s] for name, s in seconds.items()}
-        of = {"stage": "attention", "status": "measured", "architecture": 90, "width": 32}
-        of |= {"direction": "forward", "seconds": times}
-        return {**of, "keys": 1569, "calls_a_step": count}
+        of = {"stage": "attention", "status": "measured", "architecture": 90, "seconds": times}
+        return {**of, "row": "d32-s2048-bfloat16-forward", "calls_a_step": count}
 
     # xformers did not take the second call.
-    found = attention.rows([record(3, triton=1.0, xformers=0.5), record(1, triton=2.0, torch=9.0)])
+    found = kernels.rows([record(3, triton=1.0, xformers=0.5), record(1, triton=2.0, torch=9.0)])
     assert found == {"90": {"d32-s2048-bfloat16-forward": {"triton": 5000.0}}}
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import ROOT
-from benchmarks.gpu.calls import calls
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.stages.kernels import calls
 from mae_fast.bench.calls import Call
+from mae_fast.errors import BackendError, ConfigError
 from mae_fast.graph import Side
-from mae_fast.ops import OPS, dispatch
 
-GOLDEN = "mae_st_tiny"  # what the sanitizer watches; the smoke runs it without
 AFTER_TESTS = 22.0  # seconds left to what follows the tests: 20 on an H200
 # What the rehearsal runs of the op tests, in Triton's interpreter.
 REHEARSED = ("tests/ops/test_layer_norm.py", "-k", "f32 and (one_row or prime)")
@@ -43,8 +42,7 @@ def items(setting: Setting) -> Iterator[Item]:
 def graphed(setting: Setting, call: Call) -> dict:
     """An op's forward and backward, captured and replayed, give what they give without a graph."""
     call = call.real(setting.device)
-    backend = own_backend(setting, call)
-    run, side = call.both(call.function(backend)), Side(torch.device(setting.device))
+    run, side = call.both(by_triton(setting, call)), Side(torch.device(setting.device))
     with setting.autocast():
         with side.beside():
             run()
@@ -56,42 +54,35 @@ def graphed(setting: Setting, call: Call) -> dict:
         graph.replay()
     for i, (g, e) in enumerate(zip(got, expected, strict=True)):
         assert torch.equal(g, e), f"result {i} differs by {float((g - e).norm()):.1e}"
-    return {"backend": backend, "told": f"{backend}: {len(expected)} tensors are equal"}
+    return {"backend": "triton", "told": f"triton: {len(expected)} tensors are equal"}
 
 
-def own_backend(setting: Setting, call: Call) -> str:
-    """The op's Triton backend; Declined where it does not take the call."""
-    if "triton" not in OPS[call.op].backends:
-        raise Declined(f"{call.op} has no triton backend")
+def by_triton(setting: Setting, call: Call) -> Callable:
+    """The op by its Triton backend; Declined where it does not take the call."""
+    function = call.function("triton")
     try:
-        with setting.autocast():
-            call.forward(call.function("triton"))()
-    except dispatch.BackendError as e:
+        setting.autocast()(call.forward(function))()
+    except (BackendError, ConfigError) as e:
         raise Declined(str(e)) from e
-    return "triton"
+    return function
 
 
 def sanitizer(setting: Setting) -> dict:
-    """The golden model's kernels under compute-sanitizer's memcheck, in a process of its own, whose
-    records lie apart: it runs what this run has recorded already."""
-    command = shutil.which("compute-sanitizer")
-    if not command:
+    """The golden model's kernels under compute-sanitizer's memcheck, in a process of its own."""
+    if shutil.which("compute-sanitizer") is None:
         raise Declined("compute-sanitizer is not installed")
-    tool = [command, "--tool", "memcheck", "--error-exitcode", "9"]
-    stage = [sys.executable, "-m", "benchmarks.gpu", "--stage", "smoke"]
-    stage += ["--only", f"golden {GOLDEN}", *["--rehearse"] * setting.tiny]
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable]
+    command += ["-m", "benchmarks.gpu.stages.smoke", *["--rehearse"] * setting.tiny]
+    # The interpreter of the rehearsal's other checks would take minutes.
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        alone = ["--records", f"{folder}/alone.jsonl", "--alone"]
-        # The interpreter of the rehearsal's other checks would take minutes.
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [*tool, *stage, *alone]
         run = begin(command, log, env)
         late = end_by([run], setting.deadline)
         text = log.read_text()[-4000:]
     assert not late, f"it did not end in time: {text}"
     assert run.returncode == 0, f"exit code {run.returncode}: {text}"
-    ran = len(re.findall(r"^smoke: golden .*: measured", text, re.M))
+    ran = len(re.findall("^golden .*: worst is", text, re.M))
     assert ran, f"nothing ran under it: {text}"
     found = re.findall(r"ERROR SUMMARY: .*", text) or ["no summary"]
     return {"output": text, "items": ran, "told": f"{ran} item ran, {found[0]}"}
@@ -112,21 +103,18 @@ def op_tests(setting: Setting) -> dict:
     if not setting.tiny:
         env["MAE_FAST_TEST_DEVICE"] = setting.device
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{i}.txt" for i in range(shards)]
-        running = []
-        for i, file in enumerate(files):
-            shard = ["--shard", f"{i}/{shards}", "--outcomes", str(file.with_suffix(".jsonl"))]
-            running.append(begin([*command, *shard], file, env))
+        logs, running = [Path(folder) / f"{i}.txt" for i in range(shards)], []
+        for i, log in enumerate(logs):
+            shard = ["--shard", f"{i}/{shards}", "--outcomes", f"{folder}/{i}.jsonl"]
+            running.append(begin([*command, *shard], log, env))
         late = end_by(running, setting.deadline - AFTER_TESTS)
-        texts = [file.read_text() for file in files]
+        texts = [log.read_text()[-2000:] for log in logs]
         rows = [json.loads(line) for f in Path(folder).glob("*.jsonl") for line in f.open()]
-    broken = {  # 1: a test failed, 5: a shard holds no test, -9: ended above
-        f"process {i}": text[-2000:]
-        for i, (text, process) in enumerate(zip(texts, running, strict=True))
-        if process.returncode not in (0, 1, 5, -9)
-    }
+    codes = enumerate(process.returncode for process in running)
+    # 1: a test failed, 5: a shard holds no test, -9: ended above
+    broken = {f"process {i}": texts[i] for i, code in codes if code not in (0, 1, 5, -9)}
     if not rows:
-        broken["process 0"] = texts[0][-2000:]
+        broken["process 0"] = texts[0]
     found = told_of(rows, late, shards, broken)
     for test, error in found.get("wrong", {}).items():
         print(f"  {test}: {error}", flush=True)

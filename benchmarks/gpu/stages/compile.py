@@ -8,18 +8,17 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 
 from benchmarks.gpu import ROOT
-from benchmarks.gpu.engines import build
+from benchmarks.gpu.engines import BAR, build
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages.steps import BAR
 
 PLAN = (("vit_large", 64), ("vit_base", 64))
+LOG = ROOT / "build/csrc-cuda.log"
 JOBS = 4  # of nvcc and the C++ compiler, beside the tests
 
 
@@ -31,10 +30,10 @@ def items(setting: Setting) -> Iterator[Item]:
 
 
 def compiled(setting: Setting, model: str, batch: int) -> dict:
-    cfg, batch = setting.cfg(model), setting.batch(batch)
-    engine = build(BAR, cfg, setting)
+    cfg = setting.cfg(model)
+    engine, inputs = build(BAR, cfg, setting), setting.inputs(cfg, setting.batch(batch))
     began = time.perf_counter()
-    engine.step(setting.clips(cfg, batch), setting.noise(cfg, batch))
+    engine.step(*inputs)
     seconds = time.perf_counter() - began
     return {"first_step_seconds": seconds, "told": f"its first step took {seconds:.1f} s"}
 
@@ -49,19 +48,15 @@ def start_nvcc() -> subprocess.Popen | str:
         return "setuptools is not installed"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     env = {**os.environ, "MAX_JOBS": str(JOBS), "MAE_FAST_ONLY_CUDA": "1"}
-    log().parent.mkdir(exist_ok=True)
-    with log().open("w") as out:
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("w") as out:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
-
-
-def log() -> Path:
-    return ROOT / "build/csrc-cuda.log"
 
 
 def ended(nvcc: subprocess.Popen | str) -> dict:
     """The record of a build; Declined where there was none."""
     if isinstance(nvcc, str):
         raise Declined(nvcc)
-    code, output = nvcc.wait(), log().read_text(errors="replace")[-4000:]
+    code, output = nvcc.wait(), LOG.read_text(errors="replace")[-4000:]
     assert code == 0, f"setup.py ended with {code}: {output}"
     return {"output": output, "told": (output.strip().splitlines() or ["built"])[-1]}

@@ -1,7 +1,8 @@
 """One warmed step of the engine, kernel by kernel: its time on the device, its calls, its op."""
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,55 +38,50 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def profiled(setting: Setting, model: str, batch: int) -> dict:
     cfg, batch = setting.cfg(model), setting.batch(batch)
-    clips, noise = setting.clips(cfg, batch), setting.noise(cfg, batch)
-    engine = build(EAGER, cfg, setting)
+    inputs = setting.inputs(cfg, batch)
 
-    def step() -> None:
-        engine.step(clips, noise)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # nothing may still run when the profile ends
+    def step(engine: str) -> Callable[[], None]:
+        built = build(engine, cfg, setting)
 
-    for _ in range(3):
-        step()
+        def run() -> None:
+            built.step(*inputs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # nothing may still run when the profile ends
+
+        for _ in range(5):  # until a graph is captured, and once more
+            run()
+        return run
+
+    plain = step(EAGER)
     with profile() as found:
-        step()
-    launches = count_launches(step)
-    graph = build(OURS, cfg, setting)
-    for _ in range(5):
-        graph.step(clips, noise)
-    rows = kernels_of(found.key_averages(), setting.device)
-    total, by_op = sum(r["microseconds"] for r in rows), Counter()
+        plain()
+    rows, by_op = kernels_of(found.key_averages(), setting.device), Counter()
     for row in rows:
         by_op[row["op"]] += row["microseconds"]
-    shares = {op: us / total for op, us in by_op.most_common()}
+    shares = {op: us / by_op.total() for op, us in by_op.most_common()}
     return {
         "model": model,
         "batch_clips": batch,
-        "microseconds": total,
+        "microseconds": by_op.total(),
         "shares": shares,
-        "launches": launches,
-        "launches_with_graph": count_launches(lambda: graph.step(clips, noise)),
+        "launches": count_launches(plain),
+        "launches_with_graph": count_launches(step(OURS)),
         "kernels": rows[:KERNELS],
         "told": ", ".join(f"{op} {part:.0%}" for op, part in list(shares.items())[:7]),
     }
 
 
-def kernels_of(averages: Any, device: str) -> list[dict]:
+def kernels_of(averages: Iterable[Any], device: str) -> list[dict]:
     """The rows with a time of their own on the device, the longest first. A span of the host, as
     our labels are, has a shadow there, from its first kernel to its last: no kernel itself."""
     own = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
     if device == "cuda":
-        averages = [e for e in averages if e.device_type.name == "CUDA"]
-        averages = [e for e in averages if not e.is_user_annotation]
+        averages = (e for e in averages if e.device_type.name == "CUDA")
+        averages = (e for e in averages if not e.is_user_annotation)
     rows = [
-        {
-            "kernel": event.key[:120],
-            "op": op_of(event.key),
-            "calls": event.count,
-            "microseconds": getattr(event, own),
-        }
-        for event in averages
-        if getattr(event, own) > 0
+        {"kernel": e.key[:120], "op": op_of(e.key), "calls": e.count, "microseconds": time}
+        for e in averages
+        if (time := getattr(e, own)) > 0
     ]
     return sorted(rows, key=lambda row: -row["microseconds"])
 
@@ -93,10 +89,6 @@ def kernels_of(averages: Any, device: str) -> list[dict]:
 def op_of(kernel: str) -> str:
     """The op whose stem a kernel's name holds, the longest first; else the kind of library."""
     name = kernel.lower()
-    for op in sorted(OPS, key=len, reverse=True):
-        if op in name and op != "linear":
-            return op
-    for kind, words in LIBRARY.items():
-        if any(word in name for word in words):
-            return kind
-    return "other"
+    ours = (op for op in sorted(OPS, key=len, reverse=True) if op in name and op != "linear")
+    kinds = (kind for kind, words in LIBRARY.items() if any(word in name for word in words))
+    return next(itertools.chain(ours, kinds), "other")

@@ -1,20 +1,26 @@
-"""Seconds that decide: the official code's figures, and equal bits of two runs."""
+"""Seconds that decide: the official code's figures, and equal bits of two runs.
+
+python -m benchmarks.gpu.stages.smoke    the first of the figures alone: checks.py watches it
+"""
 
 import json
+import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.engines import products_in
 from benchmarks.gpu.records import Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stand_ins import read_safetensors
 from mae_fast.config import ModelConfig
 from mae_fast.model import MaskedAutoencoder
 
 GOLDEN = ("mae_st_tiny", "mae_st_tiny_all_frames_raw_pixels")
+DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 
 
 def items(setting: Setting) -> Iterator[Item]:
@@ -25,8 +31,7 @@ def items(setting: Setting) -> Iterator[Item]:
 
 def golden(setting: Setting, name: str) -> dict:
     """Loss and gradients of the official code, from its weights, in fp32."""
-    metadata, tensors = read_safetensors(ROOT / f"tests/golden/{name}.safetensors")
-    values = json.loads(metadata["config"])
+    values, tensors = read(name)
     ratio = values.pop("mask_ratio")
     for key in ("pixel_mean", "pixel_std", "norm_eps"):  # those of every model
         values.pop(key)
@@ -50,13 +55,26 @@ def golden(setting: Setting, name: str) -> dict:
     return {"errors": errors, "told": f"worst is {worst}, {errors[worst]:.1e}"}
 
 
+def read(name: str) -> tuple[dict, dict[str, Tensor]]:
+    """(the settings, tensors) of a golden file. There may be no safetensors here."""
+    content = (ROOT / f"tests/golden/{name}.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    values = json.loads(header.pop("__metadata__")["config"])
+    data = torch.frombuffer(bytearray(content[begin:]), dtype=torch.uint8)
+    return values, {
+        key: data[slice(*of["data_offsets"])].view(DTYPES[of["dtype"]]).reshape(of["shape"])
+        for key, of in header.items()
+    }
+
+
 def equal_bits(setting: Setting) -> dict:
     """Loss and every gradient of two bf16 steps from the same weights."""
     cfg = setting.cfg("vit_tiny")
     with torch.device(setting.device):
         model = MaskedAutoencoder(cfg)
     batch = setting.batch(8)
-    clips, noise = setting.clips(cfg, batch), setting.noise(cfg, batch)
+    clips, noise = setting.inputs(cfg, batch)
     found = []
     for _ in range(2):
         with setting.autocast():
@@ -67,3 +85,8 @@ def equal_bits(setting: Setting) -> dict:
     differ = [name for name, t in found[0].items() if not torch.equal(t, found[1][name])]
     assert not differ, f"two runs differ in {', '.join(differ)}"
     return {"tensors": len(found[0]), "told": f"{len(found[0])} tensors are equal"}
+
+
+if __name__ == "__main__":
+    told = golden(Setting.make("--rehearse" in sys.argv, math.inf), GOLDEN[0])["told"]
+    print(f"golden {GOLDEN[0]}: {told}")

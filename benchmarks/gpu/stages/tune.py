@@ -1,36 +1,33 @@
-"""The sizes of every kernel: each candidate of its SIZES, timed on the calls of a training
-step -> kernels/measured.json. Candidates are compiled first, by as many processes as there are
-cores, into Triton's cache on disk.
+"""The sizes of every kernel: each candidate of its SIZES, timed on the calls of a training step ->
+kernels/measured.json. Candidates are compiled first, by as many processes as there are cores, into
+Triton's cache on disk.
 
     python -m benchmarks.gpu.stages.tune SHARE OF    # compile one share of the calls
 """
 
+import contextlib
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import torch
 
-from benchmarks.gpu.calls import Case, cases, of_every_call
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages.checks import begin, end_by, own_backend
-from benchmarks.gpu.stages.kernels import plan, told
+from benchmarks.gpu.stages.checks import begin, by_triton, end_by
+from benchmarks.gpu.stages.kernels import BATCH, Case, cases, of_a_step, plan, told
 from mae_fast.bench import ops
 from mae_fast.bench.calls import Call, Run
 from mae_fast.bench.timing import interleave
 from mae_fast.kernels import configs
 
-MODELS, BATCH = ("vit_large", "vit_base"), 64
-ROUNDS = 9
+MODELS, ROUNDS = ("vit_large", "vit_base"), 9
 COMPILE_SHARE = 0.6  # of the stage's time
 Key = tuple[str, str]  # kernel, shape class
 
@@ -42,7 +39,13 @@ def items(setting: Setting) -> Iterator[Item]:
     limits = setting.limits()
     for model in setting.some(MODELS):
         yield Item(f"{model} adamw", partial(adamw, setting, model, limits))
-    write_table(setting)
+    # What is recorded, and what else the table holds.
+    table, found = {} if setting.tiny else configs.measured(), fastest(setting.records.all())
+    for (arch, kernel, shape), sizes in found.items():
+        table.setdefault(arch, {}).setdefault(kernel, {})[shape] = sizes
+    others = {} if setting.tiny else configs.read_measured()
+    if found:
+        setting.write_table("measured.json", others | {configs.TRITON: table})
 
 
 def adamw(setting: Setting, model: str, limits: dict) -> dict:
@@ -67,8 +70,8 @@ def compile_all(setting: Setting) -> dict:
     """Launch every candidate once, in parallel processes."""
     count = 2 if setting.tiny else max(2, len(os.sched_getaffinity(0)) - 2)
     end = time.time() + COMPILE_SHARE * min(setting.deadline - time.time(), 600.0)
-    device = ["--rehearse"] if setting.tiny else []
     command = [sys.executable, "-m", "benchmarks.gpu.stages.tune"]
+    device = ["--rehearse"] * setting.tiny
     running = [begin([*command, str(i), str(count), *device]) for i in range(count)]
     late = end_by(running, end)
     failed = sum(p.returncode not in (0, -9) for p in running)
@@ -84,71 +87,37 @@ def compile_share(setting: Setting, share: int, of: int) -> None:
         parts = 3 if case.call.op == "attention" else 1
         tasks += [(case.call, part, parts) for part in range(parts)]
     for call, part, parts in tasks[share::of]:
-        call = call.real(setting.device)
-        try:
-            own_backend(setting, call)
-        except Declined:
-            continue
-        for run in runs(setting, call).values():
-            for key in picks(run):
+        with contextlib.suppress(Declined):
+            for _, run, key in kernels_of(setting, call.real(setting.device)):
                 for candidate in candidates_of(setting, key)[part::parts]:
-                    try:
+                    with contextlib.suppress(Exception):  # too large: `tune` records it
                         chosen({key: candidate})(run)()
-                    except Exception as e:  # too large for this device: `tune` records it
-                        print(f"{key} {candidate}: {type(e).__name__}", flush=True)
 
 
 def candidates_of(setting: Setting, key: Key) -> Sequence[dict]:
     return setting.some(configs.candidates()[key[0]][key[1]], 2)
 
 
-def runs(setting: Setting, call: Call) -> dict[str, Run]:
-    """The call's forward and backward, apart, by Triton."""
-    function = call.function("triton")
-    found = {"forward": setting.autocast()(call.forward(function))}
+def kernels_of(setting: Setting, call: Call) -> Iterator[tuple[str, Run, Key]]:
+    """Each kernel with several candidates that the call launches by Triton, forward and backward
+    apart: (direction, a run of it, the kernel)."""
+    function, autocast = by_triton(setting, call), setting.autocast()
+    runs = {"forward": autocast(call.forward(function))}
     if call.differentiable:
-        with setting.autocast():
-            backward = call.backward(function)
-        found["backward"] = setting.autocast()(backward)
-    return found
+        runs["backward"] = autocast(autocast(call.backward)(function))
+    for direction, run in runs.items():
+        for key in sorted(picks(run)):
+            yield direction, run, key
 
 
 def tune(setting: Setting, call: Call) -> dict:
     """The fastest candidate of each kernel that the call launches, one kernel at a time, the others
-    at their best so far. A candidate that does not launch, or gives other results than the first
-    that does, is out."""
-    call = call.real(setting.device)
-    own_backend(setting, call)
+    at their best so far."""
     sizes, report = {}, []
-    for direction, run in runs(setting, call).items():
-        for key in sorted(picks(run)):
-            candidates = candidates_of(setting, key)
-            timed, out, expected = {}, {}, None
-            for candidate in candidates:
-                this = chosen({**sizes, key: candidate})(run)
-                try:
-                    got = [t.float() for t in this()]
-                    expected = expected or got
-                    assert agree(got, expected), "gives other results"
-                    timed[json.dumps(candidate)] = this
-                except Exception as e:
-                    text = f"{type(e).__name__}: {e}"
-                    out[json.dumps(candidate)] = text.splitlines()[0]
-            assert timed, f"{key}: no candidate runs: {out}"
-            seconds = interleave(timed, setting.rounds(ROUNDS), setting.clock(cold=True))
-            medians = {name: statistics.median(s) for name, s in seconds.items()}
-            sizes[key] = json.loads(min(medians, key=medians.get))
-            guess = medians.get(json.dumps(candidates[0]), float("nan"))
-            found = {
-                "kernel": key[0],
-                "shape_class": key[1],
-                "direction": direction,
-                "fastest": sizes[key],
-                "seconds": seconds,
-                "out": out,
-                "over_the_guess": guess / min(medians.values()),
-            }
-            report.append(found)
+    for direction, run, key in kernels_of(setting, call.real(setting.device)):
+        found = fastest_of(setting, key, run, sizes)
+        sizes[key] = found["fastest"]
+        report.append({"kernel": key[0], "shape_class": key[1], "direction": direction} | found)
     if not report:
         raise Declined(f"{call.op} launches no kernel with candidates")
     words = ", ".join(f"{r['kernel']} {r['over_the_guess']:.2f}x of the guess" for r in report)
@@ -160,6 +129,32 @@ def tune(setting: Setting, call: Call) -> dict:
     }
 
 
+def fastest_of(setting: Setting, key: Key, run: Run, sizes: dict[Key, dict]) -> dict:
+    """Of one kernel's candidates, beside the `sizes` of others. One that does not launch, or gives
+    other results than the first that does, is out."""
+    timed, out, expected = {}, {}, None
+    names = {json.dumps(candidate): candidate for candidate in candidates_of(setting, key)}
+    for name, candidate in names.items():
+        this = chosen({**sizes, key: candidate})(run)
+        try:
+            got = [t.float() for t in this()]
+            expected = expected or got
+            assert agree(got, expected), "gives other results"
+            timed[name] = this
+        except Exception as e:
+            out[name] = f"{type(e).__name__}: {e}".splitlines()[0]
+    assert timed, f"{key}: no candidate runs: {out}"
+    seconds = interleave(timed, setting.rounds(ROUNDS), setting.clock(cold=True))
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    best, guess = min(medians, key=medians.get), medians.get(next(iter(names)), math.nan)
+    return {
+        "fastest": names[best],
+        "seconds": seconds,
+        "out": out,
+        "over_the_guess": guess / medians[best],
+    }
+
+
 def agree(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     """To the rounding of bf16."""
     return all(
@@ -167,55 +162,39 @@ def agree(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     )
 
 
-def chosen(sizes: dict[Key, dict]) -> Any:
-    """A decorator: inside, kernels take these sizes."""
-    pick = configs._pick
+@contextlib.contextmanager
+def chosen(sizes: dict[Key, dict]) -> Iterator[set[Key]]:
+    """Inside, kernels take these sizes; which kernels ask for theirs."""
+    asked, pick = set(), configs._pick
 
     def of(kernel: str, shape: str, arch: int) -> dict[str, int]:
+        asked.add((kernel, shape))
         return sizes.get((kernel, shape)) or pick(kernel, shape, arch)
 
-    return mock.patch.object(configs, "_pick", of)
+    with mock.patch.object(configs, "_pick", of):
+        yield asked
 
 
 def picks(run: Run) -> set[Key]:
     """The kernels whose sizes a run asks for, with more than one candidate."""
-    found, pick = set(), configs._pick
-
-    def recorded(kernel: str, shape: str, arch: int) -> dict[str, int]:
-        found.add((kernel, shape))
-        return pick(kernel, shape, arch)
-
-    with mock.patch.object(configs, "_pick", recorded):
-        with suppress(Exception):  # the guess may be too large for this device
-            run()
-    return {key for key in found if len(configs.candidates()[key[0]][key[1]]) > 1}
-
-
-def write_table(setting: Setting) -> None:
-    """What is recorded, and what else the table holds."""
-    table, found = {} if setting.tiny else configs.measured(), fastest(setting.records.all())
-    if not found:
-        return
-    for (arch, kernel, shape), sizes in found.items():
-        table.setdefault(arch, {}).setdefault(kernel, {})[shape] = sizes
-    others = {} if setting.tiny else configs.read_measured()
-    setting.write_table("measured.json", others | {configs.TRITON: table})
+    # The guess may be too large for this device.
+    with chosen({}) as asked, contextlib.suppress(Exception):
+        run()
+    return {key for key in asked if len(configs.candidates()[key[0]][key[1]]) > 1}
 
 
 def fastest(records: Iterable[dict]) -> dict[tuple[str, str, str], dict[str, int]]:
     """{(architecture, kernel, shape class): sizes}: of the candidates that every call of the class
     can take, the one with which a step's calls of it take the least time."""
-    seconds = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        for kernel in record.get("kernels", ()) if record["stage"] == "tune" else ():
-            key = str(record["architecture"]), kernel["kernel"], kernel["shape_class"]
-            for sizes, samples in kernel["seconds"].items():
-                seconds[key][sizes].append(record["calls_a_step"] * statistics.median(samples))
-    sums = {key: of_every_call(candidates) for key, candidates in seconds.items()}
-    return {key: json.loads(min(of, key=of.get)) for key, of in sums.items()}
+    found = of_a_step(
+        ((str(r["architecture"]), k["kernel"], k["shape_class"]), r["calls_a_step"], k["seconds"])
+        for r in records
+        if r["stage"] == "tune"
+        for k in r.get("kernels", ())
+    )
+    return {key: json.loads(min(of, key=of.get)) for key, of in found.items()}
 
 
 if __name__ == "__main__":
-    compile_share(
-        Setting.make("--rehearse" in sys.argv, float("inf")), int(sys.argv[1]), int(sys.argv[2])
-    )
+    made = Setting.make("--rehearse" in sys.argv, math.inf)
+    compile_share(made, int(sys.argv[1]), int(sys.argv[2]))
