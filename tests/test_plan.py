@@ -16,7 +16,7 @@ from mae_fast import backends, cli, cost, memory, plan
 from mae_fast.bench import records
 from mae_fast.bench.flops import forward_flop, official_parts, step_parts
 from mae_fast.classifier import ClassifierConfig, VideoClassifier
-from mae_fast.config import ModelConfig, preset
+from mae_fast.config import preset
 from mae_fast.errors import ConfigError
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
@@ -24,18 +24,6 @@ from mae_fast.ops import OPS
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 RUNTIME_MB = 435  # of Python, torch and its libraries in the recorded processes
-TINY = ModelConfig(
-    img_size=32,
-    patch_size=8,
-    num_frames=4,
-    pred_t_dim=2,
-    embed_dim=48,
-    depth=2,
-    num_heads=3,
-    decoder_embed_dim=32,
-    decoder_depth=2,
-    decoder_num_heads=2,
-)
 
 
 @pytest.mark.parametrize("model", ["vit_tiny", "vit_base", "vit_large", "vit_huge"])
@@ -46,12 +34,14 @@ def test_parameters_are_the_models(model, variant):
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
-def test_forward_flop_is_what_torch_counts(ratio):
-    model, video = MaskedAutoencoder(TINY), torch.zeros(3, 3, 4, 32, 32, dtype=torch.uint8)
-    ids = ids_from_noise(torch.rand(3, TINY.num_patches), num_keep("random", TINY.grid, ratio))
+def test_forward_flop_is_what_torch_counts(ratio, tiny_cfg):
+    model, video = MaskedAutoencoder(tiny_cfg), torch.zeros(3, 3, 8, 16, 16, dtype=torch.uint8)
+    ids = ids_from_noise(
+        torch.rand(3, tiny_cfg.num_patches), num_keep("random", tiny_cfg.grid, ratio)
+    )
     with backends(**dict.fromkeys(OPS, "reference")), FlopCounterMode(display=False) as counter:
         model(video, ids_keep=ids[0], ids_mask=ids[1])
-    got = sum(part.forward for part in step_parts(TINY, 3, ratio).values())
+    got = sum(part.forward for part in step_parts(tiny_cfg, 3, ratio).values())
     assert got == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -155,11 +145,11 @@ def test_a_target_encoder_computes_as_the_encoder_does():
         assert term.amount > 0
 
 
-def test_bytes_of_casts_and_sums():
+def test_bytes_of_casts_and_sums(tiny_cfg):
     """Of 10 values: in 16 bits one is written and five are read; in fp32 two sums of three."""
     assert cost._cast(10, 2) == 10 * (2 + 5) * 2
     assert cost._cast(10, 4) == 10 * 2 * (2 + 1) * 4
-    two, four = (cost.Step(TINY, n, 0.5, cost.DEVICES["h100"]).bytes() for n in (2, 4))
+    two, four = (cost.Step(tiny_cfg, n, 0.5, cost.DEVICES["h100"]).bytes() for n in (2, 4))
     assert four["casts and sums"] == 2 * two["casts and sums"] and four["adamw"] == two["adamw"]
 
 
@@ -294,14 +284,16 @@ def test_plan_refuses(argv, said, capsys):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_the_classifier_s_flop_is_what_torch_counts(ratio):
+def test_the_classifier_s_flop_is_what_torch_counts(ratio, tiny_cfg):
     """The cost model's share of a step that is the encoder's, forward; the head is left out."""
-    net = VideoClassifier(ClassifierConfig(TINY, num_classes=1))
-    video = torch.zeros(3, 3, 4, 32, 32, dtype=torch.uint8)
-    ids = ids_from_noise(torch.rand(3, TINY.num_patches), num_keep("random", TINY.grid, ratio))
+    net = VideoClassifier(ClassifierConfig(tiny_cfg, num_classes=1))
+    video = torch.zeros(3, 3, 8, 16, 16, dtype=torch.uint8)
+    ids = ids_from_noise(
+        torch.rand(3, tiny_cfg.num_patches), num_keep("random", tiny_cfg.grid, ratio)
+    )
     with backends(**dict.fromkeys(OPS, "reference")), FlopCounterMode(display=False) as counter:
         net(video, ids[0])
-    step = cost.Step(TINY, 3, ratio, cost.DEVICES["h100"], "forward")
+    step = cost.Step(tiny_cfg, 3, ratio, cost.DEVICES["h100"], "forward")
     terms = {t.name: t for t in step.terms()}
     got = terms["encoder products"].amount + terms["attention products"].amount
     assert got == pytest.approx(counter.get_total_flops(), rel=0.01)

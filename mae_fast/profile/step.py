@@ -99,7 +99,7 @@ def measure(
     limits = machine.limits(cells[0].model == QUICK, device, setting.dtype)
     runs = {name: limit.run for name, limit in limits.items()}
     seconds = defaultdict(list, interleave(runs, ROUNDS, timer) if videos else {})
-    found: dict[str, tuple[Built, list[Trace], Timeline]] = {}
+    found: dict[str, tuple[list[Trace], Timeline]] = {}
     built = {cell.engine: build(cell, setting) for cell in cells}
     for group in [[cell] for cell in cells] if videos else [cells]:
         with contextlib.ExitStack() as stack:
@@ -121,21 +121,21 @@ def measure(
             for name, step in steps.items():
                 with snapshot(folder / f"{name}.memory.pickle", device):
                     last = trace(built[name], step, device, 0, memory=True)
-                found[name] = built[name], traces[name], timeline(last, device)
+                found[name] = traces[name], timeline(last, device)
                 if videos:
                     seconds[name] = [t.unprofiled for t in traces[name]]
     rates = {name: x.amount / statistics.median(seconds[name]) for name, x in limits.items()}
     product = max(rates[name] for name, limit in limits.items() if limit.unit == "flop")
     engines: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        name, (engine, traces, held) = cell.engine, found[cell.engine]
+        name, (traces, held) = cell.engine, found[cell.engine]
         traces[0].profile.export_chrome_trace(str(folder / f"{name}.trace.json"))
         todo, step = least(cell, clips, setting.dtype), statistics.median(seconds[name])
         engines[name] = {
             "profiled_seconds": statistics.median(t.seconds for t in traces),
             "parts": parts(traces, step, todo, product, rates["copy"]),
             "launches": sum(row.launches for row in traces[0].rows.values()),
-            "state_mb": state_mb(engine),
+            "state_mb": state_mb(built[name]),
             "memory": held._asdict(),
         }
     return {
