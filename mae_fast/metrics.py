@@ -199,19 +199,19 @@ def memory_mb(device: Any) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def draw_curves(folder: str | Path, unit: str = "") -> Path | None:
-    """Plot loss (a mean of `unit`), learning rate and gradient norm of a run into curves.png; None
-    if it cannot."""
+def draw_curves(folder: str | Path, unit: str = "") -> None:
+    """Plot loss (a mean of `unit`), learning rate and gradient norm of a run into curves.png, where
+    there is matplotlib."""
     folder = Path(folder)
     history = read(folder / "metrics.jsonl")
     rows = [r for r in history if "loss" in r]
     if not rows:
-        return None
+        return
     try:
         figure, axes = figures.figure(10, 3, columns=3)
     except ConfigError as e:
         log.warning("no curves.png: %s", e)
-        return None
+        return
     steps = [r["step"] for r in rows]
     scales = {"loss": "linear", "lr": "linear", "grad_norm": "log"}
     for axis, (key, scale) in zip(axes[0], scales.items(), strict=True):
@@ -223,11 +223,7 @@ def draw_curves(folder: str | Path, unit: str = "") -> Path | None:
     if held_out:
         axes[0, 0].plot(*zip(*held_out, strict=True), "o-", markersize=3, label="held out")
         axes[0, 0].legend()
-    path = folder / "curves.png"
-    tmp = folder / "curves.tmp.png"
-    figure.savefig(tmp, dpi=110)
-    tmp.replace(path)
-    return path
+    figures.write_figure(folder / "curves.png", figure, dpi=110)
 
 
 def _console():

@@ -89,10 +89,9 @@ def plan(
     ratio = (0.9 if task == "pretrain" else 0.0) if ratio is None else ratio
     epochs = {"pretrain": 800.0, "ava": 30.0}.get(task, 100.0) if epochs is None else epochs
     require(0 <= ratio < 1, "--ratio must be in [0, 1)", ratio)
-    require(gpus > 0, "--gpus must be above 0", gpus)
-    require(gpus_per_node > 0, "--gpus-per-node must be above 0", gpus_per_node)
-    require(epochs > 0, "--epochs must be above 0", epochs)
-    require(views > 0, "--views must be above 0", views)
+    counts = {"gpus": gpus, "gpus-per-node": gpus_per_node, "epochs": epochs, "views": views}
+    for name, value in counts.items():
+        require(value > 0, f"--{name} must be above 0", value)
     if device == "this" and gpus > 1:
         raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
     if task != "pretrain" and (output or shard != "none"):

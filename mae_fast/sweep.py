@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json as jsonlib
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -208,14 +209,9 @@ def _folder(arm: str) -> str:
 
 
 def _part(runs: list, part: str) -> list:
-    if not part:
-        return runs
-    try:
-        i, n = map(int, part.split("/"))
-    except ValueError:
-        i, n = 0, 0
-    if not 0 <= i < n:
-        raise ConfigError(f"--part must be I/N with 0 <= I < N, got {part!r}")
+    found = re.fullmatch(r"(\d+)/(\d+)", part or "0/1")
+    i, n = map(int, found.groups()) if found else (0, 0)
+    require(i < n, "--part must be I/N with 0 <= I < N", part)
     return runs[i::n]
 
 
