@@ -93,7 +93,13 @@ def main() -> int:
         without = f"torch {torch.__version__} is built without CUDA"
         print(SKIPPED.format("torch sees none" if torch.version.cuda else without))
         return 0
-    return run_stage(args) if args.stage else run_all(args.rehearse)
+    if not args.stage:
+        return run_all(args.rehearse)
+    setting = Setting.make(args.rehearse, args.deadline, args.records)
+    (stage,) = (stage for stage in (*BESIDE, *STAGES) if stage.name == args.stage)
+    items = (item for item in stage.items(setting) if args.only in item.name)
+    records.work(args.stage, items, setting.records, setting.deadline)
+    return 0
 
 
 def run_all(rehearse: bool) -> int:
@@ -160,15 +166,6 @@ def end_session(process: subprocess.Popen) -> None:
             if os.getsid(int(entry.name)) == process.pid:
                 os.kill(int(entry.name), signal.SIGKILL)
     process.wait()
-
-
-def run_stage(args: argparse.Namespace) -> int:
-    """One stage, in this process."""
-    setting = Setting.make(args.rehearse, args.deadline, args.records)
-    (stage,) = (stage for stage in (*BESIDE, *STAGES) if stage.name == args.stage)
-    items = (item for item in stage.items(setting) if args.only in item.name)
-    records.work(args.stage, items, setting.records, setting.deadline)
-    return 0
 
 
 def summary(found: records.Records, seconds: float) -> int:

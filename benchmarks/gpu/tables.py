@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.gpu.engines import BAR, ENGINES, OURS
-from benchmarks.gpu.records import RESULTS
-from benchmarks.markdown import section
+from benchmarks.gpu.records import MEASURED, RESULTS
+from benchmarks.markdown import read, section
 from mae_fast.bench.timing import ratio, spread
+from mae_fast.report.rows import grouped
 
 SOURCES = RESULTS / "sources.json"  # hash_of_sources -> commit
 
@@ -31,14 +32,11 @@ def tables(folder: Path) -> Iterator[str]:
 def devices(folder: Path) -> Iterator[tuple[str, list[dict]]]:
     """(device, the newest record of each item that was measured), of results/gpu."""
     for path in sorted(p for p in folder.glob("*") if p.is_dir()):
-        found: dict[tuple[str, str], dict] = {}
-        for file in sorted(path.glob("*.jsonl")):
-            for record in map(json.loads, file.read_text().splitlines()):
-                if record["status"] == "measured":
-                    key = record["stage"], record["item"]
-                    found[key] = max(found.get(key, record), record, key=lambda r: r["at"])
+        every = (r for file in sorted(path.glob("*.jsonl")) for r in read(file))
+        items = grouped((r for r in every if r["status"] == MEASURED), itemgetter("stage", "item"))
+        found = [max(group, key=itemgetter("at")) for _, group in items]
         if found:
-            yield path.name, list(found.values())
+            yield path.name, found
 
 
 def where(records: list[dict]) -> str:
@@ -53,9 +51,9 @@ def where(records: list[dict]) -> str:
 
 def steps(records: list[dict]) -> list[dict]:
     """The records of training steps at 90%, by model and clips, ours first."""
-    found = [r for r in records if r["kind"] == "steps" and r.get("engine") in ENGINES]
-    order = list(dict.fromkeys((r["model"], r["batch_asked"]) for r in found))
-    return sorted(found, key=lambda r: order.index((r["model"], r["batch_asked"])))
+    found = (r for r in records if r["kind"] == "steps" and r.get("engine") in ENGINES)
+    cells = grouped(found, itemgetter("model", "batch_asked"))
+    return [r for _, group in cells for r in group]
 
 
 def faster(record: dict) -> float:

@@ -68,7 +68,7 @@ def by_triton(setting: Setting, call: Call) -> Callable:
 
 
 def sanitizer(setting: Setting) -> dict:
-    """The golden model's kernels under compute-sanitizer's memcheck, in a process of its own."""
+    """The golden models' kernels under compute-sanitizer's memcheck, in a process of its own."""
     if shutil.which("compute-sanitizer") is None:
         raise Declined("compute-sanitizer is not installed")
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable]

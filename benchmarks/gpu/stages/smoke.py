@@ -1,6 +1,6 @@
 """Seconds that decide: the official code's figures, and equal bits of two runs.
 
-python -m benchmarks.gpu.stages.smoke    the first of the figures alone: checks.py watches it
+python -m benchmarks.gpu.stages.smoke    the figures alone: what checks.py watches
 """
 
 import json
@@ -88,5 +88,6 @@ def equal_bits(setting: Setting) -> dict:
 
 
 if __name__ == "__main__":
-    told = golden(Setting.make("--rehearse" in sys.argv, math.inf), GOLDEN[0])["told"]
-    print(f"golden {GOLDEN[0]}: {told}")
+    made = Setting.make("--rehearse" in sys.argv, math.inf)
+    for name in made.some(GOLDEN):
+        print(f"golden {name}: {golden(made, name)['told']}")

@@ -59,14 +59,12 @@ class Reference:
         several(self.engine, self.clips, self.noise)()  # the graphs are captured: they take no more
 
 
-Plan = Sequence[tuple[str, int, Sequence[str]]]
 Lazy = Callable[[], Reference]  # built within the first item that needs it
 
 
-def items(setting: Setting, plan: Plan = PLAN) -> Iterator[Item]:
-    plan = plan[:1] if setting.tiny else plan
+def items(setting: Setting, plan: Sequence[tuple] = PLAN) -> Iterator[Item]:
     limits = setting.limits()
-    for model, batch, engines in plan:
+    for model, batch, engines in setting.some(plan):
         reference = cache(partial(Reference, setting, model, setting.batch(batch)))
         for name in engines:
             run = partial(measure, setting, reference, name, limits)
