@@ -1,6 +1,7 @@
 """`mae-fast report`: a page that is well formed, asks no network, and whose script works: in node,
 on a few lines that stand for a table, and in a browser where there is one."""
 
+import base64
 import copy
 import html
 import html.parser
@@ -14,7 +15,7 @@ import pytest
 
 from mae_fast import cli
 from mae_fast.bench import records
-from mae_fast.page import SCRIPT
+from mae_fast.page import SCRIPT, Page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -183,6 +184,17 @@ def test_png(folder):
     files = {p.name for p in (folder / "png").iterdir()}
     assert {"speed-up-0.png", "parts-0.png"} <= files
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (folder / "png").iterdir())
+
+
+def test_an_image_is_its_file_and_nothing_asks_for_it():
+    page = Page("<a>", ["b & c"])
+    page.image(b"\xff\xd8bytes", "jpeg", 'of "x"')
+    page.image(b"", "jpeg", "of nothing")
+    text = page.html()
+    assert Checked(text).asked == [] and text.count("<figure>") == 2 and text.count("<img") == 1
+    kind, data = re.search(r'src="data:image/(\w+);base64,([^"]*)"', text).groups()
+    assert (kind, base64.b64decode(data)) == ("jpeg", b"\xff\xd8bytes")
+    assert "<h1>&lt;a&gt;</h1>" in text and "of &quot;x&quot;" in text
 
 
 def test_nothing_to_report_is_refused(tmp_path, capsys):

@@ -413,7 +413,9 @@ def test_test_counts_a_broken_video_as_wrong_and_keeps_logits(motions, tmp_path,
     assert set(again) == {
         f"top{k}_{n}" for k in (1, 5) for n in ("softmax_mean", "logit_mean", "1x1")
     }
-    assert (folder / "index.html").read_text().count("<td>") > 16
+    page, wrong = (folder / "index.html").read_text(), 7 - round(8 * again["top1_softmax_mean"])
+    assert page.count("<td>") > 16 and "bad, counted as wrong" in page
+    assert page.count("<figure>") == page.count("<img") == wrong > 0  # each mistake, with a frame
     assert again["top5_1x1"] <= 7 / 8
     assert cli.main(["test", str(tmp_path / "nothing.toml")]) == 2
     assert cli.main(["test", str(tmp_path)]) == 73
