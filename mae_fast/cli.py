@@ -175,7 +175,7 @@ def finetune(args: list[str]) -> None:
     from mae_fast.tasks.config import FinetuneConfig, load
 
     cfg = _configured("finetune", args, FinetuneConfig, load, inspect.getdoc(finetune))
-    importlib.import_module("mae_fast.tasks.classify").finetune(cfg)
+    importlib.import_module("mae_fast.tasks.finetune").finetune(cfg)
 
 
 def _configured(verb: str, args: list[str], kind: type, load, text: str | None):

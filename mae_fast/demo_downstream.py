@@ -24,7 +24,6 @@ from mae_fast.data import VideoRow, build_index, read_index, write_index
 from mae_fast.errors import DataError
 from mae_fast.files import write
 from mae_fast.page import Page
-from mae_fast.tasks.classify import finetune
 from mae_fast.tasks.clips import Views, numbers_of
 from mae_fast.tasks.config import (
     AugmentConfig,
@@ -34,6 +33,7 @@ from mae_fast.tasks.config import (
     TuneConfig,
     ViewsConfig,
 )
+from mae_fast.tasks.finetune import finetune
 from mae_fast.tasks.score import frames_of, load_run, logits_of
 from mae_fast.train import pretrain
 

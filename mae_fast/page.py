@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -170,3 +171,10 @@ def svg(figure: Any, name: str) -> str:
 
 def _kind(cell: str) -> str:
     return "" if re.match(r"[-+]?[\d-]", cell) else ' class="text"'
+
+
+def said(value: Any) -> str:
+    """A result on a page."""
+    if not isinstance(value, float):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.2%}"

@@ -13,7 +13,7 @@ import tyro
 from mae_fast.errors import ConfigError, Interrupted
 
 Task = Literal["pretrain", "finetune"]
-_MODULES = {"pretrain": "mae_fast.train", "finetune": "mae_fast.tasks.classify"}
+_MODULES = {"pretrain": "mae_fast.train", "finetune": "mae_fast.tasks.finetune"}
 
 
 class Job:

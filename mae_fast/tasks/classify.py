@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,27 +19,16 @@ from mae_fast.data import Batch, Loader, VideoRow
 from mae_fast.distributed import World
 from mae_fast.masking import draw_ids
 from mae_fast.optim import lr_at
-from mae_fast.run import Run, run
+from mae_fast.run import Run
 from mae_fast.signals import Signals, Told
 from mae_fast.tasks import score
 from mae_fast.tasks.augment import erase, mix, soft_cross_entropy
 from mae_fast.tasks.clips import LabelledClips, Views, classes_of, normalised, numbers_of
-from mae_fast.tasks.config import FinetuneConfig, as_config
+from mae_fast.tasks.config import FinetuneConfig
 from mae_fast.weights import classifier as weights
 from mae_fast.window import Window
 
 log = logging.getLogger("mae_fast")
-
-
-def finetune(cfg: FinetuneConfig | str | Path) -> dict[str, Any]:
-    """Fine-tune as `cfg`, or the TOML file of that path, says, resuming the run found in its
-    output. Returns the last row of metrics; raises as `pretrain` does."""
-    cfg = as_config(cfg)
-    if cfg.task == "ava":
-        from mae_fast.tasks.ava.run import AvaRun
-
-        return run(AvaRun, cfg)
-    return run(FinetuneRun, cfg)
 
 
 class FinetuneRun(Run):

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from mae_fast.classifier import VideoClassifier
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.files import write, writing
-from mae_fast.page import Page
+from mae_fast.page import Page, said
 from mae_fast.tasks.clips import Views, normalised, numbers_of
 from mae_fast.tasks.config import FinetuneConfig, from_state, load
 
@@ -246,13 +245,6 @@ def page(results, logits, labels, rows, classes, bad) -> Page:
             made.image(frames_of(rows[i]), "jpeg", f"{rows[i].path}: {taken}")
     made.text(*(f"bad, counted as wrong: {path}: {reason}" for path, reason in bad))
     return made
-
-
-def said(value: Any) -> str:
-    """A result on a page."""
-    if not isinstance(value, float):
-        return str(value)
-    return "-" if math.isnan(value) else f"{value:.2%}"
 
 
 def frames_of(row: VideoRow) -> bytes:

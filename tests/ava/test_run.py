@@ -28,8 +28,8 @@ from mae_fast.tasks.ava.clips import KeyframeClips, WholeFrames
 from mae_fast.tasks.ava.evaluate import iou
 from mae_fast.tasks.ava.files import LeftOut
 from mae_fast.tasks.ava.run import AvaRun, training_keyframes
-from mae_fast.tasks.classify import finetune
 from mae_fast.tasks.config import RECIPES, from_dict, from_state
+from mae_fast.tasks.finetune import finetune
 from mae_fast.tasks.score import test as score_run
 
 SMALL = made.MODEL | dict(img_size=32, embed_dim=24, depth=1, num_heads=2)
@@ -283,7 +283,7 @@ KILLED = """
 import os, pickle, sys, unittest.mock
 from mae_fast.tasks.ava.clips import WholeFrames
 from mae_fast.tasks.ava.run import AvaRun
-from mae_fast.tasks.classify import finetune
+from mae_fast.tasks.finetune import finetune
 from mae_fast.tasks.score import test
 
 def killed(kind, name, call, work, *args):

@@ -26,8 +26,9 @@ from mae_fast.model import MaskedAutoencoder
 from mae_fast.step import WARMUP, Step
 from mae_fast.tasks import clips, score
 from mae_fast.tasks.augment import smoothed, soft_cross_entropy
-from mae_fast.tasks.classify import FinetuneRun, finetune, learning_rate, mask_ratio
+from mae_fast.tasks.classify import FinetuneRun, learning_rate, mask_ratio
 from mae_fast.tasks.config import RECIPES, ClipsConfig, FinetuneConfig, from_dict
+from mae_fast.tasks.finetune import finetune
 
 MODEL = dict(preset="vit_tiny", img_size=32, patch_size=8, num_frames=4, embed_dim=24, depth=2,
              num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)  # fmt: skip
@@ -214,7 +215,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(motions, tmp_path):
     (tmp_path / "cut.pickle").write_bytes(pickle.dumps(cut))
     killed = """
 import os, pickle, sys
-from mae_fast.tasks.classify import FinetuneRun, finetune
+from mae_fast.tasks.classify import FinetuneRun
+from mae_fast.tasks.finetune import finetune
 inputs = FinetuneRun._inputs
 def last(self, batch):
     if self.step == 3:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from two_ranks import start
 
 from mae_fast import metrics
-from mae_fast.tasks.classify import finetune
+from mae_fast.tasks.finetune import finetune
 from mae_fast.tasks.score import test
 
 

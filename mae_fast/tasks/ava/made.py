@@ -22,7 +22,6 @@ from mae_fast.motion import write_clip
 from mae_fast.tasks.ava import score
 from mae_fast.tasks.ava.config import AvaConfig
 from mae_fast.tasks.ava.evaluate import iou
-from mae_fast.tasks.classify import finetune
 from mae_fast.tasks.config import (
     AugmentConfig,
     ClipsConfig,
@@ -31,6 +30,7 @@ from mae_fast.tasks.config import (
     TuneConfig,
     ViewsConfig,
 )
+from mae_fast.tasks.finetune import finetune
 from mae_fast.tasks.score import load_run
 
 HEIGHT, WIDTH, FPS, BEGINS = 64, 96, 10, 900

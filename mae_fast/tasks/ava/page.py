@@ -7,11 +7,10 @@ import numpy as np
 
 from mae_fast import figures
 from mae_fast.data import BadVideo
-from mae_fast.page import Page
+from mae_fast.page import Page, said
 from mae_fast.tasks.ava.clips import WholeFrames
 from mae_fast.tasks.ava.evaluate import iou
 from mae_fast.tasks.config import FinetuneConfig
-from mae_fast.tasks.score import said
 
 WORST, SHOWN, LISTED = 12, 3, 200
 TRUE, FOUND = "#1a9850", "#e6550d"  # the page turns black and white into its own colours
