@@ -66,8 +66,8 @@ def tables(results: Path) -> str:
 
 def targets_table(ladder: list[dict], ops: list[dict]) -> str:
     """What was to be reached on a CPU in fp32, what was measured, and whether it is enough."""
-    base, fused = (_newest(ladder, "vit_base", engine) for engine in (EAGER, FUSED))
-    peer = _newest(ladder, "videomae_base", PEER)
+    of = ("vit_base", EAGER), ("vit_base", FUSED), ("videomae_base", PEER)
+    base, fused, peer = ((_of(ladder, *what) or [None])[-1] for what in of)
     timed = {r["op"]: r for r in ops if r["kind"] == "op"}
     embed, loss = timed.get("patch_embed"), timed.get("masked_mse")
     rates = base if base and "limits" in base else None
@@ -123,15 +123,15 @@ def targets_table(ladder: list[dict], ops: list[dict]) -> str:
 def headline(results: Path) -> str:
     """The README's lines: a step where it was measured, and how much that moves."""
     ladder = read(results / "ladder.jsonl")
-    base, fused = (_newest(ladder, "vit_base", engine) for engine in (EAGER, FUSED))
+    base, fused = (_of(ladder, "vit_base", engine)[-1:] for engine in (EAGER, FUSED))
     times = _times(ladder, "vit_base", EAGER)
     if not base or not fused:
         return "A training step of ViT-B is **unmeasured**."
     return (
         f"**A training step of ViT-B on 2 CPU cores** (2 clips, 90% masked, fp32) is "
-        f"**{_faster(EAGER)(base):.1f}x** as fast as the\nofficial code ({times[0]:.1f}x"
-        f" to {times[-1]:.1f}x over {len(times)} records), and {_faster(FUSED)(fused):.2f}x as "
-        f"fast as the official code with SDPA and\nfused AdamW ({where([base])}).\n"
+        f"**{_faster(EAGER)(*base):.1f}x** as fast as the\nofficial code ({times[0]:.1f}x"
+        f" to {times[-1]:.1f}x over {len(times)} records), and {_faster(FUSED)(*fused):.2f}x as "
+        f"fast as the official code with SDPA and\nfused AdamW ({where(base)}).\n"
         f"{_amx_line(read(results / 'amx.jsonl'))}"
         f"{gpu.headline(results / 'gpu')} All numbers: [docs/results.md](docs/results.md)."
     )
@@ -152,10 +152,6 @@ def _of(records: list[dict], model: str, engine: str, precision: str = "fp32") -
     key, of = (model, 2, 0.9, precision), itemgetter("model", "batch_clips", "ratio", "precision")
     steps = (r for r in records if r["kind"] != "op")
     return [r for r in steps if of(r) == key and engine in r["seconds"]]
-
-
-def _newest(records: list[dict], model: str, engine: str) -> dict | None:
-    return next(reversed(_of(records, model, engine)), None)
 
 
 def _times(records: list[dict], model: str, engine: str, precision: str = "fp32") -> list[float]:

@@ -17,31 +17,23 @@ from mae_fast.config import ModelConfig
 from mae_fast.memory import Memory, encoder_parameters, memory, parameters, rows, tuning
 from mae_fast.ops.work import ADAMW_BYTES, Both, Work
 
-# Shares of a GPU's ceilings: assumed before anything had run on one; docs/gpu.md has steps of an
-# H200 beside what they predict.
-GPU_SHARES = {
-    "encoder products": 0.75,
-    "decoder products": 0.60,
-    "attention products": 0.80,
-    "attention exponentials": 0.90,
-    "norms and gelu": 0.85,
-    "casts and sums": 0.85,
-    "loss and decoder input": 0.80,
-    "optimizer": 0.85,
+# Of ceilings, of a GPU and of a CPU. A GPU's were assumed before anything had run on one: docs/gpu.md
+# has steps of an H200 beside what they predict. A CPU's are those of single ops in
+# benchmarks/results/ops.jsonl, rounded (linear 81-88%; attention 82% of the decoder's with 5
+# products back; norms 46-61%, gelu 60%, decoder_tokens 26%, loss 21%); its attention's exponentials
+# are in the share of its products.
+SHARES = {
+    "encoder products": (0.75, 0.85),
+    "decoder products": (0.60, 0.85),
+    "attention products": (0.80, 0.82),
+    "attention exponentials": (0.90, None),
+    "norms and gelu": (0.85, 0.55),
+    "casts and sums": (0.85, 0.55),
+    "loss and decoder input": (0.80, 0.25),
+    "optimizer": (0.85, 1.0),
 }
-# Of a CPU's: those of single ops in benchmarks/results/ops.jsonl, rounded (linear 81-88%; attention
-# 82% of the decoder's with 5 products back; norms 46-61%, gelu 60%, decoder_tokens 26%, loss 21%).
-# Its attention's exponentials are in the share of its products.
-CPU_SHARES = {
-    "encoder products": 0.85,
-    "decoder products": 0.85,
-    "attention products": 0.82,
-    "norms and gelu": 0.55,
-    "casts and sums": 0.55,
-    "loss and decoder input": 0.25,
-    "optimizer": 1.0,
-}
-
+GPU_SHARES = {kind: gpu for kind, (gpu, _) in SHARES.items()}
+CPU_SHARES = {kind: cpu for kind, (_, cpu) in SHARES.items() if cpu}
 # What is bound by copies, and the ops that it is made of; "loss" is torch's own.
 COPIED = {
     "norms and gelu": ("layer_norm", "add_layer_norm", "bias_gelu"),

@@ -190,10 +190,9 @@ def predict(step: cost.Step, model: str, data_rate: float) -> dict[str, Any]:
         "flop_speedup": forward_flop(cfg, 0) / forward_flop(cfg, ratio),
         "gflop_a_clip": {
             part: {
-                "official_forward": official[part].forward / 1e9,
-                "official_backward": official[part].backward / 1e9,
-                "forward": done[part].forward / batch / 1e9,
-                "backward": done[part].backward / batch / 1e9,
+                f"{who}{way}": getattr(flop[part], way) / clips / 1e9
+                for who, flop, clips in (("official_", official, 1), ("", done, batch))
+                for way in ("forward", "backward")
             }
             for part in official
         },

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from mae_fast.bench import records
-from mae_fast.bench.ratio_table import CELL, LOST, NOISY, cell_row, paper_table, summary
+from mae_fast.bench.ratio_table import CELL, LOST, NOISY, OFFICIAL, cell_row, paper_table, summary
 from mae_fast.bench.records import Record
 from mae_fast.bench.table import number
 from mae_fast.bench.timing import ratio as times
@@ -21,7 +21,6 @@ from mae_fast.profile.pictures import memory, roofline
 from mae_fast.report import pictures, rows
 from mae_fast.report.rows import OURS
 
-OFFICIAL = "official_eager"
 GROUP = ("model", "strategy", "precision", "asked_clips")  # of one picture, on one machine
 
 
