@@ -17,8 +17,8 @@ from mae_fast.config import ModelConfig
 from mae_fast.memory import Memory, encoder_parameters, memory, parameters, rows, tuning
 from mae_fast.ops.work import ADAMW_BYTES, Both, Work
 
-# Of ceilings, of a GPU and of a CPU. A GPU's were assumed before anything had run on one: docs/gpu.md
-# has steps of an H200 beside what they predict. A CPU's are those of single ops in
+# Of ceilings, on a GPU and on a CPU. A GPU's were assumed before anything had run on one;
+# docs/gpu.md has steps of an H200 beside what they predict. A CPU's are those of single ops in
 # benchmarks/results/ops.jsonl, rounded (linear 81-88%; attention 82% of the decoder's with 5
 # products back; norms 46-61%, gelu 60%, decoder_tokens 26%, loss 21%); its attention's exponentials
 # are in the share of its products.
