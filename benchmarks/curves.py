@@ -12,8 +12,7 @@ import mae_fast
 from mae_fast.bench.cell import Cell, Setting, stepper
 from mae_fast.bench.engines import OURS, QUICK
 from mae_fast.bench.ours import Ours
-from mae_fast.bench.records import append
-from mae_fast.environment import environment
+from mae_fast.bench.records import append, conditions
 from mae_fast.ops import OPS
 
 LR = 1e-3  # large enough that the losses move in a few steps
@@ -43,14 +42,10 @@ def main(
         record = {
             "kind": "losses",
             "what": "losses, ops chosen against all forced to reference",
-            "model": model,
-            "batch_clips": batch,
-            "ratio": 0.9,
-            "precision": "fp32",
+            **conditions(model, batch, 0.9, "fp32"),
             "lr": LR,
             "losses": {"chosen": chosen, "reference": reference},
             "greatest_relative_difference": greatest,
-            "environment": environment(),
         }
         append(out, record)
 

@@ -160,8 +160,6 @@ def _module(path: str, name: str) -> ModuleType:
     """A module of a checkout, with stand-ins for the names of timm that it uses in pre-training."""
     layers = {"to_2tuple": official.to_2tuple, "trunc_normal_": nn.init.trunc_normal_}
     contents = {
-        "timm": {},
-        "timm.models": {},
         "timm.models.layers": {**layers, "drop_path": None},  # never called at a drop path of 0
         "timm.models.registry": {"register_model": lambda function: function},
     }

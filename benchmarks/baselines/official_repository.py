@@ -13,6 +13,7 @@ import io
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,12 +76,8 @@ def import_models(path: str) -> ModuleType:
         raise FileNotFoundError(f"{path} has no models_mae.py: it is no checkout of mae_st")
     contents = {
         "mae_st": {"__path__": [path]},
-        "timm": {},
-        "timm.models": {},
         "timm.models.layers": {"to_2tuple": to_2tuple},
         "timm.models.vision_transformer": {"DropPath": None, "Mlp": _Mlp},  # no path is dropped
-        "iopath": {},
-        "iopath.common": {},
         "iopath.common.file_io": {"g_pathmgr": None},
         "simplejson": {},
     }
@@ -88,11 +85,13 @@ def import_models(path: str) -> ModuleType:
 
 
 def import_beside(name: str, contents: dict[str, dict[str, Any]]) -> ModuleType:
-    """A module of a checkout, imported beside stand-ins of these names and contents; sys.modules is
-    then as it was."""
-    made = {key: ModuleType(key) for key in contents}
-    for key, module in made.items():
-        module.__dict__.update(contents[key])
+    """A module of a checkout, imported beside stand-ins of these names and contents, and of what
+    they are in; sys.modules is then as it was."""
+    made: dict[str, ModuleType] = {}
+    for key, values in contents.items():
+        for part in accumulate(key.split("."), "{}.{}".format):
+            made.setdefault(part, ModuleType(part))
+        made[key].__dict__.update(values)
     with mock.patch.dict(sys.modules, made):
         return importlib.import_module(name)
 

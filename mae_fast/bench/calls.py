@@ -3,7 +3,6 @@ counted, tuned, checked and timed has the shapes, strides and dtypes of the real
 is there by itself."""
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -61,6 +60,10 @@ class Call:
     @property
     def differentiable(self) -> bool:
         return any(_floating(a) for a in self.args)
+
+    def again(self, times: int = 1) -> "Call":
+        """The same, so many times more in a step."""
+        return replace(self, count=self.count + times)
 
     def function(self, backend: str) -> Callable:
         """The public function with its backend forced."""
@@ -168,15 +171,15 @@ def step_calls(
     Nothing is computed and no memory taken: all tensors are torch's meta tensors, and ops give
     empty ones.
     """
-    seen, counts, order = {}, Counter(), []
+    found: dict[tuple, Call] = {}
+    last: dict[str, tuple] = {}  # of each op
     length, kept = cfg.num_patches, num_keep("random", cfg.grid, ratio)
     product = torch.bfloat16 if dtype == torch.bfloat16 else None
 
     def record(phase: str, op: str, args: tuple) -> object:
-        call = Call(op, args, phase, kept=kept, length=length, product=product)
-        order.append((phase, op, call.shape))
-        seen.setdefault(order[-1], call)
-        counts[order[-1]] += 1
+        call = Call(op, args, phase, 0, kept, length, product)
+        last[op] = key = phase, op, call.shape
+        found[key] = found.get(key, call).again()
         outs = tuple(
             torch.empty(shape, dtype=d, device="meta") for shape, d in outputs(op, args, product)
         )
@@ -205,11 +208,11 @@ def step_calls(
                 encode_all_loss(net, video, *ids, full_pred, without, target)
             else:
                 forward(net.params(), net.spec, video, *ids, full_pred, without, target=target)
-    head = next(key for key in reversed(order) if key[1] == "linear")
-    counts[head] -= 1
-    found = [replace(c, count=counts[key]) for key, c in seen.items() if counts[key]]
+    head = found[last["linear"]]
+    found[last["linear"]] = head.again(-1)
     predicted = full_pred or kept < length  # a mask of 0% leaves nothing to predict
-    return [*found, replace(seen[head], phase="head", count=int(predicted))]
+    head = replace(head, phase="head", count=int(predicted))
+    return [*(call for call in found.values() if call.count), head]
 
 
 def _clip(cfg: ModelConfig, clips: int, patch: int = 0) -> Tensor:
@@ -238,8 +241,8 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
     and what the data path calls."""
     merged: dict[tuple, Call] = {}
     for call in step_calls(cfg, clips, ratio, dtype):
-        count = call.count + (merged[key].count if (key := (call.op, call.shape)) in merged else 0)
-        merged[key] = replace(merged.get(key, call), count=count)
+        key = call.op, call.shape
+        merged[key] = merged[key].again(call.count) if key in merged else call
     length, kept = cfg.num_patches, num_keep("random", cfg.grid, ratio)
     ids, masked = (
         torch.empty(clips, count, dtype=torch.int32, device="meta")

@@ -19,11 +19,10 @@ from mae_fast.bench.baselines.official_classifier import OfficialClassifier
 from mae_fast.bench.baselines.training import Baseline, LossOf
 from mae_fast.bench.baselines.transformers_videomae import encoder_settings
 from mae_fast.bench.engines import config_of
-from mae_fast.bench.records import append
+from mae_fast.bench.records import append, conditions
 from mae_fast.bench.timing import interleave, ratio, spread
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
 from mae_fast.config import ModelConfig
-from mae_fast.environment import environment
 from mae_fast.errors import ConfigError, MaeFastError
 from mae_fast.fields import require
 from mae_fast.masking import draw_ids
@@ -80,16 +79,11 @@ def finetune(
     record = {
         "kind": "finetune",
         "what": "fine-tuning step of a classifier",
-        "model": model,
-        "batch_clips": batch,
-        "ratio": 0.0,
-        "precision": precision,
-        "device": "cpu",
+        **conditions(model, batch, 0.0, precision),
         "classes": classes,
         "baseline": engines[0],
         "engines": {name: {"ratio": MASKED * (name == "mae_fast_masked")} for name in engines},
         "seconds": seconds,
-        "environment": environment(),
     }
     if out:
         append(out, record)

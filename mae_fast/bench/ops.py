@@ -23,7 +23,7 @@ from mae_fast.bench.baselines import training
 from mae_fast.bench.baselines.ops import baseline
 from mae_fast.bench.calls import Call, Run, calls, check
 from mae_fast.bench.engines import QUICK, config_of
-from mae_fast.bench.records import append
+from mae_fast.bench.records import append, conditions
 from mae_fast.bench.table import text_table
 from mae_fast.bench.timing import Timer, clock, interleave, ratio, share, spread
 from mae_fast.config import ModelConfig, TrainConfig
@@ -176,16 +176,11 @@ def measure(
         seconds = interleave(functions, plan.rounds, timer)
     return {
         "kind": "op",
-        "model": plan.model,
-        "batch_clips": plan.clips,
-        "ratio": plan.ratio,
-        "precision": plan.precision,
-        "device": plan.device,
+        **conditions(plan.model, plan.clips, plan.ratio, plan.precision, plan.device),
         "chosen": next(iter(ready.runs)),
         **ready.fields,
         "seconds": {name: seconds[name] for name in ready.runs},
         "limits": machine.as_record(limits, seconds),
-        "environment": environment(),
     }
 
 

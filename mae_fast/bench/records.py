@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
 
 Record = dict[str, Any]
@@ -51,6 +52,14 @@ GPU = "item status sources at"  # beside these
 TYPES = dict.fromkeys(("environment", "engines", "seconds", "losses"), dict)  # others are str
 TYPES |= {"batch_clips": int, "ratio": int | float}
 TYPES |= dict.fromkeys(("flop_limit", "product_rate", "copy_rate"), float)
+
+
+def conditions(
+    model: str, clips: int, ratio: float, precision: str, device: str = "cpu"
+) -> dict[str, Any]:
+    """What every record of a model's steps, or of their ops, says beside its times."""
+    said = {"model": model, "batch_clips": clips, "ratio": ratio, "precision": precision}
+    return {**said, "device": device, "environment": environment()}
 
 
 def append(path: str | Path, record: Record) -> None:

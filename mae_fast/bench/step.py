@@ -15,11 +15,10 @@ from mae_fast import metrics
 from mae_fast.bench.cell import Setting
 from mae_fast.bench.ratio import Run
 from mae_fast.bench.ratio_table import print_tables
-from mae_fast.bench.records import append
+from mae_fast.bench.records import append, conditions
 from mae_fast.bench.timing import spread
 from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig, Variant
 from mae_fast.config import preset as make_preset
-from mae_fast.environment import environment
 from mae_fast.train import pretrain
 
 
@@ -79,16 +78,11 @@ def step(
         record = {
             "kind": "steps",
             "what": "training step from video",
-            "model": model,
+            **conditions(model, batch, ratio, precision, device),
             "variant": variant,
-            "batch_clips": batch,
-            "ratio": ratio,
-            "precision": precision,
-            "device": device,
             "baseline": "mae_fast",
             "engines": {"mae_fast": engine},
             "seconds": {"mae_fast": seconds},
-            "environment": environment(),
         }
         append(out, record)
 

@@ -35,9 +35,8 @@ def interleave(
 def clock(device: str, cold: bool = False) -> Timer:
     """The timer of one call on a device. cold: other memory is touched before each call, so that
     none finds its inputs in a cache and all can be held against the bandwidth of memory."""
-    if device == "cpu":
-        return host_clock(torch.ones(FLUSH_BYTES // 4, device="cpu") if cold else None)
-    return event_clock(torch.empty(FLUSH_BYTES // 4, device="cuda") if cold else None)
+    flush = torch.ones(FLUSH_BYTES // 4, device=device) if cold else None
+    return host_clock(flush) if device == "cpu" else event_clock(flush)
 
 
 def host_clock(flush: Tensor | None = None) -> Timer:
