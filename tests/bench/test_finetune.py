@@ -50,3 +50,9 @@ def test_a_masked_step_sees_half_of_the_patches(monkeypatch):
     for name in ("mae_fast", "mae_fast_masked"):
         finetune.stepper(name, cfg, video, target, "fp32")()
     assert seen == [128, 64]
+
+
+def test_the_official_loop_has_the_official_optimizer():
+    cfg = finetune.ClassifierConfig(finetune.config_of("quick"), num_classes=5)
+    built = finetune.Theirs("official_sdpa", cfg, torch.full((1, 5), 0.2)).build(cfg.model)
+    assert built.optimizer.defaults["foreach"] and not built.optimizer.defaults["fused"]

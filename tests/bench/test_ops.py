@@ -46,7 +46,9 @@ def test_all_ops_have_calls():
 @pytest.mark.parametrize("op", [op for op in OPS if op != "adamw"])
 def test_what_an_op_replaces_gives_the_same(op):
     """Outputs and gradients of the official expression, brought into the op's form."""
-    found = [c for c in calls(config_of("quick"), 2, 0.75, torch.float32) if c.op == op]
+    cfg = config_of("quick")
+    found = [c for c in calls(cfg, 2, 0.75, torch.float32) if c.op == op]
+    found += [ops.by_channel(found[0], cfg)] if op == "masked_mse" else []
     assert found
     for call in (c.real() for c in found):
         made = baseline(op, call.args)
@@ -80,6 +82,14 @@ def test_a_backend_that_is_wrong_is_not_timed():
     assert "layer_norm float32[4,16]: result 0" in record["wrong"]["wrong"]
     assert "layer_norm float32[4,16]: result 1" in record["wrong"]["back"]
     assert problems(record) == []
+
+
+def test_the_command_fails_where_an_op_is_wrong(monkeypatch, capsys):
+    usable = ops._usable
+    monkeypatch.setattr(ops, "_usable", lambda *args: (*usable(*args)[:2], {"cpp": "it is 2"}))
+    assert cli.main(["bench", "ops", "--ops", "patchify_gather", "--quick"]) == 2
+    said = capsys.readouterr()
+    assert "patchify_gather: wrong: cpp: it is 2" in said.out and "it is 2" in said.err
 
 
 def test_the_table_has_every_backend():
