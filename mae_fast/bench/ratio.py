@@ -76,7 +76,8 @@ def ratio(
         rounds: timed steps of each cell.
         precision: fp32, or bf16 by autocast with fp32 weights.
         device: where the models run.
-        with_data: a folder of videos, an index or a pack; steps are timed once more with decoding and augmentation.
+        with_data: a folder of videos, an index or a pack; steps are timed once more with decoding
+            and augmentation.
         workers: processes that decode, with with_data.
         seed: of clips, masks, weights and the order of every round.
         out: folder of the samples, and of ratio.jsonl, the records.

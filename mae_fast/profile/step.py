@@ -62,7 +62,7 @@ def profile(
         against: another engine, side by side: official_eager.
         precision: fp32, or bf16 by autocast with fp32 weights.
         device: where the model runs.
-        with_data: a folder of videos; the step loads its clips from them, as in training.
+        with_data: a folder of videos, an index or a pack; the step loads its clips, as in training.
         workers: processes that decode, with with_data.
         out: the folder of what is written.
         nvtx: only run five steps, their parts named for Nsight Systems and Compute (CUDA).
