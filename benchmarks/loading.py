@@ -4,7 +4,8 @@ folder of videos and a checkout of the older commit. ffmpeg, with x264, makes th
 Each video is brought to 720p and, from that, to a short side of 256, 30 frames a second in GOPs of
 250; a pack is made of the first, and one without re-encoding of the second. A clip is 16 frames of
 the official sampling, and loaded when the joined batch lies in the training process. Times are
-processor time, of one worker and the training process, and each round is a process of its own.
+processor time, of one worker and the training process, and each round is a process of its own, of
+about --seconds. --record is the file that the records are appended to.
 """
 
 import functools
@@ -168,10 +169,6 @@ def mega(path: Path) -> float:
 def main(
     videos: Path, out: Path, old: Path, /, rounds: int = 5, seconds: float = 5.0, record: str = ""
 ) -> None:
-    """Args:
-    seconds: of a round, about.
-    record: the file that the records are appended to.
-    """
     torch.set_num_threads(1)
     ways = make(videos, out.resolve(), old.resolve())
     size = {name: mega(out / name) for name in (*SIZES, "pack", "copy")}

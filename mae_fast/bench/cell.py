@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ def make_clips(cfg: ModelConfig, clips: int, setting: Setting) -> Tensor:
     return found.to(setting.device)
 
 
-class LoadedClips:
+class LoadedClips(AbstractContextManager):
     """Clips [B, C, T, H, W] of videos, as training gets them: each call waits for a batch that
     `workers` processes decode, and copies it to the device; ours takes it as it is, for others the
     clips are augmented there. A context."""
@@ -99,9 +100,6 @@ class LoadedClips:
         how = dict(num_frames=cell.cfg.num_frames, batch_size=clips // self.repeat)
         loader = make_loader(read_source(folder), data, **how, seed=setting.seed, steps=ENDLESS)
         self.batches = iter(loader)
-
-    def __enter__(self) -> "LoadedClips":
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.batches.close()

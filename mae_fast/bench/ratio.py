@@ -173,9 +173,9 @@ class Run:
         """The records of the cells; `folder`: of videos, whose loading is timed too, each cell
         alone with its loader."""
         self._each("probe", cells, self._probe)
-        reasons = {cell.key: self._wrong(cell) for cell in cells}
-        self.log["skipped"] |= {key: reason for key, reason in reasons.items() if reason}
-        cells = [cell for cell in cells if not reasons[cell.key]]
+        reasons = {cell.key: reason for cell in cells if (reason := self._wrong(cell))}
+        self.log["skipped"] |= reasons
+        cells = [cell for cell in cells if cell.key not in reasons]
         if folder:
 
             def load(cell: Cell) -> dict[str, Any]:
