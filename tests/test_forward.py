@@ -157,14 +157,16 @@ def test_a_checkpointed_block_keeps_its_input_only(tiny_cfg, dtype, monkeypatch)
         outputs.append(weakref.ref(out))
         return out
 
+    made, gelu = [], module.bias_gelu
     monkeypatch.setattr(module, "attention", watched)
+    monkeypatch.setattr(module, "bias_gelu", lambda *args: made.append(1) or gelu(*args))
     for checkpoint, alive, calls in ((False, 4, 4), (True, 0, 8)):
         model.spec = model.spec._replace(checkpoint=checkpoint)
         model.zero_grad()
-        outputs.clear()
+        outputs.clear(), made.clear()
         loss, pred = forward(model.params(), model.spec, video, *ids)
         assert sum(r() is not None for r in outputs) == alive
         loss.backward()
-        assert len(outputs) == calls
+        assert len(outputs) == calls and len(made) == 8  # of a block made again it is kept
         after = loss.detach(), pred.detach(), {n: p.grad for n, p in model.named_parameters()}
         torch.testing.assert_close(after, before, rtol=0, atol=0)
