@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installe
 
 from benchmarks import tables
 from mae_fast import backends
-from mae_fast.bench import records, timing
+from mae_fast.bench import ours, records, timing
 from mae_fast.bench.baselines import OfficialMAE, normalise
 from mae_fast.bench.baselines.training import CLIP_GRAD
 from mae_fast.bench.cell import Setting, make_clips
@@ -29,6 +29,7 @@ from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch
 from mae_fast.ops.source import COLUMNS, Source
 from mae_fast.ops.work import work
+from mae_fast.remade import kept
 from mae_fast.report.rows import step_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,6 +185,14 @@ def test_encode_all_is_the_official_dense_encoder():
     ids = ids_from_noise(noise, num_keep("random", QUICK.grid, 0.9))
     want = float(official(normalise(clips), 0.9, noise, encode_all=True)[0])
     assert encode_all_loss(model, clips, *ids).item() == pytest.approx(want, rel=1e-5)
+
+
+def test_on_a_cpu_ours_keeps_nothing(monkeypatch):
+    found, inner = [], ours.forward
+    monkeypatch.setattr(ours, "forward", lambda *a, **k: found.append(kept()) or inner(*a, **k))
+    built = ours.Ours().build(QUICK)
+    built.step(make_clips(QUICK, 1, SETTING), torch.rand(1, QUICK.num_patches))
+    assert found == [False]
 
 
 def test_interleave_calls_each_once_a_round():

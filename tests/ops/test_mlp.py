@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_checks import DEVICE, assert_as_good_as_torch, gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import mae_fast
 from mae_fast import forward
@@ -170,6 +172,28 @@ def test_it_is_off_until_it_was_measured(monkeypatch):
     monkeypatch.setattr(forward.MLP, "order", lambda *args: taken.append(1) or ["apart"])
     transformer_block(torch.randn(1, 3, 32), None, _block(32, 128), 2)
     assert taken  # a block asks
+
+
+def test_its_operators_and_their_flop():
+    """As autograd gives them, in fp64; 2 FLOP a multiply-add, as torch's counter sees them."""
+    x, weight, bias, second, dout = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((6, 5), (7, 5), (7,), (4, 7), (6, 4))
+    )
+    if dispatch.interpreting() or DEVICE != "cpu":
+        pytest.skip("of plain torch on a CPU")
+    leaves = (x @ weight.t()).requires_grad_(), bias.requires_grad_()
+    activation = F.gelu(sum(leaves))
+    wanted = torch.autograd.grad(activation @ second.t(), leaves, dout)
+    with FlopCounterMode(display=False) as counter:
+        found = torch.ops.mae_fast.mlp_fwd(x, weight, bias)
+    assert counter.get_total_flops() == 2 * 6 * 5 * 7
+    for got, want in zip(found, (leaves[0], activation), strict=True):
+        torch.testing.assert_close(got, want)
+    with FlopCounterMode(display=False) as counter:
+        found = torch.ops.mae_fast.mlp_bwd(dout, second, leaves[0].detach(), bias.detach())
+    assert counter.get_total_flops() == 2 * 6 * 4 * 7
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("case", ["fp32", "no_autocast_bf16", "double"])
