@@ -108,9 +108,12 @@ class PatchEmbed(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What a model and its classifier share: the encoder's parts, and positions."""
+    """What a model and its classifier share: the encoder's parts, and positions. decoder_cls: the
+    width of a decoder's own cls, whose place among the parameters is the second."""
 
-    def __init__(self, cfg: ModelConfig, attention: Literal["eager", "sdpa"]) -> None:
+    def __init__(
+        self, cfg: ModelConfig, attention: Literal["eager", "sdpa"], decoder_cls: int = 0
+    ) -> None:
         super().__init__()
         if attention not in ("eager", "sdpa"):
             raise ValueError(f"attention must be eager or sdpa, got {attention!r}")
@@ -118,6 +121,8 @@ class Trunk(nn.Module):
         self.steps, self.cells = cfg.grid[0], cfg.grid[1] * cfg.grid[2]
         if cfg.cls_embed:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+            if decoder_cls:
+                self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, decoder_cls))
         self._add_pos("pos_embed", dim, cfg.sep_pos_embed)
         self.patch_embed = PatchEmbed(cfg)
         self.blocks = nn.ModuleList(
@@ -158,11 +163,9 @@ class OfficialMAE(Trunk):
     """
 
     def __init__(self, cfg: ModelConfig, attention: Literal["eager", "sdpa"] = "eager") -> None:
-        super().__init__(cfg, attention)
-        self.slowfast = cfg.variant == "slowfast"
-        dim, dec = cfg.embed_dim, cfg.decoder_embed_dim
-        if cfg.cls_embed and not self.slowfast:
-            self.decoder_cls_token = nn.Parameter(torch.zeros(1, 1, dec))
+        dim, dec, slowfast = cfg.embed_dim, cfg.decoder_embed_dim, cfg.variant == "slowfast"
+        super().__init__(cfg, attention, 0 if slowfast else dec)
+        self.slowfast = slowfast
         self._add_pos("decoder_pos_embed", dec, cfg.sep_pos_embed and not self.slowfast)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dec))
         self.decoder_embed = nn.Linear(dim, dec)
