@@ -166,7 +166,9 @@ def test_it_is_off_until_it_was_measured(monkeypatch):
             x = torch.empty(2, 3, 512, device="cuda", requires_grad=need)
             return next(iter(OP.order(x, torch.empty(2048, 512, device="cuda"))))
 
-    assert (first(True), first(False), first(True, None)) == ("triton", "apart", "apart")
+    assert (first(True), first(False)) == ("triton", "apart")
+    monkeypatch.setattr(OP.__class__, "by_table", lambda *args: pytest.fail("it was asked"))
+    assert first(True, None) == "apart"  # without autocast there is nothing to look up
     monkeypatch.undo()
     taken = []
     monkeypatch.setattr(forward.MLP, "order", lambda *args: taken.append(1) or ["apart"])
@@ -201,6 +203,12 @@ def test_it_stands_back(fused, case):
     dtype = {"fp32": torch.float32, "no_autocast_bf16": torch.bfloat16}.get(case, torch.float64)
     with pytest.raises(BackendError, match="mlp: triton was asked for, but there is no autocast"):
         mlp(*make("prime", dtype))
+
+
+def test_nothing_is_left_to_the_others(fused):
+    _, *others = make("prime")
+    with autocast(torch.bfloat16), pytest.raises(BackendError, match="there are no values"):
+        mlp(torch.empty(0, 13), *others)
 
 
 def test_mlp_refuses_shapes():
