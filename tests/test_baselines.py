@@ -21,22 +21,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installe
 from mae_fast import MaskedAutoencoder
 from mae_fast.bench.baselines import BASELINES, OFFICIAL, PEERS, OfficialMAE, normalise
 from mae_fast.bench.baselines.transformers_videomae import VIDEOMAE_B
+from mae_fast.bench.engines import config_of
 from mae_fast.config import ModelConfig, TrainConfig, preset
 from mae_fast.optim import clipped_step, make_optimizer
 
 EAGER_RUNGS = [name for name, rung in OFFICIAL.items() if not rung.compiled]
-TINY = ModelConfig(
-    img_size=32,
-    patch_size=8,
-    num_frames=8,
-    pred_t_dim=4,
-    embed_dim=48,
-    depth=1,
-    num_heads=3,
-    decoder_embed_dim=32,
-    decoder_depth=1,
-    decoder_num_heads=2,
-)
+QUICK = config_of("quick")
 
 
 def relative_error(got: Tensor, want: Tensor, least: float = 0.0) -> float:
@@ -118,80 +108,52 @@ def test_official_compile_matches_golden(rung: str, golden: Any) -> None:
     assert_grads_agree(grads(model), grads(eager), 1e-4)
 
 
+# What random models take turns at.
+POOLS = {
+    "frames of a patch": (1, 2, 4),
+    "time steps": (1, 2, 3, 5),
+    "rows and columns": (3, 2, 5),
+    "patch_size": (4, 6),
+    "head": (8, 16, 20),
+    "num_heads": (1, 2, 3),
+    "decoder_head": (20, 8, 16),
+    "decoder_num_heads": (2, 3, 1),
+    "depth": (1, 2, 3),
+    "decoder_depth": (1, 2, 3),
+    "cls_embed": (True, False),
+    "sep_pos_embed": (True, True, False, False),
+    "norm_pix_loss": (True, False, True),
+    "no_qkv_bias": (False, False, True),
+    "predicted": ("steps", "all"),  # one frame a time step, or all
+    "mlp_ratio": (4.0, 1.5),
+    "in_chans": (3, 1),
+    "ratio": (0.5, 0.75, 0.8, 0.9, 0.95),
+    "clips": (1, 2, 3),
+    "kind": ("uint8", "float"),
+}
+
+
 def random_configs(variant: str, count: int, seed: int) -> list[tuple[ModelConfig, dict]]:
-    """`count` models that take every value of every pool below, in seeded random company."""
-    rng = random.Random(seed)
-
-    def column(*pool):
-        return rng.sample((pool * count)[:count], count)
-
-    columns = zip(
-        column(1, 2, 4),  # frames of a patch
-        column(1, 2, 3, 5),  # time steps
-        column(3, 2, 5),  # rows and columns of patches
-        column(4, 6),  # pixels of a patch
-        column(8, 16, 20),  # head dimension
-        column(1, 2, 3),  # heads
-        column(20, 8, 16),  # the decoder's
-        column(2, 3, 1),
-        column(1, 2, 3),  # blocks
-        column(1, 2, 3),
-        column(True, False),  # cls_embed
-        column(True, True, False, False),  # sep_pos_embed
-        column(True, False, True),  # norm_pix_loss
-        column(False, False, True),  # no_qkv_bias
-        column("steps", "all"),  # predicted frames: one a time step, or all
-        column(4.0, 1.5),  # mlp_ratio
-        column(3, 1),  # channels
-        column(0.5, 0.75, 0.8, 0.9, 0.95),  # mask ratio
-        column(1, 2, 3),  # clips
-        column("uint8", "float"),
-        strict=True,
-    )
-    configs = []
-    for (
-        u,
-        t,
-        side,
-        p,
-        hd,
-        h,
-        dhd,
-        dh,
-        n,
-        dn,
-        cls,
-        sep,
-        norm,
-        nobias,
-        frames,
-        mlp,
-        c,
-        *run,
-    ) in columns:
+    """`count` models that take every value of every pool, in seeded random company."""
+    rng, configs = random.Random(seed), []
+    columns = [rng.sample((pool * count)[:count], count) for pool in POOLS.values()]
+    for row in zip(*columns, strict=True):
+        one = dict(zip(POOLS, row, strict=True))
+        u, t = one.pop("frames of a patch"), one.pop("time steps")
+        run = {key: one.pop(key) for key in ("ratio", "clips", "kind")}
+        every = one.pop("predicted") == "all" and variant == "mae_st"
         cfg = ModelConfig(
             variant=variant,
-            img_size=side * p,
-            patch_size=p,
-            in_chans=c,
+            img_size=one.pop("rows and columns") * one["patch_size"],
             num_frames=t * u,
             t_patch_size=u,
-            pred_t_dim=t * u if frames == "all" and variant == "mae_st" else t,
-            embed_dim=hd * h,
-            num_heads=h,
-            depth=n,
-            decoder_embed_dim=dhd * dh,
-            decoder_num_heads=dh,
-            decoder_depth=dn,
-            mlp_ratio=mlp,
-            norm_pix_loss=norm,
-            sep_pos_embed=sep,
-            cls_embed=cls,
-            no_qkv_bias=nobias,
+            pred_t_dim=t * u if every else t,
+            embed_dim=one.pop("head") * one["num_heads"],
+            decoder_embed_dim=one.pop("decoder_head") * one["decoder_num_heads"],
+            **one,
         )
-        ratio, clips, kind = run
-        ratio = min(ratio, 1 - 1.5 / cfg.num_patches)  # leaves one token at least
-        configs.append((cfg, dict(ratio=ratio, clips=clips, kind=kind)))
+        run["ratio"] = min(run["ratio"], 1 - 1.5 / cfg.num_patches)  # leaves one token at least
+        configs.append((cfg, run))
     return configs
 
 
@@ -248,17 +210,17 @@ def test_official_has_the_same_parameters(variant: str) -> None:
 
 @pytest.fixture
 def clips() -> tuple[Tensor, Tensor]:
-    """(uint8 clips, noise) for TINY."""
+    """(uint8 clips, noise) for QUICK."""
     g = torch.Generator().manual_seed(0)
-    clips = torch.randint(0, 256, (2, 3, 8, 32, 32), dtype=torch.uint8, generator=g)
-    return clips, torch.rand(2, TINY.num_patches, generator=g)
+    clips = torch.randint(0, 256, (2, 3, 16, 64, 64), dtype=torch.uint8, generator=g)
+    return clips, torch.rand(2, QUICK.num_patches, generator=g)
 
 
 @pytest.mark.parametrize("rung", EAGER_RUNGS)
 def test_step_trains_as_mae_fast_does(rung: str, clips: tuple[Tensor, Tensor]) -> None:
     video, noise = clips
-    model, optimizer, step = OFFICIAL[rung].build(TINY, mask_ratio=0.75)
-    ours = MaskedAutoencoder(TINY)
+    model, optimizer, step = OFFICIAL[rung].build(QUICK, mask_ratio=0.75)
+    ours = MaskedAutoencoder(QUICK)
     ours.load_state_dict(model.state_dict())
     our_optimizer = make_optimizer(ours, TrainConfig())
     lr = 1e-3
@@ -277,23 +239,23 @@ def test_step_trains_as_mae_fast_does(rung: str, clips: tuple[Tensor, Tensor]) -
 
 def test_step_takes_normalised_clips(clips: tuple[Tensor, Tensor]) -> None:
     video, noise = clips
-    _, optimizer, step = OFFICIAL["official_eager"].build(TINY, mask_ratio=0.75)
+    _, optimizer, step = OFFICIAL["official_eager"].build(QUICK, mask_ratio=0.75)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     assert step(video, noise) == step(normalise(video), noise)
 
 
 def test_step_refuses_a_loss_that_is_not_finite(clips: tuple[Tensor, Tensor]) -> None:
-    _, _, step = OFFICIAL["official_eager"].build(TINY, mask_ratio=0.75)
+    _, _, step = OFFICIAL["official_eager"].build(QUICK, mask_ratio=0.75)
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         step(torch.full(clips[0].shape, torch.nan), clips[1])
 
 
 def test_unknown_attention_and_precision_are_refused() -> None:
     with pytest.raises(ValueError, match="attention must be eager or sdpa"):
-        OfficialMAE(TINY, attention="flash")
+        OfficialMAE(QUICK, attention="flash")
     with pytest.raises(ValueError, match="precision must be fp32 or bf16"):
-        OFFICIAL["official_eager"].build(TINY, precision="fp8")
+        OFFICIAL["official_eager"].build(QUICK, precision="fp8")
 
 
 def test_trap_18_the_ladder_of_baselines_is_named() -> None:
@@ -310,7 +272,7 @@ def test_trap_18_the_ladder_of_baselines_is_named() -> None:
 def test_videomae_trains_alike_eager_and_sdpa(clips: tuple[Tensor, Tensor]) -> None:
     pytest.importorskip("transformers", reason="the peer is transformers' VideoMAE")
     video, noise = clips
-    cfg = dataclasses.replace(TINY, pred_t_dim=8, cls_embed=False)
+    cfg = dataclasses.replace(QUICK, pred_t_dim=16, cls_embed=False)
     curves = {}
     for name, peer in PEERS.items():
         torch.manual_seed(0)

@@ -22,7 +22,7 @@ from mae_fast.bench.cell import Setting, make_clips
 from mae_fast.bench.flops import official_step_flop, step_flop
 from mae_fast.bench.ours import encode_all_loss
 from mae_fast.bench.ratio import ratio
-from mae_fast.config import ModelConfig, preset
+from mae_fast.config import preset
 from mae_fast.forward import SAVINGS, forward
 from mae_fast.masking import ids_from_noise, num_keep
 from mae_fast.model import MaskedAutoencoder
@@ -34,24 +34,12 @@ from mae_fast.report.rows import step_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = Setting("cpu", "fp32", 0)
-QUICK = preset("vit_tiny", img_size=32, depth=2, decoder_depth=2)
-TINY = ModelConfig(
-    img_size=48,
-    patch_size=8,
-    num_frames=8,
-    pred_t_dim=4,
-    embed_dim=48,
-    depth=2,
-    num_heads=3,
-    decoder_embed_dim=32,
-    decoder_depth=2,
-    decoder_num_heads=2,
-)
+QUICK = preset("vit_tiny", img_size=64, depth=3, decoder_depth=2, decoder_embed_dim=96)
 VARIANTS = {
-    "mae_st": TINY,
-    "slowfast": dataclasses.replace(TINY, variant="slowfast"),
-    "one_decoder_block": dataclasses.replace(TINY, decoder_depth=1),
-    "no_cls": dataclasses.replace(TINY, cls_embed=False),
+    "mae_st": QUICK,
+    "slowfast": dataclasses.replace(QUICK, variant="slowfast"),
+    "one_decoder_block": dataclasses.replace(QUICK, decoder_depth=1),
+    "no_cls": dataclasses.replace(QUICK, cls_embed=False),
 }
 
 
@@ -176,15 +164,6 @@ def test_work_is_there_for_every_op():
 def test_official_flop_of_vit_b_is_the_published_count():
     """273 GFLOP a clip; 0% masked costs 4.6 times as much (counted by hand, from the paper)."""
     assert official_step_flop(preset("vit_base"), 2) / 2 == pytest.approx(273e9, rel=0.005)
-
-
-def test_encode_all_is_the_official_dense_encoder():
-    model, official = MaskedAutoencoder(QUICK), OfficialMAE(QUICK, "sdpa")
-    official.load_state_dict(model.state_dict())
-    clips, noise = make_clips(QUICK, 2, SETTING), torch.rand(2, QUICK.num_patches)
-    ids = ids_from_noise(noise, num_keep("random", QUICK.grid, 0.9))
-    want = float(official(normalise(clips), 0.9, noise, encode_all=True)[0])
-    assert encode_all_loss(model, clips, *ids).item() == pytest.approx(want, rel=1e-5)
 
 
 def test_on_a_cpu_ours_keeps_nothing(monkeypatch):

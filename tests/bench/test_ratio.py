@@ -15,45 +15,32 @@ from mae_fast.bench.engines import OURS, Masking
 from mae_fast.bench.ratio import Run
 from mae_fast.bench.records import problems
 from mae_fast.bench.table import text_table
-from mae_fast.config import ModelConfig, preset
+from mae_fast.config import preset
 from mae_fast.errors import ConfigError
 from mae_fast.masking import STRATEGIES, draw_ids
 from mae_fast.profile.trace import trace
 
 SETTING = Setting("cpu", "fp32", 0)
 OFFICIAL = "official_eager"
-TINY = ModelConfig(
-    img_size=32,
-    patch_size=8,
-    num_frames=8,
-    pred_t_dim=4,
-    embed_dim=48,
-    depth=2,
-    num_heads=3,
-    decoder_embed_dim=32,
-    decoder_depth=2,
-    decoder_num_heads=2,
-)
+QUICK = engines.config_of(engines.QUICK)
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """Every model is TINY, and what would have a process of its own runs in this one."""
-    monkeypatch.setattr(cell_module, "config_of", lambda model: TINY)
-    monkeypatch.setattr(ratio_table, "config_of", lambda model: TINY)
+def here(monkeypatch):
+    """What would have a process of its own runs in this one."""
 
-    def here(what, cell, setting, **arguments):
+    def run(what, cell, setting, **arguments):
         return getattr(cell_module, what)(cell, setting, **arguments)
 
-    monkeypatch.setattr(ratio, "in_own_process", here)
+    monkeypatch.setattr(ratio, "in_own_process", run)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_noise_is_the_mask_of_the_strategy(strategy):
-    masking = Masking.of(TINY, 0.75, strategy)
-    noise = masking.noise(TINY, 3, seed=1, step=2, device="cpu")
-    keep, _ = draw_ids(strategy, TINY.grid, 0.75, seed=1, step=2, samples=torch.arange(3))
-    assert int(TINY.num_patches * (1 - masking.step_ratio(TINY))) == masking.keep == keep.shape[1]
+    masking = Masking.of(QUICK, 0.75, strategy)
+    noise = masking.noise(QUICK, 3, seed=1, step=2, device="cpu")
+    keep, _ = draw_ids(strategy, QUICK.grid, 0.75, seed=1, step=2, samples=torch.arange(3))
+    assert int(QUICK.num_patches * (1 - masking.step_ratio(QUICK))) == masking.keep == keep.shape[1]
     assert torch.equal(noise.argsort(dim=1)[:, : masking.keep], keep.long())
 
 
@@ -68,28 +55,25 @@ def test_flop_limit_is_that_of_the_paper(model, masked, limit):
 
 @pytest.mark.parametrize("masked", [0.0, 0.75])
 @pytest.mark.parametrize("name", ["official_eager", "official_sdpa"])
-def test_engines_of_one_model_have_one_loss(tiny, masked, name):
-    losses = []
-    for engine in (OURS, name):
-        cell = Cell("any", "tube", masked, engine)
-        built = build(cell, SETTING)
-        engines.same_weights(built)
-        clips = make_clips(TINY, 2, SETTING)
-        losses.append(float(stepper(cell, built, clips, SETTING)()))
+def test_engines_of_one_model_have_one_loss(masked, name):
+    losses = [
+        cell_module.probe(Cell("quick", "tube", masked, engine), SETTING, 2)["loss"]
+        for engine in (OURS, name)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_peer_at_0_encodes_every_token(tiny):
+def test_a_peer_at_0_encodes_every_token():
     pytest.importorskip("transformers")
-    cell = Cell("any", "random", 0.0, "transformers_sdpa")
+    cell = Cell("quick", "random", 0.0, "transformers_sdpa")
     built, seen = build(cell, SETTING), []
     hook = lambda module, inputs, output: seen.append(output.last_hidden_state.shape[1])  # noqa: E731
     built.model.videomae.encoder.register_forward_hook(hook)
     stepper(cell, built, make_clips(cell.cfg, 2, SETTING), SETTING)()
-    assert seen == [TINY.num_patches]
+    assert seen == [QUICK.num_patches]
 
 
-def test_an_engine_of_ones_own(tiny, tmp_path, monkeypatch):
+def test_an_engine_of_ones_own(tmp_path, monkeypatch):
     """An accelerated one: its loss is that of the same model as it was, and its parts are found."""
     pytest.importorskip("transformers")
     (tmp_path / "my_models.py").write_text(
@@ -108,17 +92,17 @@ def test_an_engine_of_ones_own(tiny, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     losses = []
     for engine in ("transformers_sdpa", "my_models:made"):
-        cell = Cell("any", "random", 0.75, engines.name_of(engine))
+        cell = Cell("quick", "random", 0.75, engines.name_of(engine))
         built = build(cell, SETTING)
         engines.same_weights(built)
-        step = stepper(cell, built, make_clips(TINY, 2, SETTING), SETTING)
+        step = stepper(cell, built, make_clips(QUICK, 2, SETTING), SETTING)
         losses.append(float(step()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     phases = trace(built, step).phases()
     assert min(phases[name] for name in ("patch embedding", "encoder", "decoder", "loss")) > 0
-    assert engines.why_not("my_models:made", TINY, Masking.of(TINY, 0.0))
+    assert engines.why_not("my_models:made", QUICK, Masking.of(QUICK, 0.0))
     with pytest.raises(ConfigError, match="my_models"):
-        engines.build("my_models:other", TINY)
+        engines.build("my_models:other", QUICK)
 
 
 def test_unknown_engine_is_refused():
@@ -129,11 +113,11 @@ def test_unknown_engine_is_refused():
 
 
 def run_ratio(out, **options) -> Path | None:
-    options = {"model": ("any",), "engines": ("ours", OFFICIAL), "rounds": 2} | options
+    options = {"model": ("quick",), "engines": ("ours", OFFICIAL), "rounds": 2} | options
     return ratio.ratio(ratios=(0.0, 0.75), batch=1, out=str(out), **options)
 
 
-def test_a_run_tells_every_cell(tiny, tmp_path, capsys):
+def test_a_run_tells_every_cell(here, tmp_path, capsys):
     run_ratio(tmp_path, json=True)
     told = json.loads(capsys.readouterr().out)
     cells = {(c["ratio"], c["engine"]): c for c in told["cells"]}
@@ -166,7 +150,7 @@ def test_bench_step_is_a_cell_and_keeps_its_record(tmp_path, monkeypatch, capsys
         assert capsys.readouterr().out == f"['{key}']\n"
 
 
-def test_what_is_there_is_not_measured_again(tiny, tmp_path, monkeypatch, capsys):
+def test_what_is_there_is_not_measured_again(here, tmp_path, monkeypatch, capsys):
     run_ratio(tmp_path)
     first = capsys.readouterr().out
     lines = (tmp_path / "samples.jsonl").read_text()
@@ -199,7 +183,7 @@ def test_what_is_there_is_not_measured_again(tiny, tmp_path, monkeypatch, capsys
         run_ratio(tmp_path, seed=1)
 
 
-def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(here, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -213,18 +197,18 @@ def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "samples.jsonl").read_text()[len(before) :].count('"probe"') == 0
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_told(tiny, tmp_path, monkeypatch, capsys):
+def test_a_batch_that_does_not_fit_is_halved_and_told(here, tmp_path, monkeypatch, capsys):
     def probe(what, cell, setting, clips):
         if clips > 2 and cell.ratio == 0:
             return {"memory": "no room"}
         return cell_module.probe(cell, setting, clips)
 
     monkeypatch.setattr(ratio, "in_own_process", probe)
-    ratio.ratio(("any",), (0.0, 0.75), ("ours",), ("random",), batch=4, rounds=2, out=str(tmp_path))
+    ratio.ratio(("quick",), (0.0, 0.75), ("ours",), batch=4, rounds=2, out=str(tmp_path))
     assert "mae_fast at 0%: 2 clips a step, not 4, which do not fit" in capsys.readouterr().out
 
 
-def test_a_wrong_loss_is_not_timed(tiny, tmp_path, monkeypatch, capsys):
+def test_a_wrong_loss_is_not_timed(here, tmp_path, monkeypatch, capsys):
     def probe(what, cell, setting, clips):
         found = cell_module.probe(cell, setting, clips)
         return found | {"loss": found["loss"] * (1.01 if cell.engine == OFFICIAL else 1)}
@@ -258,8 +242,8 @@ def test_only_want_of_memory_is_told_as_such(error, monkeypatch, capsys):
         cell_module.main(order)
 
 
-def test_steps_with_data(tiny, folder):
-    cell = Cell("any", "random", 0.75, OFFICIAL)
+def test_steps_with_data(folder):
+    cell = Cell("quick", "random", 0.75, OFFICIAL)
     found = cell_module.with_data(cell, SETTING, 2, str(folder), 0)
     assert len(found["seconds"]) == len(found["waits"]) == cell_module.TIMED
     assert all(0 < w < s for w, s in zip(found["waits"], found["seconds"], strict=True))
@@ -356,7 +340,7 @@ def test_two_columns_stand_to_the_left():
 
 def test_engines_that_do_not_fit_together_are_apart(tmp_path, monkeypatch):
     run = Run(SETTING, 1, 2, tmp_path)
-    cells = [Cell("any", "random", 0.9, name) for name in ("a", "b", "c")]
+    cells = [Cell("quick", "random", 0.9, name) for name in ("a", "b", "c")]
     for cell in cells:
         run.log["probe"][cell.key] = {"state_mb": 400.0, "peak_memory_mb": 600.0}
     monkeypatch.setattr(ratio.machine, "free_mb", lambda device: 2000.0)
