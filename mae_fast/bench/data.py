@@ -1,5 +1,6 @@
 """`mae-fast bench data`: clips a second that a core can load, and where its time goes."""
 
+import cProfile
 import json as jsonlib
 import os
 import resource
@@ -8,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
-from unittest import mock
 
 import torch
 import tyro
@@ -20,6 +20,7 @@ from mae_fast.data import remote
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, read_source
 from mae_fast.data.loader import ClipDataset, join, make_loader
+from mae_fast.data.packed import PackReader
 from mae_fast.environment import environment, usable_cores
 from mae_fast.fields import require
 from mae_fast.files import write
@@ -138,30 +139,37 @@ def _forget(rows: list[VideoRow]) -> bool:
 
 
 def stages(dataset: ClipDataset) -> dict[str, float]:
-    """Processor milliseconds a clip by stage, in this process: each stage with all before it, less
-    those before it."""
+    """Processor milliseconds a clip by stage, in this process, the least of three rounds."""
     videos = max(1, _STAGED // dataset.cfg.repeat_aug)
-    packed = dataset._packed[0, 0] >= 0
-    asked: list[tuple[int, list[int]]] = []
-    read = dataset._read
-
-    def note(video, path, frames, wanted, *size):
-        found = read(video, path, frames, wanted, *size)
-        asked.append((video, wanted.tolist()))  # which can be read: a damaged one was replaced
-        return found
-
-    with mock.patch.object(dataset, "_read", note):
-        for g in range(videos):
-            dataset[g]
-    out, below = {}, 0.0
-    for name, step in (_packed_ladder if packed else _file_ladder)(dataset).items():
-        taken = _least(lambda step=step: [step(video, wanted) for video, wanted in asked])
-        out[name], below = taken - below, taken
-    joined = _least(lambda: [join([dataset[g]]) for g in range(videos)])
-    out["sample, copy, join"] = joined - below
+    rounds = [_stages(dataset, videos) for _ in range(3)]
     ready = [join([dataset[g]]).source(_SIZE) for g in range(videos)]
-    out["patches"] = _least(lambda: [patches(source) for source in ready])
+    out = {name: min(each[name] for each in rounds) for name in rounds[0]}
+    out["patches"] = min(cpu_time(lambda: [*map(patches, ready)]) for _ in range(3))
     return {name: 1e3 * taken / videos / dataset.cfg.repeat_aug for name, taken in out.items()}
+
+
+def _stages(dataset: ClipDataset, videos: int) -> dict[str, float]:
+    """Seconds of what joins so many videos: of each stage without those within it."""
+    profiler = cProfile.Profile(time.process_time, builtins=False)
+    with profiler:
+        for g in range(videos):
+            join([dataset[g]])
+    taken = {entry.code: entry.totaltime for entry in profiler.getstats()}
+
+    def of(*functions: Callable) -> float:
+        return sum(taken.get(function.__code__, 0.0) for function in functions)
+
+    read = of(PackReader._table, PackReader._bytes)
+    opened = of(VideoReader.__init__, VideoReader.close)
+    decoded = of(PackReader.frames, VideoReader._read_pyav)
+    pictures = of(PackReader.pictures, VideoReader.pictures)
+    whole = of(join, ClipDataset.__getitem__)
+    return {
+        **({"open": opened} if opened else {"read": read}),
+        "decode": decoded - read,
+        "planes": pictures - decoded,
+        "sample, copy, join": whole - pictures - opened,
+    }
 
 
 def patches(source: Source) -> None:
@@ -172,50 +180,6 @@ def patches(source: Source) -> None:
     crop_resize_patchify_gather(source, ids[:, : tokens // 10], 2, *numbers)
     target = source.of_frames(range(0, FRAMES, 2))
     crop_resize_patchify_gather(target, ids[:, tokens // 10 :], 1, *numbers, channel_last=True)
-
-
-def _least(call: Callable[[], object]) -> float:
-    """Processor seconds, the least of three."""
-    return min(cpu_time(call) for _ in range(3))
-
-
-def _packed_ladder(dataset: ClipDataset) -> dict[str, Callable]:
-    reader = dataset._packs
-
-    def placed(read):
-        return lambda video, wanted: read(
-            dataset._place(video, os.fsdecode(dataset._paths[video])), wanted
-        )
-
-    def read(where, wanted):
-        rows = reader._table(where)[wanted]
-        reader._bytes(where, int(rows["at"].min()), int((rows["at"] + rows["size"]).max()))
-
-    def planes(where, wanted):
-        reader.pictures(where, wanted, dataset.cfg.short_side)
-
-    return {"read": placed(read), "decode": placed(reader.frames), "planes": placed(planes)}
-
-
-def _file_ladder(dataset: ClipDataset) -> dict[str, Callable]:
-    def opened(read):
-        def step(video, wanted):
-            path, access = os.fsdecode(dataset._paths[video]), dataset._access_of(video)
-            with VideoReader(path, "pyav", access, dataset.cfg.strict) as reader:
-                read(reader, wanted)
-
-        return step
-
-    def decode(reader, wanted):
-        for run in reader._runs(wanted):
-            for _ in reader._decode(run):
-                pass
-
-    def planes(reader, wanted):
-        reader.pictures(wanted, dataset.cfg.short_side)
-
-    nothing = opened(lambda reader, wanted: None)
-    return {"open": nothing, "decode": opened(decode), "planes": opened(planes)}
 
 
 def needs(rate: float) -> dict[str, dict[str, float]]:

@@ -71,7 +71,7 @@ def test_bench_data_and_what_plan_makes_of_it(packed, tmp_path, capsys):
         rates[kind] = found["clips_per_s_core"]
         stages = ["read"] if kind == "pack" else ["open"]
         stages += ["decode", "planes", "sample, copy, join", "patches"]
-        assert list(found["stages_ms"]) == stages
+        assert list(found["stages_ms"]) == stages and min(found["stages_ms"].values()) > 0
     assert min(rates.values()) > 0
     assert rate_of(str(out)) == found["clips_per_s_core"] * found["cores"]
     assert rate_of("100") == 100
