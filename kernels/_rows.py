@@ -43,7 +43,7 @@ def row_offsets(row, inner, outer_stride, inner_stride):
 
 @triton.jit(do_not_specialize=["count"])
 def _sum_parts_kernel(
-    parts, first, second, count, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    parts, first, second, third, count, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     which, sums = tl.program_id(1), tl.num_programs(1)
@@ -55,15 +55,18 @@ def _sum_parts_kernel(
     value = tl.sum(total, 0)
     if which == 0:
         tl.store(first + column, value, mask=column < D)
-    else:
+    elif which == 1:
         tl.store(second + column, value, mask=column < D)
+    else:
+        tl.store(third + column, value, mask=column < D)
 
 
 def sum_parts(parts, *dtypes):
-    """parts [programs, len(dtypes), D] fp32 -> one or two sums over programs, [D] of each dtype."""
+    """parts [programs, len(dtypes), D] fp32 -> 1 to 3 sums over programs, [D] of each dtype."""
     count, sums, width = parts.shape
     out = [torch.empty(width, dtype=d, device=parts.device) for d in dtypes]
     sizes = configs.pick("sum_parts")
     grid = (triton.cdiv(width, sizes["COLUMNS"]), sums)
-    _sum_parts_kernel[grid](parts, out[0], out[-1], count, width, **sizes)
+    second = out[min(1, sums - 1)]
+    _sum_parts_kernel[grid](parts, out[0], second, out[-1], count, width, **sizes)
     return out

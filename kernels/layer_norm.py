@@ -98,7 +98,7 @@ def _layer_norm_fwd_kernel(
         tl.store(out + at, distance * r[:, None] * w + b, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "inner"])
+@triton.jit(do_not_specialize=["rows", "inner", "tokens", "first"])
 def _layer_norm_bwd_kernel(
     dtotal,
     dout,
@@ -113,7 +113,11 @@ def _layer_norm_bwd_kernel(
     inner,
     x_outer,
     x_inner,
+    tokens,
+    first,
     D: tl.constexpr,
+    PART: tl.constexpr,
+    SUMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -122,6 +126,7 @@ def _layer_norm_bwd_kernel(
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    total = dbias
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there, mask = row < rows, (row < rows)[:, None] & inside[None, :]
@@ -138,21 +143,31 @@ def _layer_norm_bwd_kernel(
         b = tl.sum(g * n, 1)[:, None] / D
         gradient = (g - a - n * b) * r
         if dtotal is not None:
-            gradient += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+            if PART:
+                token = row % tokens - first
+                mine = ((row // tokens * (tokens - first) + token) * D)[:, None] + column[None, :]
+                there_too = mask & (token >= 0)[:, None]
+                gradient += tl.load(dtotal + mine, mask=there_too, other=0.0).to(tl.float32)
+            else:
+                gradient += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + at, gradient, mask=mask)
         if dy is not None:
             tl.store(dy + at, gradient, mask=mask)
         dweight += d * n
         dbias += d
-    to = parts + tl.program_id(0).to(tl.int64) * 2 * D + column
+        if SUMS:
+            total += gradient
+    to = parts + tl.program_id(0).to(tl.int64) * (2 + SUMS) * D + column
     tl.store(to, tl.sum(dweight, 0), mask=inside)
     tl.store(to + D, tl.sum(dbias, 0), mask=inside)
+    if SUMS:
+        tl.store(to + 2 * D, tl.sum(total, 0), mask=inside)
 
 
-def _sizes(kernel, rows, width, least=1):
+def _sizes(kernel, rows, width, least=1, sums=False):
     """(programs, sizes) for rows of this width; narrow rows share a shape class, and wide ones."""
     block = triton.next_power_of_2(width)
-    shape = str(min(max(block, 512), 2048))
+    shape = str(min(max(block, 512), 2048)) + "_sums" * sums
     programs, sizes = row_programs(rows, configs.pick(kernel, shape), least)
     return programs, {"BLOCK": block, **sizes}
 
@@ -186,15 +201,16 @@ def forward(kernel, x, y, weight, bias, eps, dtype):
     return total, out, mean, rstd
 
 
-def backward(kernel, dtotal, dout, x, weight, mean, rstd, y_dtype):
-    """-> (dx, dy, dweight, dbias); x is the sum where there was one, and dtotal its own gradient;
-    dy is dx of y_dtype, or holds nothing where dx is."""
+def backward(kernel, dtotal, dout, x, weight, mean, rstd, y_dtype, first=0, sums=False):
+    """-> (dx, dy, dweight, dbias, if `sums` those of dx's columns); x is the sum where there was
+    one, and dtotal its own gradient, of tokens from `first` on; dy is dx of y_dtype, or holds
+    nothing where dx is."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     narrow = y_dtype != x.dtype
     dy = torch.empty(x.shape if narrow else (0,), dtype=y_dtype, device=x.device)
     rows, width = as_rows(x), x.shape[-1]
-    programs, sizes = _sizes(kernel, mean.numel(), width, LEAST_ROWS)
-    parts = torch.empty((programs, 2, width), dtype=torch.float32, device=x.device)
+    programs, sizes = _sizes(kernel, mean.numel(), width, LEAST_ROWS, sums)
+    parts = torch.empty((programs, 2 + sums, width), dtype=torch.float32, device=x.device)
     _layer_norm_bwd_kernel[programs,](
         None if dtotal is None else dtotal.contiguous(),
         dout.contiguous(),
@@ -208,10 +224,14 @@ def backward(kernel, dtotal, dout, x, weight, mean, rstd, y_dtype):
         mean.numel(),
         rows.shape[1],
         *rows.stride()[:2],
+        x.shape[-2] if first else 1,
+        first,
         width,
+        first > 0,
+        sums,
         **sizes,
     )
-    return dx, dy, *sum_parts(parts, weight.dtype, weight.dtype)
+    return dx, dy, *sum_parts(parts, weight.dtype, weight.dtype, *[torch.float32] * sums)
 
 
 def layer_norm_fwd(x, weight, bias, eps, dtype):

@@ -131,7 +131,8 @@ class Step:
             values = every * r.decoder * cfg.decoder_embed_dim + cfg.depth * r.seen * cfg.embed_dim
             trained = parameters(cfg) if every else encoder_parameters(cfg)
             found = {
-                "casts and sums": _cast(self.clips * values, p),
+                "casts and sums": _cast(self.clips * values, p)
+                + every * _between(self.clips * r.every * cfg.decoder_embed_dim, p),
                 "adamw": ADAMW_BYTES * trained,
             }
         for (phase, op), (forward, backward) in self.work().items():
@@ -231,9 +232,17 @@ class Step:
 
 def _cast(values: int, p: int) -> float:
     """Bytes of casts and sums beside the ops, for so many values of blocks. On a GPU the residual's
-    gradient is written in 16 bits too, for two products, and the gradients of five products are
-    read again for their biases'. On a CPU the gradients of q's, k's and v's input are summed."""
-    return values * ((2 + 5) * p if p < 4 else 6 * p)
+    gradient is written in 16 bits too, for two products, and those of q, k and v are read again for
+    their biases'. On a CPU the gradients of q's, k's and v's input are summed."""
+    return values * ((2 + 3) * p if p < 4 else 6 * p)
+
+
+def _between(values: int, p: int) -> float:
+    """Bytes of what stands between the ops, for so many values of the decoder's input. On a GPU the
+    first block's q, k, v are looked up, and their gradients gathered: 6 p; what is put together,
+    added and cast at both ends, and the loss's pass over its gradient: 9 p, by the budget of a step
+    in docs/gpu.md, which a test holds this to. On a CPU they are within the shares."""
+    return values * 15 * p if p < 4 else 0.0
 
 
 def exposed_seconds(communication: float, compute: float) -> float:

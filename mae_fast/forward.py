@@ -5,6 +5,7 @@ a model (or an adapter) hands over `Params` and a `Spec`. Work is left out only 
 mathematics does not need it; SAVINGS names each of these, and each can be switched off.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Literal, NamedTuple
@@ -232,7 +233,10 @@ def decode(
         cls = cls[:, 0] + params.decoder_cls
     else:
         cls = params.decoder_cls.expand(visible.shape[0], -1)
-    x = decoder_tokens(visible, cls, params.mask_token, params.decoder_pos, ids_keep, ids_mask)
+    tokens_of = functools.partial(
+        decoder_tokens, visible, cls, params.mask_token, params.decoder_pos, ids_keep
+    )
+    x = tokens_of(ids_mask)
     heads, blocks, y, qkv = spec.decoder_num_heads, params.decoder_blocks, None, None
     # The outputs asked for stand last; keys and values come from every token all the same.
     wanted = ids_mask.shape[1] + (ids_keep.shape[1] if everything else 0)
@@ -248,7 +252,8 @@ def decode(
         and blocks[0].k is not None
     ):
         table = params.mask_token + params.decoder_pos  # [L, E], the same for every clip
-        qkv = _shared_qkv(x[:, : -ids_mask.shape[1]], table, ids_mask, blocks[0], heads)
+        others = tokens_of(ids_mask[:, :0])  # again: a slice of x has a gradient as large as x
+        qkv = _shared_qkv(others, table, ids_mask, blocks[0], heads)
     for block in blocks[:-1]:
         x, y = _run(spec, x, y, block, heads, qkv=qkv)
         qkv = None
@@ -274,17 +279,22 @@ def _shared_qkv(
     """q, k, v of [others | mask tokens], as of `_qkv`: those of mask tokens are computed once for
     each position ([L, E]) and looked up, so their gradients are summed over clips first."""
     others, table = (_norm(x, None, p.norm1)[1] for x in (others, table))
+    count = others.shape[0] * others.shape[1]
+    ids = torch.arange(count, dtype=ids_mask.dtype, device=ids_mask.device)
+    ids = torch.cat([ids.view(others.shape[:2]), ids_mask + count], dim=1)
+
+    def in_order(others: Tensor, table: Tensor) -> Tensor:
+        """[B, n, ...] and [L, ...] -> [B, n + M, ...], each of its rows written once."""
+        return F.embedding(ids, torch.cat([others.flatten(0, 1), table]).flatten(1))
+
     layers = p.q, p.k, p.v
     both = [linears(x, layers) for x in (others, table)]
     if both[0] is not None and both[1] is not None:
-        others, table = both
-        masked = F.embedding(ids_mask, table.flatten(1)).unflatten(-1, (3, -1))
-        return [torch.cat([others, masked], dim=1).unflatten(-1, (heads, -1))]
-    qkv = []
-    for w in layers:
-        masked = F.embedding(ids_mask, linear(table, *w))
-        qkv.append(torch.cat([linear(others, *w), masked], dim=1).unflatten(-1, (heads, -1)))
-    return qkv
+        return [in_order(*both).unflatten(-1, (3, heads, -1))]
+    return [
+        in_order(*(linear(x, *w) for x in (others, table))).unflatten(-1, (heads, -1))
+        for w in layers
+    ]
 
 
 @spanned("loss")
@@ -387,10 +397,11 @@ def transformer_block(
     backward, but within `keeping`.
     """
     if qkv is None:
-        x, h = _norm(x, y, p.norm1)
+        # The whole sum is what a norm is made again from.
+        x, h = _norm(x, y, p.norm1, first if kept() else 0)
         qkv = _qkv(x, h, p, heads, first)
     a = _attend(p, qkv, first).flatten(2)  # [B, S - first, D]
-    x, h = _norm(x[:, first:], apply_layer(a, p.proj), p.norm2)
+    x, h = _norm(x[:, x.shape[1] - a.shape[1] :], apply_layer(a, p.proj), p.norm2)
     if type(p.fc1) is type(p.fc2) is Affine and MLP.choose(h, *p.fc1, *p.fc2) != "apart":
         with remade(h, layer_norm, x, *p.norm2, h.dtype):
             return x, mlp(h, *p.fc1, *p.fc2, keep=kept())
@@ -429,13 +440,14 @@ def _qkv(x: Tensor, h: Tensor, p: Block, heads: int, first: int) -> list[Tensor]
         return [linear(t, *w).unflatten(-1, (heads, -1)) for t, w in inputs]
 
 
-def _norm(x: Tensor, y: Tensor | None, p: Norm) -> tuple[Tensor, Tensor]:
-    """(x + y, its layer norm), where y may be absent. The norm is rounded once, to the dtype of the
-    products that take it, each of which would cast it for itself."""
+def _norm(x: Tensor, y: Tensor | None, p: Norm, first: int = 0) -> tuple[Tensor, Tensor]:
+    """(x + y from token `first` on, the layer norm of all), where y may be absent. The norm is
+    rounded once, to the dtype of the products that take it, each of which would cast it for
+    itself."""
     dtype = _product_dtype(x)
     if y is None:
-        return x, layer_norm(x, *p, dtype)
-    return add_layer_norm(x, y, *p, dtype)
+        return x[:, first:], layer_norm(x, *p, dtype)
+    return add_layer_norm(x, y, *p, dtype, first)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype | None:

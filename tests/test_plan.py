@@ -147,7 +147,7 @@ def test_a_target_encoder_computes_as_the_encoder_does():
 
 def test_bytes_of_casts_and_sums(tiny_cfg):
     """Of 10 values: in 16 bits one is written and five are read; in fp32 two sums of three."""
-    assert cost._cast(10, 2) == 10 * (2 + 5) * 2
+    assert cost._cast(10, 2) == 10 * (2 + 3) * 2
     assert cost._cast(10, 4) == 10 * 2 * (2 + 1) * 4
     two, four = (cost.Step(tiny_cfg, n, 0.5, cost.DEVICES["h100"]).bytes() for n in (2, 4))
     assert four["casts and sums"] == 2 * two["casts and sums"] and four["adamw"] == two["adamw"]

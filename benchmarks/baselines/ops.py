@@ -156,9 +156,10 @@ def _torch_layer_norm(x, weight, bias, eps, dtype=None) -> Tensor:
     return out if dtype is None else out.to(dtype)
 
 
-def _torch_add_layer_norm(x, y, weight, bias, eps, dtype=None) -> tuple[Tensor, Tensor]:
+def _torch_add_layer_norm(x, y, weight, bias, eps, dtype=None, first=0) -> tuple[Tensor, Tensor]:
     total = x + y
-    return total, _torch_layer_norm(total, weight, bias, eps, dtype)
+    out = _torch_layer_norm(total, weight, bias, eps, dtype)
+    return total[:, first:] if first else total, out
 
 
 TORCH: dict[str, Callable] = {

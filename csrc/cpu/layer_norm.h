@@ -108,10 +108,11 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
 }
 
 // With g = dout * weight and n = (x - mean) * rstd: dx = rstd * (g - mean(g) - n * mean(g * n)),
-// plus dtotal where x is a sum that went on; dweight = sum of dout * n, dbias = sum of dout.
+// plus dtotal where x is a sum that went on, from token `first` of each sequence; dweight = sum of
+// dout * n, dbias = sum of dout.
 inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
     const std::optional<Tensor>& dtotal_, const Tensor& dout_, const Tensor& x_,
-    const Tensor& weight_, const Tensor& mean_, const Tensor& rstd_) {
+    const Tensor& weight_, const Tensor& mean_, const Tensor& rstd_, int64_t first = 0) {
   check_norm(x_, weight_, weight_);
   const auto type = x_.scalar_type(), acc = at::toOpMathType(type);
   TORCH_CHECK(dout_.sizes() == x_.sizes(), "layer_norm: gradient ", dout_.sizes(), " for ",
@@ -124,6 +125,11 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
   const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0;
   TORCH_CHECK(mean.numel() == rows && rstd.numel() == rows, "layer_norm: ", rows, " rows, ",
               mean.numel(), " means and ", rstd.numel(), " deviations");
+  const int64_t tokens = first ? x.size(-2) : rows;
+  TORCH_CHECK(first >= 0 && first <= tokens && (!tokens || !dtotal_ ||
+                  dtotal.numel() == rows / tokens * (tokens - first) * size),
+              "add_layer_norm: gradient ", dtotal.sizes(), " of the sum from token ", first,
+              " on of ", x.sizes());
   Tensor dx = at::empty_like(x);
   Tensor parts = at::zeros({num_blocks(rows), 2, size}, x.options().dtype(acc));
   MAE_FAST_FLOATS(type, "layer_norm", [&] {
@@ -153,10 +159,13 @@ inline std::tuple<Tensor, Tensor, Tensor> norm_backward(
             store(dbias + i, load(dbias + i, n) + d, n);
           });
           const Vec<scalar_t> a(sum<A>(g1) / size), b(sum<A>(g2) / size);
+          const int64_t token = r % tokens - first;
+          const scalar_t* added = tp && token >= 0
+              ? tp + (r / tokens * (tokens - first) + token) * size : nullptr;
           each<scalar_t>(size, [&](int64_t i, auto n) {
             const auto x = (load(row + i, n) - m) * s;
             auto d = (load(grad + i, n) * load(wp + i, n) - a - x * b) * s;
-            if (tp) d = d + load(tp + r * size + i, n);
+            if (added) d = d + load(added + i, n);
             store(dp + r * size + i, d, n);
           });
         }
@@ -173,14 +182,17 @@ inline std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, con
   return norm_backward(std::nullopt, dout, x, weight, mean, rstd);
 }
 
-// The second is dx of y_dtype, or holds nothing where dx is.
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
+// The second is dx of y_dtype, or holds nothing where dx is; the last dx's columns' sums, if `sums`.
+inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const std::optional<Tensor>& dtotal, const Tensor& dout, const Tensor& total,
-    const Tensor& weight, const Tensor& mean, const Tensor& rstd, at::ScalarType y_dtype) {
-  auto [dx, dweight, dbias] = norm_backward(dtotal, dout, total, weight, mean, rstd);
+    const Tensor& weight, const Tensor& mean, const Tensor& rstd, at::ScalarType y_dtype,
+    int64_t first, bool sums) {
+  auto [dx, dweight, dbias] = norm_backward(dtotal, dout, total, weight, mean, rstd, first);
   const Tensor dy = dx.scalar_type() == y_dtype ? at::empty({0}, dx.options())
                                                 : dx.to(y_dtype);
-  return {dx, dy, dweight, dbias};
+  const Tensor of_dx = sums ? dx.reshape({-1, weight.size(0)}).sum(0, false, at::kFloat)
+                            : at::empty({0}, dx.options().dtype(at::kFloat));
+  return {dx, dy, dweight, dbias, of_dx};
 }
 
 MAE_FAST_END

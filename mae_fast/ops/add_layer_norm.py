@@ -2,14 +2,18 @@
 
 x, y [..., D]; weight, bias [D] -> total, out [..., D], of the dtype that x + y has, and out of the
 one asked for; statistics in fp32 (fp64 for double). Backward saves total, and mean and
-1 / deviation of each row; it gives the gradient of y, which is that of x, in y's dtype too.
+1 / deviation of each row; it gives the gradient of y, which is that of x, in y's dtype too. Where
+that is another one, in Triton, it leaves its columns' sums on it (ops/linear.py): the gradient of
+the bias of the layer that y comes from, of which no pass of its own is made then.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.layer_norm import layer_norm_ref, why_not_cpp, why_not_triton
+from mae_fast.ops.linear import leave_sums
 from mae_fast.spans import spanned
 
 
@@ -20,10 +24,12 @@ def add_layer_norm_ref(
     bias: Tensor,
     eps: float,
     dtype: torch.dtype | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The specification."""
     total = x + y
-    return total, layer_norm_ref(total, weight, bias, eps, dtype)
+    out = layer_norm_ref(total, weight, bias, eps, dtype)
+    return total[:, first:] if first else total, out
 
 
 dispatch.LIBRARY.define(
@@ -32,7 +38,8 @@ dispatch.LIBRARY.define(
 )
 dispatch.LIBRARY.define(
     "add_layer_norm_bwd(Tensor? dtotal, Tensor dout, Tensor total, Tensor weight, Tensor mean,"
-    " Tensor rstd, ScalarType y_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor rstd, ScalarType y_dtype, int first, bool sums)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -44,9 +51,10 @@ def _(x, y, weight, bias, eps, dtype):
 
 
 @torch.library.register_fake("mae_fast::add_layer_norm_bwd")
-def _(dtotal, dout, total, weight, mean, rstd, y_dtype):
+def _(dtotal, dout, total, weight, mean, rstd, y_dtype, first, sums):
     dy = total.new_empty(total.shape if y_dtype != total.dtype else (0,), dtype=y_dtype)
-    return torch.empty_like(total), dy, torch.empty_like(weight), torch.empty_like(weight)
+    of_dy = total.new_empty(len(weight) if sums else 0, dtype=torch.float32)
+    return torch.empty_like(total), dy, torch.empty_like(weight), torch.empty_like(weight), of_dy
 
 
 def _save(ctx, inputs, output):
@@ -55,19 +63,43 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, weight, mean, rstd)
-    ctx.y_dtype = y.dtype
+    ctx.y_dtype, ctx.first = y.dtype, 0
 
 
 @dispatch.once_differentiable
 def _backward(ctx, dtotal, dout, *_):
     if dout is None:  # only the sum was used
+        if ctx.first and dtotal is not None:
+            dtotal = F.pad(dtotal, (0, 0, ctx.first, 0))
         return dtotal, None if dtotal is None else dtotal.to(ctx.y_dtype), *[None] * 4
     saved = ctx.saved_tensors
-    dx, dy, *rest = torch.ops.mae_fast.add_layer_norm_bwd(dtotal, dout, *saved, ctx.y_dtype)
-    return dx, dx if dx.dtype == ctx.y_dtype else dy, *rest, None, None
+    narrow = ctx.y_dtype != saved[0].dtype
+    sums = narrow and dispatch.why_not_triton(dout) is None
+    dx, dy, dweight, dbias, of_dy = torch.ops.mae_fast.add_layer_norm_bwd(
+        dtotal, dout, *saved, ctx.y_dtype, ctx.first, sums
+    )
+    if sums:
+        leave_sums(dy, of_dy)
+    return dx, dy if narrow else dx, dweight, dbias, None, None
 
 
 torch.library.register_autograd("mae_fast::add_layer_norm_fwd", _backward, setup_context=_save)
+
+
+class _FromToken(torch.autograd.Function):
+    """The sum goes on from token `first` alone: its gradient is not made as large as the sum."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, eps: float, dtype: torch.dtype, first: int):
+        total, out, *rows = torch.ops.mae_fast.add_layer_norm_fwd(x, y, weight, bias, eps, dtype)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight, *rows)
+        ctx.y_dtype, ctx.first = y.dtype, first
+        return total[:, first:], out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *_backward(ctx, *grads), None
 
 
 def _why_not_cpp(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, dtype) -> str | None:
@@ -93,8 +125,10 @@ def add_layer_norm(
     bias: Tensor,
     eps: float,
     dtype: torch.dtype | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """x, y [..., D], weight, bias [D] -> (x + y, its norm of `dtype`; None: that of x + y). Raises
+    """x, y [..., D], weight, bias [D] -> (x + y, its norm of `dtype`; None: that of x + y). Of
+    [B, S, D] with `first`, of the sum the tokens from there on, [B, S - first, D]. Raises
     ValueError on other shapes."""
     if x.shape != y.shape or x.shape[-1:] != weight.shape or bias.shape != weight.shape:
         raise ValueError(
@@ -105,5 +139,9 @@ def add_layer_norm(
     wide = torch.promote_types(x.dtype, y.dtype)
     dtype = dtype or wide
     if OP.choose(x, y, weight, bias, dtype) == "reference":
-        return add_layer_norm_ref(x, y, weight, bias, eps, dtype)
-    return torch.ops.mae_fast.add_layer_norm_fwd(x.to(wide), y, weight, bias, eps, dtype)[:2]
+        return add_layer_norm_ref(x, y, weight, bias, eps, dtype, first)
+    args = (x.to(wide), y, weight, bias, eps, dtype)
+    if first and not torch.compiler.is_compiling():
+        return _FromToken.apply(*args, first)
+    total, out, *_ = torch.ops.mae_fast.add_layer_norm_fwd(*args)
+    return total[:, first:] if first else total, out

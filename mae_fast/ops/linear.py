@@ -104,6 +104,21 @@ def _(x):
     return x.sum(0, dtype=torch.float32)
 
 
+def leave_sums(grad: Tensor, sums: Tensor) -> None:
+    """Leaves on a gradient [..., N] the sums of its columns in fp32, [N], for `bias_grad`: who
+    makes the gradient has it in registers."""
+    grad._mae_fast_sums = sums, grad._version
+
+
+def bias_grad(grad: Tensor, rows: Tensor) -> Tensor:
+    """The sums of a gradient's columns [..., N] -> [N], in fp32: those that were left on it, if
+    nothing has written into it since; else of the same as `rows` [M, N]."""
+    sums, version = grad.__dict__.pop("_mae_fast_sums", (None, None))
+    if sums is not None and version == grad._version:
+        return sums
+    return torch.ops.mae_fast.linear_sums(rows)
+
+
 class _HalfLinear(torch.autograd.Function):
     """Layers of one input in 16 bits, as one product; saves x and the weights in 16 bits."""
 
@@ -138,7 +153,7 @@ class _HalfLinear(torch.autograd.Function):
             if any(needs[:count]):
                 dweights = wide_product(g.t(), x2).split(ctx.rows)
             if any(needs[count:]):
-                dbiases = torch.ops.mae_fast.linear_sums(g).split(ctx.rows)
+                dbiases = bias_grad(grad, g).split(ctx.rows)
         grads = (t if need else None for t, need in zip((*dweights, *dbiases), needs, strict=True))
         return dx, None, None, *grads
 

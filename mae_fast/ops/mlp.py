@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mae_fast.ops import dispatch
 from mae_fast.ops.bias_gelu import bias_gelu, bias_gelu_ref
-from mae_fast.ops.linear import in_one, product, why_not_half, wide_product
+from mae_fast.ops.linear import bias_grad, in_one, product, why_not_half, wide_product
 from mae_fast.ops.measured import Measured, row
 from mae_fast.spans import spanned
 
@@ -78,7 +78,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         x, first, second, bias1, hidden, activation = ctx.saved_tensors
         need_x, _, _, need_fc1, need_bias1, need_fc2, need_bias2 = ctx.needs_input_grad
-        shape, dout = (*dout.shape[:-1], x.shape[-1]), dout.reshape(-1, len(second))
+        grad, shape = dout, (*dout.shape[:-1], x.shape[-1])
+        dout = grad.reshape(-1, len(second))
         dx = dfc1 = dbias1 = dfc2 = dbias2 = None
         if need_x or need_fc1 or need_bias1:
             dhidden, dbias1 = torch.ops.mae_fast.mlp_bwd(dout, second, hidden, bias1)
@@ -89,7 +90,7 @@ class _Fused(torch.autograd.Function):
                 activation = torch.ops.mae_fast.bias_gelu_fwd(hidden, bias1)
             dfc2 = wide_product(dout.t(), activation)
         if need_bias2:
-            dbias2 = torch.ops.mae_fast.linear_sums(dout)
+            dbias2 = bias_grad(grad, dout)
         return dx, None, None, dfc1, dbias1, dfc2, dbias2
 
 

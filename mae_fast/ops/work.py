@@ -61,7 +61,8 @@ def outputs(op: str, args: tuple, product: torch.dtype | None = None) -> list[tu
         return [(x.shape, args[4] or x.dtype)]
     if op == "add_layer_norm":
         wide = torch.promote_types(x.dtype, args[1].dtype)
-        return [(x.shape, wide), (x.shape, args[5] or wide)]
+        going = (*x.shape[:-2], x.shape[-2] - args[6], x.shape[-1]) if args[6:] else x.shape
+        return [(going, wide), (x.shape, args[5] or wide)]
     return [(x.shape, x.dtype)]
 
 
@@ -124,11 +125,12 @@ def _layer_norm(product, x, weight, bias, eps, dtype=None) -> Both:
     return Work(0, _size(x) + out), Work(0, out + 2 * _size(x))  # dout, x -> dx
 
 
-def _add_layer_norm(product, x, y, weight, bias, eps, dtype=None) -> Both:
+def _add_layer_norm(product, x, y, weight, bias, eps, dtype=None, first=0) -> Both:
     wide = torch.promote_types(x.dtype, y.dtype)
     total, out = _size(x, dtype=wide), _size(x, dtype=dtype or wide)
+    going = _size(x[..., first:, :], dtype=wide) if first else total
     # dtotal, dout, total -> dx, which is dy too.
-    return Work(0, _size(x, y) + total + out), Work(0, out + 3 * total)
+    return Work(0, _size(x, y) + total + out), Work(0, out + going + 2 * total)
 
 
 def _bias_gelu(product, x, bias) -> Both:

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -135,10 +135,28 @@ class _Driver:
         return 0
 
 
+def candidate(number: int) -> Callable:
+    """A `configs.pick` that takes every kernel's candidate of this number."""
+
+    def pick(kernel: str, shape: str = "any") -> dict[str, int]:
+        of = configs.candidates()[kernel][shape]
+        return of[number % len(of)]
+
+    return pick
+
+
+def polynomial(kernel: str, shape: str = "any") -> dict[str, int]:
+    """A `configs.pick` that takes attention's first candidate with exponentials by polynomial."""
+    for sizes in configs.candidates()[kernel][shape]:
+        if "BY_FMA" in sizes:
+            return sizes
+    return configs._pick(kernel, shape, configs.architecture())
+
+
 @contextlib.contextmanager
-def compiling(arch: int, candidate: int | None = None) -> Iterator[list]:
+def compiling(arch: int, take: Callable | None = None) -> Iterator[list]:
     """Launches are compiled for `arch`, and collected, in place of being run; nothing is kept on
-    the disk. `candidate`: the number of the sizes taken in place of what configs.pick chooses."""
+    the disk. `take`: stands in place of configs.pick."""
     compiled: list[tuple[JITFunction, Any]] = []
     run, pick, active = JITFunction.run, configs.pick, driver._active
     cache, fusion = triton.knobs.cache.dir, triton.knobs.language.default_fp_fusion
@@ -147,17 +165,12 @@ def compiling(arch: int, candidate: int | None = None) -> Iterator[list]:
         compiled.append((self, run(self, *args, grid=grid, warmup=True, **kwargs)))
         return compiled[-1][1]
 
-    def pick_candidate(kernel: str, shape: str = "any") -> dict[str, int]:
-        candidates = configs.candidates()[kernel][shape]
-        return candidates[candidate % len(candidates)]
-
     with tempfile.TemporaryDirectory() as folder:
         try:
             driver.set_active(_Driver(arch))
             JITFunction.run = compile_only
             triton.knobs.cache.dir, triton.knobs.language.default_fp_fusion = folder, True
-            if candidate is not None:
-                configs.pick = pick_candidate
+            configs.pick = take or pick
             yield compiled
         finally:
             JITFunction.run, configs.pick, driver._active = run, pick, active
@@ -250,15 +263,15 @@ def launch(op: str, dtype: str, models: Sequence[str]) -> Iterator[tuple[str, st
 
 
 def rows(op: str, arch: int, everything: bool = False) -> list[Row]:
-    """One op's kernels, compiled for one architecture: as configs.pick chooses for MODELS, or every
-    candidate for all models."""
+    """One op's kernels, compiled for one architecture: for MODELS as configs.pick chooses, and with
+    exponentials by polynomial; or every candidate for all models."""
     found: dict[int, tuple[Any, Row]] = {}  # by the compiled kernel, which Triton gives again
     most = max(len(c) for shapes in configs.candidates().values() for c in shapes.values())
-    candidates = (None, *range(most)) if everything else (None,)
+    takes = [None, *map(candidate, range(most))] if everything else [None, polynomial]
     models = MODELS + MORE_MODELS if everything else MODELS
     for dtype in DTYPES:
-        for candidate in candidates:
-            with compiling(arch, candidate) as compiled:
+        for take in takes:
+            with compiling(arch, take) as compiled:
                 for operator, case in launch(op, dtype, models):
                     for function, kernel in compiled:
                         if id(kernel) not in found:
@@ -267,7 +280,7 @@ def rows(op: str, arch: int, everything: bool = False) -> list[Row]:
                                 read(operator, dtype, arch, function, kernel),
                             )
                         row = found[id(kernel)][1]
-                        row.chosen |= candidate is None
+                        row.chosen |= take is None
                         if case not in row.cases:
                             row.cases.append(case)
                     del compiled[:]

@@ -4,6 +4,7 @@ these cut down, and at odd ones."""
 import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -162,6 +163,15 @@ def _layer_norm(m: _Maker):
 
 
 def _add_layer_norm(m: _Maker):
+    """In the last block the sum goes on for the masked tokens alone."""
+    *_, (_, tokens, width) = _stacks(m)
+    clips, first = m.model.clips, m.model.kept + 1
+    grads = m.param(clips, tokens - first, width), m.floats(clips, tokens, width)
+    rows = (m.param(clips, tokens) for _ in range(2))
+    saved = m.param(clips, tokens, width), m.param(width), *rows
+    args = [t.detach() for t in (*grads, *saved)]
+    sums = m.dtype != torch.float32
+    yield "last_block", Call("add_layer_norm_bwd", (*args, m.dtype, first, sums))
     for name, tokens, width in _stacks(m):
         x, y = (make(m.model.clips, tokens, width) for make in (m.param, m.floats))
         yield name, (x, y, m.param(width), m.param(width), 1e-6, m.dtype)
@@ -279,18 +289,18 @@ class _Recorder(TorchDispatchMode):
 def calls(
     op: str, model: str, dtype: str, device: str, watch: Callable = contextlib.nullcontext
 ) -> dict[str, list[Call]]:
-    """{case: the calls of forward and backward} of one op; runs them, so that backward has its
-    inputs. watch(forward's arguments): a context in which they run."""
+    """{case: the calls of forward and backward} of one op; runs them as on a GPU, so that backward
+    has its inputs. watch(forward's arguments): a context in which they run."""
     maker = _Maker(MODELS[model], DTYPES[dtype], device)
     if op == "adamw":
         return {"": list(*_adamw(maker))}
     found: dict[str, list[Call]] = {}
-    if op in ("linear", "mlp"):
-        for name, call in CASES[op](maker):
-            found.setdefault(name, []).append(call)
-        return found
     for name, args in CASES[op](maker):
-        with watch(args), _Recorder() as recorder:
+        if isinstance(args, Call):
+            found.setdefault(name, []).append(args)
+            continue
+        on_gpu = mock.patch.object(dispatch, "why_not_triton", lambda *tensors: None)
+        with on_gpu, watch(args), _Recorder() as recorder:
             in_one = op == "attention" and len(args) == 2
             outs = getattr(torch.ops.mae_fast, f"{op}{'_qkv' * in_one}_fwd")(*args)
             outs = [o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad]

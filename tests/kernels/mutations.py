@@ -231,6 +231,30 @@ MUTATIONS = [
         "interpret",
         "test_attention_matches_fp64",
     ),
+    Mutation(
+        "attention: the polynomial's nearest integer is one too small",
+        "kernels/attention.py",
+        "shifted.to(tl.int32, bitcast=True) << 23",
+        "(shifted.to(tl.int32, bitcast=True) - 1) << 23",
+        "interpret",
+        "exponentials_by_polynomial",
+    ),
+    Mutation(
+        "attention: the polynomial takes what is not a number for the least",
+        "kernels/attention.py",
+        ", propagate_nan=tl.PropagateNan.ALL)",
+        ")",
+        "interpret",
+        "exponentials_by_polynomial",
+    ),
+    Mutation(
+        "attention: a thread takes both ways for each exponential",
+        "kernels/attention.py",
+        "// 8 % 8 < BY_FMA",
+        "% 8 < BY_FMA",
+        "aot",
+        "no_worse and attention-sm_90",
+    ),
     # What leaves the values right.
     Mutation(
         "layer_norm backward: rows past the end are read",

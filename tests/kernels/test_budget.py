@@ -4,6 +4,8 @@ import budget
 import pytest
 import torch
 
+from mae_fast.config import preset
+from mae_fast.cost import COPIED, DEVICES, Step
 from mae_fast.ops import dispatch
 
 if dispatch.interpreting():
@@ -52,6 +54,17 @@ def test_with_mlp_fused_half_is_left():
         assert "bias_gelu" not in moved
         others = sum(moved.values()) - sum(moved[k] for k in ("products", "mlp", "attention"))
         assert others <= before / 2, model
+
+
+@pytest.mark.parametrize("model", budget.MODELS)
+def test_the_model_of_a_step_counts_the_same_bytes(model):
+    """cost.py's, by formula from any configuration, of all that is bound by copies."""
+    by_kind = budget.committed()[model]["mb_a_clip_by_kind"]
+    counted = sum(by_kind.values()) - by_kind["products"] - by_kind["attention"]
+    moved = Step(preset(model), budget.CLIPS, 0.9, DEVICES["h100"]).bytes()
+    kinds = [op for kind, ops in COPIED.items() if kind != "optimizer" for op in ops]
+    modelled = sum(moved.get(op, 0.0) for op in kinds) / budget.CLIPS / 1e6
+    assert modelled == pytest.approx(counted, rel=0.01)
 
 
 def test_the_page_shows_the_budget():

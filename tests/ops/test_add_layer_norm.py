@@ -7,6 +7,7 @@ from op_checks import BACKENDS, DTYPES, assert_rounded_once, check_op
 import mae_fast
 from mae_fast.errors import BackendError
 from mae_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_ref
+from mae_fast.ops.linear import bias_grad, leave_sums
 
 SHAPES = {"one_row": (1, 3), "no_rows": (0, 8), "prime": (7, 13), "vit_b": (2, 157, 768)}
 EPS = 1e-6
@@ -72,6 +73,65 @@ def test_add_layer_norm_is_rounded_once_to_the_dtype_asked_for(backend, shape, d
         assert torch.equal(rounded[0], total)
         assert_rounded_once(rounded[1], out)
         check_op(add_layer_norm, add_layer_norm_ref, [*args, dtype], dout)
+
+
+@pytest.mark.parametrize("used", ["both", "the_sum", "the_norm"])
+@pytest.mark.parametrize("first", [1, 6, 7])
+@pytest.mark.parametrize("narrow", [False, True], ids=["fp32", "bf16_to_fp32"])
+def test_add_layer_norm_of_which_some_tokens_go_on(backend, narrow, first, used):
+    """The sum's gradient is of these alone; the norm is of all."""
+    x, y, *rest = make((3, 7, 24), torch.float32)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    args = [x, y.detach().to(dtype).requires_grad_(), *rest, dtype, first]
+    keep = {"both": slice(None), "the_sum": slice(0, 1), "the_norm": slice(1, 2)}[used]
+    if used == "the_sum":
+        args[2:4] = (a.detach() for a in args[2:4])
+    dout = [torch.randn(3, 7 - first, 24), torch.randn(3, 7, 24)][keep]
+    with mae_fast.backends(add_layer_norm=backend):
+        check_op(
+            lambda *args: add_layer_norm(*args)[keep],
+            lambda *args: add_layer_norm_ref(*args)[keep],
+            args,
+            dout,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 130), (3, 70, 768)], ids=str)
+def test_the_sums_of_a_gradient_are_left_on_it(backend, shape, dtype):
+    """In Triton, of all digits that it had; what is written into it since is summed again."""
+    x, y, *rest = make(shape, torch.float32)
+    y = y.detach().to(dtype).requires_grad_()
+    with mae_fast.backends(add_layer_norm=backend):
+        outs = add_layer_norm(x, y, *rest, dtype)
+    dx, dy = torch.autograd.grad(outs, [x, y], [torch.randn_like(t) for t in outs])
+    assert torch.equal(dy, dx.to(dtype))
+    rows, exact = dy.flatten(0, -2), dx.double().flatten(0, -2).sum(0)
+    assert ("_mae_fast_sums" in dy.__dict__) == (backend == "triton")
+    sums = bias_grad(dy, torch.ones_like(rows) if backend == "triton" else rows)
+    error = (sums - exact).norm() / dx.norm()
+    assert sums.dtype == torch.float32 and error <= (4e-6 if backend == "triton" else 4e-3)
+    for written in (False, True):
+        leave_sums(dy, sums)
+        if written:
+            dy.mul_(2)
+        again = bias_grad(dy, rows)
+        assert (again is sums) == (not written)
+        assert torch.equal(bias_grad(dy, rows), torch.ops.mae_fast.linear_sums(rows))
+
+
+def test_the_operator_gives_sums_where_they_are_asked_for(backend):
+    if backend == "reference":
+        pytest.skip("of the kernels")
+    total, dout, weight = torch.randn(3, 5, 40), torch.randn(3, 5, 40).bfloat16(), torch.randn(40)
+    saved = total, weight, total.mean(-1), 1 / total.std(-1)
+    for first, sums in ((0, True), (2, True), (2, False)):
+        args = torch.randn(3, 5 - first, 40), dout, *saved, torch.bfloat16, first, sums
+        dx, dy, *_, of_dx = torch.ops.mae_fast.add_layer_norm_bwd(*args)
+        assert torch.equal(dy, dx.bfloat16()) and of_dx.dtype == torch.float32
+        assert of_dx.shape == ((40,) if sums else (0,))
+        if sums:
+            assert (of_dx - dx.double().sum((0, 1))).norm() <= 4e-6 * dx.norm()
 
 
 def test_add_layer_norm_refuses_shapes():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from op_checks import BACKENDS, DTYPES, check_op, gradients
+from op_checks import BACKENDS, DEVICE, DTYPES, check_op, gradients
 
 import mae_fast
 from mae_fast.errors import BackendError
@@ -30,6 +30,16 @@ SHAPES = {
     "no_clips": (0, 3, 3, 2, 16),
 }
 if BACKENDS == ["triton"]:
+    import triton
+    import triton.language as tl
+
+    from mae_fast.kernels.attention import _exp2
+
+    @triton.jit
+    def _exp2_kernel(x_ptr, y_ptr, N: tl.constexpr):
+        at = tl.arange(0, N)[None, :]
+        tl.store(y_ptr + at, _exp2(tl.load(x_ptr + at), N, 8))
+
     if dispatch.interpreting():
         SHAPES |= {"decoder": (1, 217, 217, 1, 32), "last_block": (1, 150, 217, 1, 32)}
 else:
@@ -122,6 +132,43 @@ def test_attention_of_one_tensor_has_one_gradient(backend, shape, dtype):
 def test_attention_of_one_tensor_refuses_another(shape, first):
     with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
         attention_qkv(torch.zeros(shape), first)
+
+
+@pytest.mark.skipif(BACKENDS != ["triton"], reason="of the Triton kernels")
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("shape", ["vit_b", "last_block", "whole_blocks", "one_key"])
+def test_attention_with_exponentials_by_polynomial(shape, dtype, monkeypatch):
+    """As many of eight as a candidate takes, and all. What is no number does not pass for one."""
+    from mae_fast.kernels import configs
+
+    tiles = [sizes["BY_FMA"] for sizes in configs.candidates()["attention_fwd"]["d32"][-2:]]
+    args, pick = make(shape, DTYPES[dtype]), configs.pick
+    exact = {}
+    for by_fma in (0, *tiles, 8):
+        monkeypatch.setattr(
+            configs,
+            "pick",
+            lambda kernel, shape, n=by_fma: (
+                pick(kernel, shape) | ({} if "dkv" in kernel else {"BY_FMA": n})
+            ),
+        )
+        check_op(attention, attention_ref, args, [torch.randn(args[0].shape)])
+        exact[by_fma] = attention(*args)
+        key = args[1].detach().clone()
+        key[:, 0] = float("nan")
+        broken = attention(args[0], key, args[2])
+        assert not broken.isfinite().any()
+    assert len(args[1][0]) < 16 or not torch.equal(exact[0], exact[8])
+
+
+@pytest.mark.skipif(BACKENDS != ["triton"], reason="of the Triton kernels")
+def test_the_polynomial_is_2_to_the_x():
+    x = torch.cat([torch.linspace(-125, 127, 2047), torch.tensor([-float("inf")])]).to(DEVICE)
+    y = torch.empty_like(x)
+    _exp2_kernel[(1,)](x, y, 2048)
+    exact = x[:-1].double().exp2()
+    assert ((y[:-1] - exact) / exact).abs().max() < 7.6e-5
+    assert 0 < y[-1] < 2.4e-38
 
 
 @pytest.mark.skipif(BACKENDS != ["triton"], reason="of the Triton kernels")
