@@ -255,7 +255,7 @@ class Run:
             steps[cell.key] = until_update(built[cell.engine], step, cell.key, update)
             warm_up(step, timer)
             if cell.key not in parts:
-                seen = trace(built[cell.engine], step, self.setting.device, warm=0)
+                seen = trace(built[cell.engine], step, self.setting.device)
                 self._add({"cell": cell.key, "parts": seen.phases()})
         how = self.setting.device, self.setting.dtype
         limits = machine.limits(cells[0].model == QUICK, *how)

@@ -103,27 +103,27 @@ def measure(
     built = {cell.engine: build(cell, setting) for cell in cells}
     for group in [[cell] for cell in cells] if videos else [cells]:
         with contextlib.ExitStack() as stack:
-            steps, warm = {}, 0
+            steps, ahead = {}, 0
             for cell in group:
                 source = make_clips(cell.cfg, clips, setting)
-                if videos:  # no batch is to be left, in a trace, of those made in a pause
+                if videos:  # no batch is to be left, in a time, of those made in a pause
                     source = stack.enter_context(LoadedClips(cell, setting, clips, videos, workers))
-                    warm = source.ahead + 1
+                    ahead = source.ahead
                 step = steps[cell.engine] = stepper(cell, built[cell.engine], source, setting)
                 step(), step()
             traces = defaultdict(list)
             for _ in range(ROUNDS):
-                in_turn = {} if videos else runs | steps
+                for step in [*steps.values()] * ahead:
+                    step()
+                in_turn = steps if videos else runs | steps
                 for name, samples in interleave(in_turn, 1, timer).items():
                     seconds[name] += samples
                 for name, step in steps.items():
-                    traces[name].append(trace(built[name], step, device, warm))
+                    traces[name].append(trace(built[name], step, device))
             for name, step in steps.items():
                 with snapshot(folder / f"{name}.memory.pickle", device):
-                    last = trace(built[name], step, device, 0, memory=True)
+                    last = trace(built[name], step, device, memory=True)
                 found[name] = traces[name], timeline(last, device)
-                if videos:
-                    seconds[name] = [t.unprofiled for t in traces[name]]
     rates = {name: x.amount / statistics.median(seconds[name]) for name, x in limits.items()}
     product = max(rates[name] for name, limit in limits.items() if limit.unit == "flop")
     engines: dict[str, dict[str, Any]] = {}

@@ -5,7 +5,6 @@ the kernels that it launched. A backward node is put under the phase and op of t
 that made it, which autograd numbers.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,12 +44,11 @@ class Row:
 
 
 class Trace(NamedTuple):
-    """One profiled step: its rows, seconds of its wall clock, those of the same step before it
-    without a profiler; its events with their places, the outermost, and torch's own profile."""
+    """One profiled step: its rows, seconds of its wall clock; its events with their places, the
+    outermost, and torch's own profile."""
 
     rows: dict[Where, Row]
     seconds: float
-    unprofiled: float
     places: list[tuple[FunctionEvent, Where]]
     root: FunctionEvent
     profile: torch_profile
@@ -65,21 +63,11 @@ class Trace(NamedTuple):
 
 
 def trace(
-    built: Built,
-    step: Callable[[], object],
-    device: str = "cpu",
-    warm: int = 2,
-    memory: bool = False,
+    built: Built, step: Callable[[], object], device: str = "cpu", memory: bool = False
 ) -> Trace:
-    """Profile one call of `step`, which is a step of `built`, after `warm` others; `memory`: its
+    """Profile one call of `step`, which is a step of `built` and has run before; `memory`: its
     allocations too, which takes time of its own."""
-    unprofiled, synchronize = 0.0, torch.cuda.synchronize if device == "cuda" else lambda: None
-    for _ in range(warm):
-        synchronize()
-        begin = time.perf_counter()
-        step()
-        synchronize()
-        unprofiled = time.perf_counter() - begin
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] * (device == "cuda"))]
     profiler = torch_profile(activities=activities, profile_memory=memory)
     with labelled(built.model), profiler as found, span("rest", "rest"):
@@ -89,7 +77,7 @@ def trace(
     root = next(e for e in events if e.name == STEP)
     places = places_of(events)
     rows = rows_of(places, root, device)
-    return Trace(rows, root.cpu_time_total / 1e6, unprofiled, places, root, found)
+    return Trace(rows, root.cpu_time_total / 1e6, places, root, found)
 
 
 def places_of(events: list[FunctionEvent]) -> list[tuple[FunctionEvent, Where]]:
