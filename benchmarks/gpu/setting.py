@@ -112,10 +112,18 @@ class Setting:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() / 2**20
 
-    def write_table(self, name: str, table: dict) -> None:
-        """A table of kernels/, and a copy beside the records; a rehearsal's only there."""
+    def write_table(self, name: str, found: dict[tuple[str, ...], dict]) -> None:
+        """Put what was found, by its keys, into a table of kernels/, and a copy of that beside the
+        records; a rehearsal's is only there, and new."""
         paths = [self.records.path.with_name(name), configs.MEASURED.with_name(name)]
-        for path in self.some(paths):
+        before = paths[-1].exists() and not self.tiny
+        table = json.loads(paths[-1].read_text()) if before else {}
+        for (*keys, last), value in found.items():
+            at = table
+            for key in keys:
+                at = at.setdefault(key, {})
+            at[last] = value
+        for path in self.some(paths) if found else ():
             path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
             print(f"wrote {path}", flush=True)
 

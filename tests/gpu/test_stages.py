@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,6 @@ from benchmarks.gpu import engines, predict, records, tables
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import compile, kernels, profile, steps, tune
 from mae_fast import cost
-from mae_fast.bench.calls import Call
 from mae_fast.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,21 +140,6 @@ def test_a_kernel_that_is_wrong_is_a_failure(tmp_path):
     assert row["status"] == records.FAILED and row["reason"].startswith("wrong, and not timed")
 
 
-def test_costs_are_those_of_the_table():
-    """facts of docs/results.md: the bytes and FLOP of an op in fp32."""
-    x, w, b = torch.randn(2, 3, 16), torch.ones(16), torch.zeros(16)
-
-    def both(call):
-        forward, backward = call.work()
-        return forward.bytes + backward.bytes
-
-    assert both(Call("layer_norm", (x, w, b, 1e-6))) == 5 * 4 * x.numel()
-    assert both(Call("add_layer_norm", (x, x, w, b, 1e-6))) == 8 * 4 * x.numel()
-    assert both(Call("bias_gelu", (x, b))) == 5 * 4 * x.numel()
-    q = torch.randn(2, 5, 3, 16)
-    assert sum(w.flop for w in Call("attention", (q, q, q)).work()) == 12 * 2 * 5**2 * 48
-
-
 def test_the_fastest_candidate_is_that_of_the_whole_step():
     def record(count, **seconds):
         kernel = {"kernel": "k", "shape_class": "any"}
@@ -163,7 +148,7 @@ def test_the_fastest_candidate_is_that_of_the_whole_step():
 
     # 16 is best in most calls of a step, 8 does not launch everywhere.
     found = [record(1, b8=1.0, b16=3.0, b32=1.0), record(24, b16=1.0, b32=2.0)]
-    assert tune.fastest(found) == {("90", "k", "any"): {"BLOCK": 16}}
+    assert tune.fastest(found) == {(configs.TRITON, "90", "k", "any"): {"BLOCK": 16}}
     assert tune.fastest([{"stage": "steps"}]) == {}
 
 
@@ -184,7 +169,25 @@ def test_attention_is_ordered_by_all_calls_of_a_row():
 
     # xformers did not take the second call.
     found = kernels.rows([record(3, triton=1.0, xformers=0.5), record(1, triton=2.0, torch=9.0)])
-    assert found == {"90": {"d32-s2048-bfloat16-forward": {"triton": 5000.0}}}
+    assert found == {("90", "d32-s2048-bfloat16-forward"): {"triton": 5000.0}}
+
+
+def test_a_table_keeps_what_was_not_found_anew(tmp_path, monkeypatch):
+    """A rehearsal's is its own, and nothing is written where nothing was found."""
+    monkeypatch.setattr(configs, "MEASURED", tmp_path / "kernels/measured.json")
+    table = configs.MEASURED.with_name("t.json")
+    table.parent.mkdir()
+    table.write_text('{"90": {"a": {"x": 1}, "b": {"x": 2}}, "80": {}}')
+    tiny = rehearsing(tmp_path)
+    tiny.write_table("t.json", {("90", "c"): {"y": 4}})
+    assert json.loads((tmp_path / "t.json").read_text()) == {"90": {"c": {"y": 4}}}
+    real = replace(tiny, tiny=False)
+    real.write_table("t.json", {("90", "a"): {"y": 3}, ("100", "a"): {"z": 5}})
+    expected = {"90": {"a": {"y": 3}, "b": {"x": 2}}, "80": {}, "100": {"a": {"z": 5}}}
+    assert json.loads(table.read_text()) == expected
+    assert (tmp_path / "t.json").read_text() == (written := table.read_text())
+    real.write_table("t.json", {})
+    assert table.read_text() == written
 
 
 @pytest.mark.parametrize(

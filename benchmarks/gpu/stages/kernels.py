@@ -22,7 +22,6 @@ from mae_fast.bench.calls import Call
 from mae_fast.bench.timing import share
 from mae_fast.kernels import configs
 from mae_fast.ops.attention import measured_key as attention_row
-from mae_fast.ops.measured import read_measured
 from mae_fast.ops.mlp import measured_key as mlp_row
 
 MODELS, BATCH, ROUNDS = ("vit_base", "vit_large"), 64, 10
@@ -43,13 +42,13 @@ def items(setting: Setting) -> Iterator[Item]:
     found = [case for case in cases(setting, MODELS, BATCH) if case.call.op != "attention"]
     yield from items_of(setting, found, limits)
     yield from items_of(setting, setting.some(found, 2), limits, inductor=True)
-    write_table(setting)
+    setting.write_table("measured_backends.json", rows(setting.records.all()))
 
 
 def items_of_attention(setting: Setting) -> Iterator[Item]:
     found = [c for c in cases(setting, ATTENTION_MODELS, BATCH) if c.call.op == "attention"]
     yield from items_of(setting, found, setting.limits())
-    write_table(setting)
+    setting.write_table("measured_backends.json", rows(setting.records.all()))
 
 
 def items_of(
@@ -118,27 +117,14 @@ def told(record: dict) -> dict:
     return {**record, "conditions": smi(), "told": "; ".join(words)}
 
 
-def write_table(setting: Setting) -> None:
-    """What is recorded, and what else the table holds."""
-    table, found = {} if setting.tiny else read_measured(), rows(setting.records.all())
-    for arch, classes in found.items():
-        table.setdefault(arch, {}).update(classes)
-    if found:
-        setting.write_table("measured_backends.json", table)
-
-
-def rows(records: Iterable[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """{architecture: {row: {backend: milliseconds of all calls of a step in this row}}}."""
+def rows(records: Iterable[dict]) -> dict[tuple[str, str], dict[str, float]]:
+    """{(architecture, row): {backend: milliseconds of all calls of a step in this row}}."""
     found = of_a_step(
         ((str(r["architecture"]), r["row"]), r["calls_a_step"], r["seconds"])
         for r in records
         if "row" in r and r["status"] == MEASURED
     )
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for (arch, row), backends in found.items():
-        milliseconds = {name: 1e3 * seconds for name, seconds in backends.items()}
-        table.setdefault(arch, {})[row] = milliseconds
-    return table
+    return {key: {name: 1e3 * s for name, s in of.items()} for key, of in found.items()}
 
 
 def of_a_step(

@@ -37,13 +37,7 @@ def items(setting: Setting) -> Iterator[Item]:
     limits = setting.limits()
     for model in setting.some(MODELS):
         yield Item(f"{model} adamw", partial(adamw, setting, model, limits))
-    # What is recorded, and what else the table holds.
-    table, found = {} if setting.tiny else configs.measured(), fastest(setting.records.all())
-    for (arch, kernel, shape), sizes in found.items():
-        table.setdefault(arch, {}).setdefault(kernel, {})[shape] = sizes
-    others = {} if setting.tiny else configs.read_measured()
-    if found:
-        setting.write_table("measured.json", others | {configs.TRITON: table})
+    setting.write_table("measured.json", fastest(setting.records.all()))
 
 
 def adamw(setting: Setting, model: str, limits: dict) -> dict:
@@ -175,16 +169,16 @@ def picks(run: Run) -> set[Key]:
     return {key for key in asked if len(configs.candidates()[key[0]][key[1]]) > 1}
 
 
-def fastest(records: Iterable[dict]) -> dict[tuple[str, str, str], dict[str, int]]:
-    """{(architecture, kernel, shape class): sizes}: of the candidates that every call of the class
-    can take, the one with which a step's calls of it take the least time."""
+def fastest(records: Iterable[dict]) -> dict[tuple[str, ...], dict[str, int]]:
+    """{(Triton's version, architecture, kernel, shape class): sizes}: of the candidates that every
+    call of the class can take, the one with which a step's calls of it take the least time."""
     found = of_a_step(
         ((str(r["architecture"]), k["kernel"], k["shape_class"]), r["calls_a_step"], k["seconds"])
         for r in records
         if r["stage"] == "tune"
         for k in r.get("kernels", ())
     )
-    return {key: json.loads(min(of, key=of.get)) for key, of in found.items()}
+    return {(configs.TRITON, *key): json.loads(min(of, key=of.get)) for key, of in found.items()}
 
 
 if __name__ == "__main__":
