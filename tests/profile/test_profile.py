@@ -187,16 +187,19 @@ def test_profile_writes_what_it_says(tmp_path, capsys):
 
 
 def test_loading_is_a_part_of_the_step(folder, tmp_path, monkeypatch, capsys):
-    right = LoadedClips.next_batch
+    right, taken = LoadedClips.next_batch, []
 
     @spans.spanned("data", "wait")
     def slow(clips):
+        taken.append(clips)
         time.sleep(0.05)
         return right(clips)
 
     monkeypatch.setattr(LoadedClips, "next_batch", slow)
     command = ["profile", "--model", "quick", "--with-data", str(folder), "--workers", "1"]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    # A worker has two batches ready: before each step that is timed and traced they are taken.
+    assert len(taken) == 2 + step_module.ROUNDS * (2 + 2) + 1
     (found,) = records.read(tmp_path / "profile.json")
     assert "loaded by 1 processes" in records.title(found)
     (engine,) = found["engines"].values()
