@@ -1,6 +1,6 @@
 """The sizes of every kernel: each candidate of its SIZES, timed on the calls of a training step ->
-kernels/measured.json. Candidates are compiled first, by as many processes as there are cores, into
-Triton's cache on disk.
+kernels/measured.json; and what else has two ways. Candidates are compiled first, by as many
+processes as there are cores, into Triton's cache on disk.
 
     python -m benchmarks.gpu.stages.tune SHARE OF    # compile one share of the calls
 """
@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from unittest import mock
+
+import torch
 
 from benchmarks.gpu.records import Declined, Item
 from benchmarks.gpu.setting import Setting
@@ -37,6 +39,7 @@ def items(setting: Setting) -> Iterator[Item]:
     limits = setting.limits()
     for model in setting.some(MODELS):
         yield Item(f"{model} adamw", partial(adamw, setting, model, limits))
+    yield Item("a bias's gradient", partial(bias_gradient, setting))
     setting.write_table("measured.json", fastest(setting.records.all()))
 
 
@@ -45,6 +48,27 @@ def adamw(setting: Setting, model: str, limits: dict) -> dict:
     how = plan(setting, model)
     ready = ops.ready_adamw(how, setting.cfg(model))
     return told(ops.measure(how, ready, limits, setting.clock(cold=True)))
+
+
+def bias_gradient(setting: Setting) -> dict:
+    """As sums that a norm's backward makes of the gradient that it writes, and in a pass of its
+    own; of the decoder of ViT-B and L."""
+    cfg = setting.cfg("vit_base")
+    shape = setting.batch(BATCH), 1 + cfg.num_patches, cfg.decoder_embed_dim
+    wide, rows, weight = (
+        torch.randn(size, device=setting.device) for size in (shape, shape[:2], shape[2:])
+    )
+    args = wide, wide.bfloat16(), wide, weight, rows, rows, torch.bfloat16, 0
+    backward, sums = torch.ops.mae_fast.add_layer_norm_bwd, torch.ops.mae_fast.linear_sums
+    ways = {
+        "within": lambda: backward(*args, True)[-1],
+        "apart": lambda: sums(backward(*args, False)[1].flatten(0, 1)),
+    }
+    within, apart = (way() for way in ways.values())
+    assert float((within - apart).norm()) <= 1e-2 * float(apart.norm()), "the sums differ"
+    seconds = interleave(ways, setting.rounds(ROUNDS), setting.clock(cold=True))
+    words = (f"{name} {1e6 * statistics.median(s):.0f} us" for name, s in seconds.items())
+    return {"seconds": seconds, "told": ", ".join(words)}
 
 
 def cases_in_order(setting: Setting) -> list[Case]:
