@@ -255,6 +255,22 @@ MUTATIONS = [
         "aot",
         "no_worse and attention-sm_90",
     ),
+    Mutation(
+        "add_layer_norm backward: the sum goes on from one token too early",
+        "kernels/layer_norm.py",
+        "token = row % tokens - first\n",
+        "token = row % tokens - first + 1\n",
+        "interpret",
+        "of_which_some_tokens_go_on",
+    ),
+    Mutation(
+        "add_layer_norm backward: only the last tile's gradient is summed",
+        "kernels/layer_norm.py",
+        "            total += gradient\n",
+        "            total = gradient\n",
+        "interpret",
+        "the_sums_of_a_gradient",
+    ),
     # What leaves the values right.
     Mutation(
         "layer_norm backward: rows past the end are read",
@@ -263,6 +279,14 @@ MUTATIONS = [
         "tl.load(dout + at, mask=inside[None, :], other=0.0)",
         "sanitizer",
         "clean and layer_norm-odd-f32",
+    ),
+    Mutation(
+        "add_layer_norm backward: of a sum that goes on later, what lies before it is read",
+        "kernels/layer_norm.py",
+        "there_too = mask & (token >= 0)[:, None]",
+        "there_too = mask",
+        "sanitizer",
+        "clean and add_layer_norm-odd-f32",
     ),
     Mutation(
         "sums over programs: partial sums past the end are read",
