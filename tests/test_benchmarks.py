@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
-from benchmarks import tables
+from benchmarks import markdown, tables
 from mae_fast import backends
 from mae_fast.bench import ours, records, timing
 from mae_fast.bench.baselines import OfficialMAE, normalise
@@ -341,3 +341,15 @@ def test_the_official_repository_must_be_there(tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"has no models_mae.py"):
         import_models(str(tmp_path))
+
+
+def test_a_table_names_every_version_that_it_is_of():
+    def record(torch, commit, **gpu):
+        return {"environment": {"cpu": "a CPU", "torch": torch, "commit": commit, **gpu}}
+
+    gpu = {"cuda:0": "a GPU", "triton": "3.6"}
+    found = [record("2.11", "a", **gpu), record("2.99", "b", **gpu), record("2.11", "c", **gpu)]
+    assert markdown.where(found) == (
+        "a GPU; torch 2.11, triton 3.6; commit a, c; a GPU; torch 2.99, triton 3.6; commit b"
+    )
+    assert markdown.where([record("2", "d")]) == "a CPU; torch 2; commit d"

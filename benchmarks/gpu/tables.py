@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu.engines import BAR, ENGINES, OURS
 from benchmarks.gpu.records import MEASURED, RESULTS
-from benchmarks.markdown import read, section
+from benchmarks.markdown import read, section, where
 from mae_fast.bench.timing import ratio, spread
 from mae_fast.report.rows import grouped
 
@@ -26,27 +26,22 @@ def tables(folder: Path) -> Iterator[str]:
             used = [r for r in records if r["stage"] in kind.stages]
             rows = [cells for r in kind.order(used) if (cells := kind.cells(r))]
             if rows:
-                yield section(f"{kind.words} {where(used)}.", [], kind.head.split("|"), rows)
+                yield section(kind.words, used, kind.head.split("|"), rows)
 
 
 def devices(folder: Path) -> Iterator[tuple[str, list[dict]]]:
-    """(device, the newest record of each item that was measured), of results/gpu."""
+    """(device, the newest record of each item that was measured), of results/gpu; the commits are
+    those of SOURCES where a copy's git was older than its files."""
+    known = json.loads(SOURCES.read_text())
     for path in sorted(p for p in folder.glob("*") if p.is_dir()):
         every = (r for file in sorted(path.glob("*.jsonl")) for r in read(file))
         items = grouped((r for r in every if r["status"] == MEASURED), itemgetter("stage", "item"))
         found = [max(group, key=itemgetter("at")) for _, group in items]
+        for r in found:
+            commit = r["environment"]["commit"]
+            r["environment"]["commit"] = known.get(r["sources"], commit)
         if found:
             yield path.name, found
-
-
-def where(records: list[dict]) -> str:
-    """Device, versions and commits of some records; those of SOURCES where a copy's git was older
-    than its files."""
-    e = records[-1]["environment"]
-    known = json.loads(SOURCES.read_text())
-    commits = dict.fromkeys(known.get(r["sources"], r["environment"]["commit"]) for r in records)
-    versions = f"torch {e['torch']}, triton {e['triton']}"
-    return f"{e['cuda:0']}; {versions}; commit {', '.join(map(str, commits))}"
 
 
 def steps(records: list[dict]) -> list[dict]:
