@@ -80,7 +80,7 @@ def ratio_record(masked: float, model: str = "vit_base", seconds: float = 1.0) -
 
 def profile_record() -> dict:
     part = {"phase": "decoder", "op": "attention", "direction": "forward", "seconds": 0.5}
-    part |= {"share": 0.5, "flop": 1e9, "bytes": 1e6, "share_of_limit": 0.4}
+    part |= {"share": 0.5, "flop": 1e9, "bytes": 1e6, "limit_seconds": 0.2}
     left = {"phase": "unaccounted", "op": "", "direction": "", "seconds": 0.5, "share": 0.5}
     held = {"seconds": [0.0, 1.0], "holders": {"weights": [1.0, 2.0]}, "peak_mb": 2.0}
     engine = {"parts": [part, left], "memory": held, "state_mb": 1.0}
@@ -134,7 +134,8 @@ def test_the_page_is_whole_and_asks_nobody(folder):
     ):
         assert f">{heading}</h2>" in text
     assert "limit: FLOP of the official code" in text
-    row = ["mae_fast", "decoder", "attention", "forward", "500.00", "50.0%", "2", "40%"]
+    row = ["mae_fast", "decoder", "attention", "-", "500.0", "-", "50.0%", "1.0", "1", "2", "0.0"]
+    row += ["40%", "300.0 ms"]
     assert re.search("<tr>" + "".join(rf"<td[^>]*>{re.escape(c)}</td>" for c in row), text)
     assert "mae-fast bench ratio --model vit_base --batch 2" in text
     assert "&lt;x&gt; &amp; y" in text and "<x>" not in text

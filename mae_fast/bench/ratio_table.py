@@ -207,10 +207,10 @@ def print_tables(told: dict[str, Any]) -> None:
                     f"{cell['engine']} at {cell['ratio']:.0%}: {cell['clips']} clips a step, not "
                     f"{cell['asked_clips']}, which do not fit in memory"
                 )
-        rows = [_lost_row(c) for c in cells if c["lost"]]
+        rows = [lost_row(c) for c in cells if c["lost"]]
         if rows:
             print("\nwhat is lost: share of the step (speed-up over 0% without it)")
-            print(text_table(["masked", "engine", "speed-up", *LOST], rows))
+            print(text_table(LOSS_HEAD, rows))
         print(paper_table(cells))
     for cell, reason in told["skipped"].items():
         print(f"left out: {cell}: {reason}")
@@ -242,7 +242,10 @@ def cell_row(cell: dict[str, Any]) -> list[str]:
     return [column(cell) for column in CELL.values()]
 
 
-def _lost_row(c: dict) -> list[str]:
+LOSS_HEAD = ["masked", "engine", "speed-up", *LOST]
+
+
+def lost_row(c: dict) -> list[str]:
     def told(part: str) -> str:
         x = c["lost"].get(part)
         return "-" if x is None else f"{x['share']:.0%} ({x['speed_up_without']:.1f}x)"

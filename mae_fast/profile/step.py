@@ -291,7 +291,7 @@ def print_tables(told: dict[str, Any]) -> None:
             f"unaccounted {left / step:+.1%}"
             + (f"; {engine['launches']} launches" if told["device"] == "cuda" else "")
         )
-        print(text_table(HEAD, _rows(engine)))
+        print(text_table(PART_HEAD, part_rows(engine)))
         held = engine["memory"]
         top = ", ".join(f"{n} {mb:.1f}" for n, mb in list(held["at_peak"].items())[:5])
         print(
@@ -304,8 +304,8 @@ def print_tables(told: dict[str, Any]) -> None:
     print("wrote " + ", ".join(told["files"]))
 
 
-HEAD = ["phase", "op", "calls", "fwd ms", "bwd ms", "share", "GFLOP", "MB", "GFLOP/s", "GB/s"]
-HEAD += ["of limit", "could save"]
+PART_HEAD = ["phase", "op", "calls", "fwd ms", "bwd ms", "share", "GFLOP", "MB", "GFLOP/s", "GB/s"]
+PART_HEAD += ["of limit", "could save"]
 BESIDE = ["phase", "op", "ours", "theirs", "speed-up"]
 
 
@@ -317,7 +317,8 @@ def _grouped(engine: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict]]:
     return found
 
 
-def _rows(engine: dict[str, Any]) -> Iterator[list[str]]:
+def part_rows(engine: dict[str, Any]) -> Iterator[list[str]]:
+    """Of an engine of a profile, a row for each phase and op, under PART_HEAD."""
     for (phase, op), both in _grouped(engine).items():
         seconds, share, calls, flop, moved, limit = (
             sum(part.get(key) or 0 for part in both.values())

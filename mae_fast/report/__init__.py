@@ -8,9 +8,17 @@ from typing import Annotated, Any
 import tyro
 
 from mae_fast.bench import records
-from mae_fast.bench.ratio_table import CELL, LOST, NOISY, OFFICIAL, cell_row, paper_table, summary
+from mae_fast.bench.ratio_table import (
+    CELL,
+    LOSS_HEAD,
+    NOISY,
+    OFFICIAL,
+    cell_row,
+    lost_row,
+    paper_table,
+    summary,
+)
 from mae_fast.bench.records import Record
-from mae_fast.bench.table import number
 from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import spread
 from mae_fast.errors import ConfigError
@@ -18,6 +26,7 @@ from mae_fast.figures import write_figure
 from mae_fast.files import write
 from mae_fast.page import Page
 from mae_fast.profile.pictures import memory, roofline
+from mae_fast.profile.step import PART_HEAD, part_rows
 from mae_fast.report import pictures, rows
 from mae_fast.report.rows import OURS
 
@@ -133,19 +142,15 @@ def _ratio_sections(page: Page, groups: list[tuple[str, list[dict[str, Any]]]]) 
         page.code(paper_table(cells).strip())
     page.section(
         "What is lost",
-        "What a step spends where masking does not shrink it: its share, and what the speed-up "
-        "over 0% would be without it.",
+        "What a step spends where masking does not shrink it: its share, and in brackets what the "
+        "speed-up over 0% would be without it.",
     )
     for n, (title, cells) in enumerate(groups):
         title = f"{OURS}, {title}"
         ours = [c for c in cells if c["engine"] == OURS and c["parts_a_clip"]]
         if ours:
             page.figure(f"parts-{n}", pictures.parts(ours, title), f"Parts of a step: {title}")
-        lost = []
-        for c, part in ((c, part) for c in cells for part in LOST if part in c["lost"]):
-            share, without = c["lost"][part]["share"], c["lost"][part]["speed_up_without"]
-            lost.append([f"{c['ratio']:.0%}", c["engine"], part, f"{share:.1%}", f"{without:.2f}x"])
-        page.table(["masked", "engine", "part", "share of step", "speed-up without it"], lost)
+        page.table(LOSS_HEAD, [lost_row(c) for c in cells if c["lost"]])
 
 
 def _profile_section(page: Page, record: Record, n: int) -> None:
@@ -157,23 +162,8 @@ def _profile_section(page: Page, record: Record, n: int) -> None:
     )
     for kind, draw in (("roofline", roofline), ("memory", memory)):
         page.figure(f"{kind}-{n}", draw(record), f"{kind.capitalize()}: {title}")
-    parts = []
-    for name, part in ((n, p) for n, engine in record["engines"].items() for p in engine["parts"]):
-        seconds, flop = part["seconds"], part.get("flop")
-        parts.append(
-            [
-                name,
-                part["phase"],
-                part["op"] or "-",
-                part["direction"] or "-",
-                f"{1e3 * seconds:.2f}",
-                f"{part['share']:.1%}",
-                number(flop / seconds / 1e9 if flop and seconds > 0 else None, ".0f"),
-                number(part.get("share_of_limit"), ".0%"),
-            ]
-        )
-    head = ["engine", "phase", "op", "direction", "ms", "share of step", "GFLOP/s", "of limit"]
-    page.table(head, parts)
+    parts = [[name, *row] for name, e in record["engines"].items() for row in part_rows(e)]
+    page.table(["engine", *PART_HEAD], parts)
 
 
 def _every_record(page: Page, found: list[Record], sources: list[str]) -> None:

@@ -137,7 +137,7 @@ def test_rows_of_the_tables():
     engine, other = {"parts": [*parts, left]}, {"parts": [parts[1]]}
     linear = ["decoder", "linear", "3", "10.0", "40.0", "5.0%", "3.0", "2000", "60", "40.0"]
     idle = ["idle", "", "-", "500.0", "-", "50.0%", *"------"]
-    assert list(step_module._rows(engine)) == [[*linear, "40%", "30.0 ms"], idle]
+    assert list(step_module.part_rows(engine)) == [[*linear, "40%", "30.0 ms"], idle]
     told = {"engines": {"a": engine, "b": other}, "seconds": {"a": [1.0], "b": [3.0]}}
     assert list(step_module._beside(told, "a", "b")) == [
         ["decoder", "linear", "50.0", "40.0", "0.80x"],
