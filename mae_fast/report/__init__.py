@@ -150,7 +150,8 @@ def _ratio_sections(page: Page, groups: list[tuple[str, list[dict[str, Any]]]]) 
         ours = [c for c in cells if c["engine"] == OURS and c["parts_a_clip"]]
         if ours:
             page.figure(f"parts-{n}", pictures.parts(ours, title), f"Parts of a step: {title}")
-        page.table(LOSS_HEAD, [lost_row(c) for c in cells if c["lost"]])
+        if lost := [lost_row(c) for c in cells if c["lost"]]:
+            page.table(LOSS_HEAD, lost)
 
 
 def _profile_section(page: Page, record: Record, n: int) -> None:
