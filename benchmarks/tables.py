@@ -128,12 +128,12 @@ def headline(results: Path) -> str:
     if not base or not fused:
         return "A training step of ViT-B is **unmeasured**."
     return (
-        f"**A training step of ViT-B on 2 CPU cores** (2 clips, 90% masked, fp32) is "
+        f"- **A training step of ViT-B on 2 CPU cores** (2 clips, 90% masked, fp32) is "
         f"**{_faster(EAGER)(*base):.1f}x** as fast as the\nofficial code ({times[0]:.1f}x"
         f" to {times[-1]:.1f}x over {len(times)} records), and {_faster(FUSED)(*fused):.2f}x as "
         f"fast as the official code with SDPA and\nfused AdamW ({where(base)}).\n"
         f"{_amx_line(read(results / 'amx.jsonl'))}"
-        f"{gpu.headline(results / 'gpu')} All numbers: [docs/results.md](docs/results.md)."
+        f"- {gpu.headline(results / 'gpu')} All numbers: [docs/results.md](docs/results.md)."
     )
 
 
@@ -238,7 +238,7 @@ def _amx_line(records: list[dict]) -> str:
         for found in (_times(records, *what, "bf16") for what in AMX)
     )
     return (
-        f"**In bf16 on 2 CPU cores with AMX**: VideoMAE-B **{peer}** transformers' with SDPA in "
+        f"- **In bf16 on 2 CPU cores with AMX**: VideoMAE-B **{peer}** transformers' with SDPA in "
         f"bf16 ({fp32} in fp32),\nViT-B **{official}** the official code in fp32: the least where "
         f"malloc keeps what is freed ({cpu(records[0])}).\n"
     )
