@@ -146,9 +146,15 @@ def test_a_target_encoder_computes_as_the_encoder_does():
 
 
 def test_bytes_of_casts_and_sums(tiny_cfg):
-    """Of 10 values: in 16 bits one is written and five are read; in fp32 two sums of three."""
+    """Of 10 values: in 16 bits two are written and three are read; in fp32 two sums of three. What
+    stands between ops is the decoder's, and a GPU's."""
     assert cost._cast(10, 2) == 10 * (2 + 3) * 2
     assert cost._cast(10, 4) == 10 * 2 * (2 + 1) * 4
+    assert (cost._between(10, 2), cost._between(10, 4)) == (10 * 15 * 2, 0)
+    encoder = cost.Step(tiny_cfg, 2, 0.5, cost.DEVICES["h100"], "encoder").bytes()
+    seen = memory.rows(tiny_cfg, 0.5).seen
+    values = 2 * tiny_cfg.depth * seen * tiny_cfg.embed_dim
+    assert encoder["casts and sums"] == cost._cast(values, 2)
     two, four = (cost.Step(tiny_cfg, n, 0.5, cost.DEVICES["h100"]).bytes() for n in (2, 4))
     assert four["casts and sums"] == 2 * two["casts and sums"] and four["adamw"] == two["adamw"]
 

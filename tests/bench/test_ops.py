@@ -14,6 +14,8 @@ from mae_fast.bench.ops import Plan
 from mae_fast.bench.records import problems, read
 from mae_fast.errors import BackendError
 from mae_fast.ops import OPS
+from mae_fast.ops.add_layer_norm import add_layer_norm
+from mae_fast.ops.work import outputs, work
 
 QUICK = Plan(model="quick", rounds=2)
 
@@ -52,6 +54,17 @@ def test_an_mlp_is_as_wide_as_its_block():
         width = x.shape[-1]
         assert fc1.shape == (4 * width, width) and fc2.shape == (width, 4 * width)
         assert (len(bias1), len(bias2)) == (4 * width, width)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_work_of_a_norm_whose_sum_goes_on_in_part(first):
+    """Its gradient is of that part; and what such a call is said to give is what it gives."""
+    x, y = torch.randn(3, 7, 8).bfloat16(), torch.randn(3, 7, 8)
+    args = x, y, torch.ones(8), torch.zeros(8), 1e-6, torch.bfloat16, first
+    _, backward = work("add_layer_norm", args)
+    assert backward.bytes == 3 * 8 * (7 * (2 + 4 + 4) + (7 - first) * 4)
+    given = [(out.shape, out.dtype) for out in add_layer_norm(*args)]
+    assert outputs("add_layer_norm", args) == given
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "adamw"])

@@ -182,6 +182,15 @@ def test_one_layer_in_half_matches_a_product_of_its_own(half):
         torch.testing.assert_close(leaves[1].grad, total, rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_alone_has_its_gradient_in_half(half):
+    """Where the weight is frozen."""
+    x, w, b = torch.randn(5, 6, 16), torch.randn(8, 16), torch.randn(8, requires_grad=True)
+    with _autocast(torch.bfloat16):
+        y = linear(x, w, b)
+    y.float().sum().backward()
+    assert torch.equal(b.grad, torch.full((8,), 30.0))
+
+
 @pytest.mark.parametrize("case", ["no_autocast", "bf16_weights", "other_sizes", "fp64"])
 def test_layers_stay_apart(case):
     """Where one product is not asked for, or the layers are not of one size."""
