@@ -143,7 +143,7 @@ def test_attention_with_exponentials_by_polynomial(shape, dtype, monkeypatch):
 
     tiles = [sizes["BY_FMA"] for sizes in configs.candidates()["attention_fwd"]["d32"][-2:]]
     args, pick = make(shape, DTYPES[dtype]), configs.pick
-    exact = {}
+    exact, saved = {}, None
     for by_fma in (0, *tiles, 8):
         monkeypatch.setattr(
             configs,
@@ -153,15 +153,18 @@ def test_attention_with_exponentials_by_polynomial(shape, dtype, monkeypatch):
             ),
         )
         check_op(attention, attention_ref, args, [torch.randn(args[0].shape)])
-        _, lse = torch.ops.mae_fast.attention_fwd(*args)
-        *_, dq, _, _ = gradients(attention, args)
-        exact[by_fma] = lse, dq
+        with torch.no_grad():  # each kernel alone: backward's from the same forward
+            forward = torch.ops.mae_fast.attention_fwd(*args)
+            saved = saved or forward
+            dq, *_ = torch.ops.mae_fast.attention_bwd(torch.ones_like(args[0]), *args, *saved)
+        exact[by_fma] = forward[1], dq
         key = args[1].detach().clone()
         key[:, 0] = float("nan")
         broken = attention(args[0], key, args[2])
         assert not broken.isfinite().any()
-    for plain, polynomial in zip(exact[0], exact[8], strict=True):
-        assert shape == "one_key" or not torch.equal(plain, polynomial)
+    same_lse, same_dq = map(torch.equal, exact[0], exact[8])
+    assert shape == "one_key" or not same_lse
+    assert shape.startswith("one_") or not same_dq  # few values may round to the same
 
 
 @pytest.mark.skipif(BACKENDS != ["triton"], reason="of the Triton kernels")
