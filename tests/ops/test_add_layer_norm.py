@@ -150,6 +150,14 @@ def test_add_layer_norm_of_which_some_tokens_go_on_compiles_whole(cpp):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_gradient_of_the_sum_that_does_not_fit_is_refused(cpp):
+    total, weight, rows = torch.ones(2, 5, 8), torch.ones(8), torch.ones(2, 5)
+    for tokens, first in ((5, 2), (4, 0), (3, 6), (5, -1)):
+        args = torch.ones(2, tokens, 8), total, total, weight, rows, rows, torch.float32, first
+        with pytest.raises(RuntimeError, match=rf"of the sum from token {first} on"):
+            torch.ops.mae_fast.add_layer_norm_bwd(*args, False)
+
+
 def test_add_layer_norm_refuses_shapes():
     x, y, weight, bias, eps = make((3, 8), torch.float32)
     with pytest.raises(ValueError, match=r"y \[2, 8\]"):
