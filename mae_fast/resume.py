@@ -42,6 +42,9 @@ OF_THE_MACHINE = {
     "eval.probe",
     "eval.train_index",
     "eval.test_index",
+    "test.temporal",
+    "test.spatial",
+    "test.short_side",
     "ava.train_csv",  # as of the index: what is in these files is compared
     "ava.val_csv",
     "ava.labels",
@@ -50,6 +53,9 @@ OF_THE_MACHINE = {
     "ava.train_detections",
     "ava.val_detections",
     "ava.frames",
+    "ava.box_extend",  # of a test, as these
+    "ava.times_detection",
+    "ava.val_every",
 }
 
 
@@ -172,6 +178,18 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "")
         elif name not in OF_THE_MACHINE and json.dumps(a) != json.dumps(b):
             changed.append(f"{name}: {a} -> {b}")
     return changed
+
+
+def moved(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings `old` of a run, but those of the machine as in `new`."""
+    found = dict(old)
+    for key, value in new.items():
+        name = prefix + key
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            found[key] = moved(old[key], value, name + ".")
+        elif name in OF_THE_MACHINE:
+            found[key] = value
+    return found
 
 
 _locked: weakref.WeakSet = weakref.WeakSet()

@@ -18,7 +18,7 @@ from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
 from mae_fast.ops.crop_resize_patchify_gather import crop_resized
 from mae_fast.ops.source import Source
-from mae_fast.tasks.config import ClipsConfig
+from mae_fast.tasks.config import ClipsConfig, ViewsConfig
 from mae_fast.tasks.randaugment import randaugment
 
 
@@ -32,7 +32,7 @@ def classes_of(rows: list[VideoRow], order: str = "") -> tuple[str, ...]:
     found = {r.label for r in rows}
     if not order:
         numbers = all(label.isdecimal() for label in found)
-        return tuple(sorted(found, key=int if numbers else None))
+        return tuple(sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
     try:
         text = Path(order).read_text(encoding="utf-8-sig")
         if order.endswith(".json"):
@@ -180,6 +180,7 @@ class Views:
         temporal: int,
         spatial: int,
     ) -> None:
+        ViewsConfig(temporal, spatial, short_side).check_sampling(cfg.sampling)
         self.rows, self.cfg, self.num_frames = rows, cfg, num_frames
         self.short_side, self.temporal, self.spatial = short_side, temporal, spatial
         # Which refuses a pack of smaller pictures than these, and not than training's.
@@ -208,7 +209,7 @@ class Views:
         indices = torch.stack(clips) + row.start
         unique, where = indices.unique(return_inverse=True)
         end = row.start + row.frames
-        found = self.reader._read(i, os.fspath(row.path), end, unique, self.short_side)
+        found = self.reader._tried(i, os.fspath(row.path), end, unique, self.short_side)
         pixels = images(found)
         boxes = views_in_space(self.cfg, *pixels.shape[1:3], self.spatial)
         middle = views_in_space(self.cfg, *pixels.shape[1:3], 1)

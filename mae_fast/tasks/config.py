@@ -66,7 +66,8 @@ class AugmentConfig:
             value = getattr(self, name)
             require(0 <= value <= 1, f"augment.{name} must be in [0, 1]", value)
         for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0, f"augment.{name} must not be negative", self.mixup)
+            value = getattr(self, name)
+            require(value >= 0, f"augment.{name} must not be negative", value)
         if self.randaugment:
             parse(self.randaugment)
 
@@ -134,6 +135,11 @@ class ViewsConfig:
         require(self.spatial in (1, 3), "test.spatial must be 1 or 3", self.spatial)
         require(self.short_side >= 0, "test.short_side must not be negative", self.short_side)
 
+    def check_sampling(self, sampling: Sampling) -> None:
+        if sampling == "uniform":
+            words = "test.temporal must be 1 or 2 with uniform sampling"
+            require(self.temporal <= 2, words, self.temporal)
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -167,9 +173,7 @@ class FinetuneConfig:
             "train.batch_size times data.repeat_aug must be even with mixup or cutmix",
             clips,
         )
-        if self.data.sampling == "uniform":
-            temporal = self.test.temporal
-            require(temporal <= 2, "test.temporal must be 1 or 2 with uniform sampling", temporal)
+        self.test.check_sampling(self.data.sampling)
         if self.task == "ava":
             self._check_ava()
 

@@ -12,10 +12,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from mae_fast import checkpoint, distributed
+from mae_fast import checkpoint, distributed, resume
 from mae_fast.classifier import VideoClassifier
+from mae_fast.config_file import to_dict
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError
+from mae_fast.fields import require
 from mae_fast.files import write, writing
 from mae_fast.page import Page, said
 from mae_fast.tasks.clips import Views, normalised, numbers_of
@@ -62,11 +64,10 @@ def test(
             cfg = replace(cfg, test=replace(cfg.test, short_side=short_side))
         test_ava(path, cfg, model, output, ema)
         return
+    require(batch_size > 0, "--batch-size must be positive", batch_size)
     rows = labelled(index or cfg.data.val_index)
     t = cfg.test
     temporal, spatial = temporal or t.temporal, spatial or t.spatial
-    if spatial not in (1, 3) or temporal < 1:
-        raise ConfigError(f"views must be 1 or more by 1 or 3, got {temporal} x {spatial}")
     short = short_side or t.short_side or cfg.model.img_size
     views = Views(rows, cfg.data, cfg.model.num_frames, short, temporal, spatial)
     labels = torch.tensor(numbers_of(rows, classes), device="cpu")
@@ -110,11 +111,13 @@ def load_run(
     run: str, ema: bool = False
 ) -> tuple[Path, FinetuneConfig, VideoClassifier, tuple[str, ...]]:
     """(checkpoint, configuration, classifier in eval mode, classes) of a run's TOML file, folder or
-    checkpoint; `ema`: with its averaged weights. Raises CheckpointError where that is no fine-tuned
-    classifier of a run, or it has no averaged weights."""
-    path = Path(run)
+    checkpoint; `ema`: with its averaged weights. A TOML file says again what may change in a run:
+    where videos are, and [test]. Raises CheckpointError where that is no fine-tuned classifier of a
+    run, or it has no averaged weights."""
+    path, asked = Path(run), None
     if path.suffix == ".toml":
-        path = Path(load(path).output)
+        asked = load(path)
+        path = Path(asked.output)
     if path.is_dir():
         found = checkpoint.checkpoints(path)
         if not found:
@@ -125,7 +128,7 @@ def load_run(
     if not isinstance(config, dict) or "classifier" not in config or "classes" not in state:
         raise CheckpointError(f"{path} is not a checkpoint of `mae-fast finetune`")
     try:
-        cfg = from_state(config)
+        cfg = from_state(resume.moved(config, to_dict(asked)) if asked else config)
     except (KeyError, TypeError, ConfigError) as e:
         raise CheckpointError(f"{path}: the configuration in its state is none: {e}") from e
     classes = tuple(state["classes"])

@@ -19,7 +19,8 @@ from mae_fast import cli, metrics, train
 from mae_fast.checkpoint import checkpoints, read
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
 from mae_fast.config import ModelConfig
-from mae_fast.data import VideoRow, read_index, write_index
+from mae_fast.config_file import to_dict
+from mae_fast.data import BadVideo, ClipDataset, VideoRow, read_index, write_index
 from mae_fast.data.pack import pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.model import MaskedAutoencoder
@@ -157,6 +158,8 @@ def test_views_are_the_official_codes():
 def test_classes_are_sorted_or_in_the_order_of_a_file(motions, tmp_path):
     rows = read_index(motions.train)
     assert clips.classes_of(rows) == ("down", "left", "right", "up")
+    numbers = ["0002", "002", "02", "2", "010", "10"]  # one order, whatever a set has
+    assert clips.classes_of([VideoRow("a.mp4", label=n) for n in numbers]) == tuple(numbers)
     order = tmp_path / "labels.json"
     order.write_text(json.dumps({"[up]": "0", "left": "1", "down": "2", "right": "3"}))
     assert clips.classes_of(rows, str(order)) == ("up", "left", "down", "right")
@@ -421,6 +424,48 @@ def test_test_counts_a_broken_video_as_wrong_and_keeps_logits(motions, tmp_path,
     assert again["top5_1x1"] <= 7 / 8
     assert cli.main(["test", str(tmp_path / "nothing.toml")]) == 2
     assert cli.main(["test", str(tmp_path)]) == 73
+
+
+def test_a_test_takes_what_its_toml_file_says_now(motions, tmp_path):
+    """Views and videos of a test are no part of the training, which goes on with others too."""
+    cfg = config(motions, tmp_path / "run", train__steps=1, data__val_index=str(motions.train))
+    finetune(cfg)
+    tree = to_dict(cfg) | {"test": {"temporal": 1, "spatial": 1}, "recipe": "mae_st_k400"}
+    assert finetune(from_dict(tree))["step"] == 1
+    tree["data"]["val_index"] = str(motions.val)
+    sections = [k for k, v in tree.items() if isinstance(v, dict)]
+    lines = [f"{k} = {json.dumps(tree[k])}" for k in tree if k not in sections]
+    for k in sections:
+        lines += [f"[{k}]", *(f"{n} = {json.dumps(v)}" for n, v in tree[k].items())]
+    (tmp_path / "tune.toml").write_text("\n".join(lines))
+    assert cli.main(["test", str(tmp_path / "tune.toml")]) == 0
+    results = json.loads((tmp_path / "run" / "test" / "results.json").read_text())
+    assert results["views"] == "1 x 1" and results["videos"] == 8
+
+
+def test_views_that_there_are_not_are_refused(motions, tmp_path, capsys):
+    rows = read_index(motions.val)
+    for sampling, temporal, spatial in (("uniform", 3, 1), ("seconds", 1, 2), ("frames", 0, 3)):
+        with pytest.raises(ConfigError, match=r"test\.(temporal|spatial) must be"):
+            clips.Views(rows, ClipsConfig(sampling=sampling), 4, 32, temporal, spatial)
+    finetune(config(motions, tmp_path / "run", train__steps=1, data__val_index=str(motions.val)))
+    assert cli.main(["test", str(tmp_path / "run"), "--batch-size", "0"]) == 2
+    assert "--batch-size must be positive, got 0" in capsys.readouterr().err
+
+
+def test_a_moment_s_trouble_makes_no_video_of_a_test_wrong(motions, monkeypatch):
+    read, tried = ClipDataset._read, []
+
+    def hindered(self, video, path, *how):
+        tried.append(video)
+        if tried.count(video) == 1:
+            raise BadVideo(path, "cannot be opened", False)
+        return read(self, video, path, *how)
+
+    monkeypatch.setattr(ClipDataset, "_read", hindered)
+    rows = read_index(motions.val)[:2]
+    batches = list(clips.Views(rows, ClipsConfig(workers=0), 4, 32, 1, 1).of(range(2)))
+    assert tried == [0, 0, 1, 1] and not any(b.bad for b in batches)
 
 
 def test_accuracies_combine_views():
