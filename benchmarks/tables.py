@@ -14,6 +14,7 @@ from benchmarks.gpu import tables as gpu
 from benchmarks.markdown import TARGET, cpu, malloc, newest, placed, read, section, target, where
 from mae_fast.bench.flops import step_flop
 from mae_fast.bench.ratio_table import NOISY, summary
+from mae_fast.bench.table import grouped
 from mae_fast.bench.timing import ratio, share, spread
 from mae_fast.config import preset
 from mae_fast.ops import OPS
@@ -22,7 +23,6 @@ from mae_fast.report.rows import (
     OURS,
     STEP_HEAD,
     bought,
-    grouped,
     op_faster,
     op_share,
     step_rows,

@@ -257,11 +257,11 @@ def measured(folder: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         same = where == here if found["device"] == "this" else found["device"].upper() in where
         if not same or record.get("precision", "bf16") != found["precision"]:
             continue
-        for step in records.steps(record):
-            if (step.model, step.ratio) == (found["model"], found["ratio"]):
-                row = {"seconds": statistics.median(step.seconds), "batch_clips": step.clips}
-                row |= {"device": where, "commit": record["environment"]["commit"]}
-                rows.append(row)
+        step = records.ours(record)
+        if step and all(record[key] == found[key] for key in ("model", "ratio")):
+            clips, seconds = step
+            row = {"seconds": statistics.median(seconds), "batch_clips": clips}
+            rows.append(row | {"device": where, "commit": record["environment"]["commit"]})
     return rows
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from benchmarks.gpu.engines import BAR, ENGINES, OURS
 from benchmarks.gpu.records import MEASURED, RESULTS
 from benchmarks.markdown import read, section, where
+from mae_fast.bench.table import grouped
 from mae_fast.bench.timing import ratio, spread
-from mae_fast.report.rows import grouped
 
 SOURCES = RESULTS / "sources.json"  # hash_of_sources -> commit
 

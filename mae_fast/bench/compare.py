@@ -13,6 +13,7 @@ import tyro
 
 from mae_fast.bench import records
 from mae_fast.bench.records import Record
+from mae_fast.bench.table import grouped
 from mae_fast.errors import ConfigError
 from mae_fast.figures import figure, write_figure
 
@@ -126,15 +127,13 @@ def history(
         output: the PNG to write.
         names: what to draw of each record: engines, or backends of an op.
     """
-    panels: dict[tuple, list[Record]] = {}
-    for record in (r for path in results for r in records.read(path)):
-        if set(names) & _seconds(record).keys():
-            panels.setdefault(records.subject(record), []).append(record)
+    every = (r for path in results for r in records.read(path))
+    panels = grouped((r for r in every if set(names) & _seconds(r).keys()), records.subject)
     if not panels:
         raise ConfigError(f"{', '.join(results)}: no record has {', '.join(names)}")
     drawing, _ = figure(8, 2.6 * len(panels), len(panels))
     generator = np.random.default_rng(0)
-    for axis, found in zip(drawing.axes, panels.values(), strict=True):
+    for axis, (_, found) in zip(drawing.axes, panels, strict=True):
         for name in names:
             _draw_history(axis, found, name, generator)
         axis.set_xticks(range(len(found)), [_origin(r).split(",")[0] for r in found], fontsize=7)

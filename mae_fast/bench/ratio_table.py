@@ -5,13 +5,14 @@
 
 import statistics
 from collections.abc import Callable
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from mae_fast.bench.cell import Cell, config_of
 from mae_fast.bench.engines import flop_limit, label, source_of, work
 from mae_fast.bench.flops import forward_flop
 from mae_fast.bench.paper import PAPER
-from mae_fast.bench.table import number, text_table
+from mae_fast.bench.table import grouped, number, text_table
 from mae_fast.bench.timing import ratio, share, spread
 
 OFFICIAL = "official_eager"
@@ -23,11 +24,10 @@ OVERHEAD = ("rest", "mask", "loss", "idle")
 
 def assemble(log: dict[str, Any], cells: list[Cell]) -> list[dict]:
     """A record for each model, strategy and ratio: all engines, with all their samples."""
-    groups: dict[tuple, list[Cell]] = {}
     timed = {key for line in log["rounds"] for key in line["seconds"]} - log["skipped"].keys()
-    for cell in (c for c in cells if c.key in timed):
-        groups.setdefault((cell.model, cell.strategy, cell.ratio), []).append(cell)
-    return [_record(log, group) for group in groups.values()]
+    found = (cell for cell in cells if cell.key in timed)
+    groups = grouped(found, attrgetter("model", "strategy", "ratio"))
+    return [_record(log, group) for _, group in groups]
 
 
 def _record(log: dict[str, Any], cells: list[Cell]) -> dict:
@@ -193,10 +193,7 @@ def _data(record: dict, dense: dict | None, name: str) -> dict | None:
 
 def print_tables(told: dict[str, Any]) -> None:
     """The cells, what is lost, the paper's table, and what was left out."""
-    groups: dict[tuple, list[dict]] = {}
-    for cell in told["cells"]:
-        groups.setdefault((cell["model"], cell["strategy"]), []).append(cell)
-    for (model, strategy), cells in groups.items():
+    for (model, strategy), cells in grouped(told["cells"], itemgetter("model", "strategy")):
         print(f"\n{model}, {strategy} masking, {cells[0]['precision']}, {cells[0]['device']}")
         print(text_table([*CELL], map(cell_row, cells)))
         if any(c["noisy"] for c in cells):

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
@@ -141,22 +141,13 @@ def problems(record: Any) -> list[str]:
     return found
 
 
-class Step(NamedTuple):
-    """Samples of mae_fast's training step; ratio 0: its encoder saw every token."""
-
-    model: str
-    ratio: float
-    clips: int
-    seconds: list[float]
-
-
-def steps(record: Record) -> list[Step]:
-    """The steps of mae_fast that a record holds."""
+def ours(record: Record) -> tuple[int, list[float]] | None:
+    """(clips, samples) of mae_fast's step, where a record has it."""
     seconds = record.get("seconds", {})
     if record["kind"] not in ("steps", "ratio") or "mae_fast" not in seconds:
-        return []
+        return None
     clips = record["engines"].get("mae_fast", {}).get("clips", record["batch_clips"])
-    return [Step(record["model"], record["ratio"], clips, seconds["mae_fast"])]
+    return clips, seconds["mae_fast"]
 
 
 def subject(record: Record) -> tuple:

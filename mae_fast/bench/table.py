@@ -1,6 +1,17 @@
-"""Tables as text."""
+"""Tables as text, and what their rows are grouped by."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[tuple[Any, list[T]]]:
+    """[(value of key, its items)], in the order in which values first appear."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
 
 
 def number(value: float | None, form: str, unit: str = "") -> str:

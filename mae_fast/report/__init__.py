@@ -19,6 +19,7 @@ from mae_fast.bench.ratio_table import (
     summary,
 )
 from mae_fast.bench.records import Record
+from mae_fast.bench.table import grouped
 from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import spread
 from mae_fast.errors import ConfigError
@@ -77,7 +78,7 @@ def build(found: list[Record], sources: list[str]) -> Page:
     engines = [r for r in kinds["steps"] if len(r["seconds"]) > 1]
     groups = [
         (f"{model}, {strategy} masking, {clips} clips, {precision}", summary(group)["cells"])
-        for (model, strategy, precision, clips, _), group in rows.grouped(
+        for (model, strategy, precision, clips, _), group in grouped(
             kinds["ratio"],
             lambda r: (*itemgetter(*GROUP)(r), records.where(r)),
         )
@@ -188,7 +189,7 @@ def _every_record(page: Page, found: list[Record], sources: list[str]) -> None:
     pairs = ((key, str(value)) for r in found for key, value in r["environment"].items())
     values = [
         [key, "; ".join(dict.fromkeys(value for _, value in group))]
-        for key, group in rows.grouped(pairs, itemgetter(0))
+        for key, group in grouped(pairs, itemgetter(0))
     ]
     page.table(["what", "found"], values)
     page.section(

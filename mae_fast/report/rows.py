@@ -1,7 +1,7 @@
 """The rows of tables of records, for the page (mae_fast/report) and for docs/results.md."""
 
 import statistics
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from mae_fast.bench.records import Record
@@ -13,16 +13,6 @@ STEP_HEAD = ["engine", "clips", "seconds a step", "spread", "samples", "mae_fast
 STEP_HEAD += ["forward + backward", "waiting for data", "peak MB"]
 OP_HEAD = ["op", "shape", "direction", "precision", "backend", "ms", "spread", "share", "of"]
 OP_HEAD += ["speed-up", "over", "commit"]
-
-
-def grouped(
-    records: Iterable[Record], key: Callable[[Record], Hashable]
-) -> list[tuple[Any, list[Record]]]:
-    """[(value of key, its records)], in the order in which values first appear."""
-    groups: dict[Hashable, list[Record]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return list(groups.items())
 
 
 def bought(cells: Iterable[dict[str, Any]]) -> list[str]:
