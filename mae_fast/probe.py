@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mae_fast import checkpoint, weights
-from mae_fast.classifier import ClassifierConfig, FamilyName, VideoClassifier
+from mae_fast.classifier import FAMILIES, ClassifierConfig, FamilyName, VideoClassifier
 from mae_fast.config import preset
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError, DataError
@@ -62,7 +62,8 @@ def features(
         output: the file to write.
         tokens: keep every patch's, which the attentive probe needs.
         model: a preset, for weights that do not say which model they are.
-        family: whose pixels and positions, for such weights; a slowfast run says so itself.
+        family: whose pixels and positions, for such weights and fine-tuned runs; a slowfast run
+            says so itself.
         temporal: clips spread over a video.
         spatial: square crops, 1 or 3.
         short_side: pixels of the short side; 0: the model's own side.
@@ -99,12 +100,17 @@ def features(
 
 def encoder(source: str, model: str = "", family: FamilyName = "mae_st") -> VideoClassifier:
     """A frozen encoder with its own last norm; its head means nothing."""
-    found, _ = weights._read(Path(source))
+    found, table = weights._read(Path(source))
     if not found and not model:
         raise ConfigError(f"{source} does not say which model it is: name it (--model vit_base)")
     if found:
         family = "slowfast" if found.variant == "slowfast" else family
-    cfg = ClassifierConfig(found or preset(model), family, 2, pool="first")
+    learned = any("pos_embed" in name for name in table)
+    if learned != FAMILIES[family].learned:
+        has = "has learned positions" if learned else "has no positions, as fixed ones are not kept"
+        raise ConfigError(f"{source} {has}: it is not of family {family}, name its own (--family)")
+    # Of one class: a head that no file has.
+    cfg = ClassifierConfig(found or preset(model), family, 1, pool="first")
     net = VideoClassifier(cfg).eval().requires_grad_(False)
     into.load(net, source)
     return net
@@ -173,19 +179,19 @@ def features_of(
     device, bad, found = net.head.weight.device, [], []
     m, norm = net.cfg.model, getattr(net, net.norm_name)
     empty = (len(views), *((m.num_patches,) if tokens else ()), m.embed_dim)
+    kind = torch.bfloat16 if tokens else torch.float32
     for batch in views.of(range(len(views.rows)), waiting):
         if batch.bad:
             bad += batch.bad
-            found.append(torch.full(empty, torch.nan, device="cpu"))
+            found.append(torch.full(empty, torch.nan, dtype=kind, device="cpu"))
             continue
         parts = []
         for part in normalised(batch.to(device), net).split(size):
             x = layer_norm(net.tokens(part), norm.weight, norm.bias, norm.eps)
             x = x[:, int(net.has_cls) :]
             parts.append(x if tokens else x.mean(dim=1))
-        found.append(torch.cat(parts).float().cpu())
-    out = torch.stack(found)
-    return out.bfloat16() if tokens else out, bad
+        found.append(torch.cat(parts).to("cpu", kind))
+    return torch.stack(found), bad
 
 
 def probe(
@@ -260,9 +266,12 @@ def knn(x: Tensor, labels: Tensor, y: Tensor, classes: int, k: int) -> Tensor:
     exp(similarity / TEMPERATURE). Of each video the last view, the middle one."""
     x, y = (F.normalize(t[:, -1].float(), dim=-1) for t in (x, y))
     good = x.isfinite().all(dim=1)
-    near, at = (y @ x[good].T).topk(min(k, int(good.sum())), dim=1)
-    votes = F.one_hot(labels[good][at], classes) * (near / TEMPERATURE).exp()[..., None]
-    return votes.sum(dim=1)
+    x, labels, found = x[good], labels[good], []
+    for part in y.split(256):  # of Kinetics, all similarities at once would be 19 GB
+        near, at = (part @ x.T).topk(min(k, len(x)), dim=1)
+        votes = torch.zeros(len(part), classes, device="cpu")
+        found.append(votes.scatter_add_(1, labels[at], (near / TEMPERATURE).exp()))
+    return torch.cat(found)
 
 
 class LinearHead(nn.Module):

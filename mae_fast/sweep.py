@@ -30,7 +30,7 @@ from mae_fast.sweep_judge import Judge
 from mae_fast.sweep_ready import PAPER, READY, Arm
 from mae_fast.train import pretrain
 
-# Of Student's t, two-sided 95%, by degrees of freedom from 1 on; the normal's after them.
+# Of Student's t, two-sided 95%, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _KEYS = {"config": str, "output": str, "seeds": list, "ready": list}
 _KEYS |= {"arms": dict, "grid": dict, "judge": dict}
@@ -254,8 +254,17 @@ def interval(values: list[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return statistics.fmean(values), math.nan
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+    return statistics.fmean(values), _t95(n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def _t95(freedom: int) -> float:
+    """Student's t: of the table, and beyond it by its expansion in 1 / freedom (Abramowitz and
+    Stegun 26.7.5), to 1e-3."""
+    if freedom <= len(_T95):
+        return _T95[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
 
 
 def table(found: Sweep, results: dict, judge: Judge) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def check(judge: Judge) -> None:
 def _labelled(judge: Judge, key: str) -> list[VideoRow]:
     path = getattr(judge, key)
     require(path != "", f"a probe needs judge.{key}, an index with labels", path)
-    rows = read_index(path)
+    rows = read_index(path, broken=key == "test_index")  # a broken one counts as wrong
     for row in rows:
         if row.label is None:
             raise ConfigError(f"{path}: {row.path} has no label, which a probe needs")

@@ -5,13 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from statistics import stdev
 
 import pytest
 import torch
 
-from mae_fast import cli, evaluate, metrics, sweep, sweep_page
+from mae_fast import cli, evaluate, metrics, sweep, sweep_judge, sweep_page
 from mae_fast.checkpoint import read
-from mae_fast.data import build_index
+from mae_fast.data import VideoRow, build_index, write_index
 from mae_fast.errors import Interrupted
 from mae_fast.sweep_ready import READY
 
@@ -289,6 +290,18 @@ def test_intervals_are_student_s():
     mean, half = sweep.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
     assert math.isnan(sweep.interval([1.0])[1])
+    for n, t in ((11, 2.2281), (12, 2.2010), (16, 2.1314), (31, 2.0423)):
+        values = [0.0] * (n - 1) + [1.0]
+        assert sweep.interval(values)[1] * math.sqrt(n) / stdev(values) == pytest.approx(t, 1e-3)
+
+
+def test_a_video_known_to_be_broken_is_judged_wrong(tmp_path):
+    """It learns of none, and is told as any other."""
+    rows = [VideoRow("a.mp4", "x", error="none"), VideoRow("b.mp4", "x", frames=9, fps=9.0)]
+    write_index(rows, tmp_path / "index.jsonl")
+    judge = sweep_judge.Judge(None, ("knn",), *[str(tmp_path / "index.jsonl")] * 2, 1)
+    counts = [len(sweep_judge._labelled(judge, f"{which}_index")) for which in ("train", "test")]
+    assert counts == [1, 2]
 
 
 @pytest.mark.parametrize("name", READY)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mae_fast import checkpoint
 from mae_fast.classifier import VideoClassifier, init_head, param_groups
 from mae_fast.config import num_keep
-from mae_fast.data import Batch, Loader, VideoRow
+from mae_fast.data import Batch, Loader, VideoRow, read_index
 from mae_fast.distributed import World
 from mae_fast.masking import draw_ids
 from mae_fast.optim import lr_at
@@ -45,7 +45,9 @@ class FinetuneRun(Run):
     def _read_rows(self) -> tuple[list[VideoRow], list[VideoRow]]:
         rows, val_rows = super()._read_rows()
         self.classes = classes_of(rows, self.cfg.data.classes)
-        numbers_of(val_rows, self.classes)
+        # As in a test, videos that are known to be broken count as wrong.
+        self.judged = read_index(self.cfg.data.val_index, broken=True) if val_rows else []
+        numbers_of(self.judged, self.classes)
         return rows, val_rows
 
     def _make_model(self) -> VideoClassifier:
@@ -144,8 +146,8 @@ class FinetuneRun(Run):
         """Loss and accuracy of one middle view of every held-out video."""
         cfg = self.cfg
         short = cfg.test.short_side or cfg.model.img_size
-        views = Views(self.val_rows, cfg.data, cfg.model.num_frames, short, 1, 1)
-        labels = torch.tensor(numbers_of(self.val_rows, self.classes), device="cpu")
+        views = Views(self.judged, cfg.data, cfg.model.num_frames, short, 1, 1)
+        labels = torch.tensor(numbers_of(self.judged, self.classes), device="cpu")
         try:
             logits, bad = score.logits_of(
                 self.model, views, range(len(views.rows)), cfg.train.precision,

@@ -468,6 +468,28 @@ def test_a_moment_s_trouble_makes_no_video_of_a_test_wrong(motions, monkeypatch)
     assert tried == [0, 0, 1, 1] and not any(b.bad for b in batches)
 
 
+def test_a_video_known_to_be_broken_counts_as_wrong_while_it_trains_too(motions, tmp_path):
+    rows = read_index(motions.val)
+    rows[0] = dataclasses.replace(rows[0], error="not a video", frames=0)
+    write_index(rows, tmp_path / "val.jsonl")
+    changes = dict(train__steps=1, data__val_index=str(tmp_path / "val.jsonl"))
+    row = finetune(config(motions, tmp_path / "run", **changes))
+    score.test(str(tmp_path / "run"))
+    results = json.loads((tmp_path / "run" / "test" / "results.json").read_text())
+    assert 0 < row["val_acc1"] == results["top1_1x1"] and results["bad_videos"] == 1
+
+
+def test_the_page_of_ten_thousand_classes_needs_no_table_of_their_pairs(largest):
+    labels = torch.tensor([7, 7, 7, 3])
+    logits = torch.nn.functional.one_hot(torch.tensor([9, 9, 7, 4]), 10_000)[:, None].float()
+    logits[3] = torch.nan
+    classes, rows = tuple(f"c{i}" for i in range(10_000)), [VideoRow("none.mp4")] * 4
+    with largest:
+        text = score.page({}, logits, labels, rows, classes, []).html()
+    assert largest.numbers <= 10 * 10_000
+    assert 'c7</td><td class="text">c9</td><td>2<' in text and "c3</td>" not in text
+
+
 def test_accuracies_combine_views():
     logits = torch.tensor([
         # Softmax is fooled by one sure view less than logits are.

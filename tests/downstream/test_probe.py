@@ -8,10 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mae_fast import cli, probe
+from mae_fast import checkpoint, cli, probe
+from mae_fast.classifier import ClassifierConfig, VideoClassifier
 from mae_fast.config import ModelConfig
+from mae_fast.config_file import to_dict
 from mae_fast.data import read_index
-from mae_fast.errors import DataError
+from mae_fast.errors import ConfigError, DataError
 from mae_fast.forward import encode
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.layer_norm import layer_norm
@@ -83,6 +85,22 @@ def test_probes_find_what_is_there_and_count_bad_videos_as_wrong():
     assert found["attentive_chosen"] == "rate 0.01, decay 0.01"
 
 
+def test_nearest_neighbours_vote_a_few_videos_at_a_time(largest):
+    """Of Kinetics, the similarities of all would be 19 GB."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 1, 8, generator=generator) for n in (300, 700))
+    labels = torch.randint(0, 40, (300,), generator=generator)
+    with largest:
+        found = probe.knn(x, labels, y, 40, 10)
+    assert largest.numbers <= 256 * 300
+    x, y = (t[:, 0] / t[:, 0].norm(dim=1, keepdim=True) for t in (x, y))
+    for scores, similar in zip(found, y @ x.T, strict=True):
+        wanted = torch.zeros(40)
+        for i in similar.argsort(descending=True)[:10].tolist():
+            wanted[labels[i]] += (similar[i] / 0.07).exp()
+        torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-3)
+
+
 def test_heads_are_chosen_without_the_test(monkeypatch):
     """The test's labels change nothing but the accuracy."""
     (x, a), (y, b) = blobs(60, 0, far=0.5), blobs(30, 1, far=0.5)
@@ -95,9 +113,7 @@ def test_heads_are_chosen_without_the_test(monkeypatch):
 
 def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys):
     model = MaskedAutoencoder(ModelConfig(**TINY))
-    from mae_fast import checkpoint, config_file
-
-    state = {"model": config_file.to_dict(model.cfg)}
+    state = {"model": to_dict(model.cfg)}
     optimizer = torch.optim.AdamW(model.parameters())
     path = checkpoint.save(tmp_path, 1, model, optimizer, {"config": state, "run": "r"}, 1)
     for name, index in (("a", motions.train), ("b", motions.val)):
@@ -119,6 +135,26 @@ def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys)
     assert "error" in capsys.readouterr().err
     unknown = str(tmp_path / "x.safetensors")
     assert cli.main(["features", unknown, str(motions.val), "-o", "y"]) == 2
+
+
+def test_weights_are_taken_for_their_own_family_or_refused(tmp_path):
+    """Without its own positions a VideoMAE would have none; of one with two classes, whose head is
+    as large as an encoder's that has one for form's sake, no pooling is asked."""
+    models = {
+        "learned": MaskedAutoencoder(ModelConfig(**TINY)),
+        "no": VideoClassifier(ClassifierConfig(ModelConfig(**TINY), "videomae", 2)),
+    }
+    for (has, model), right, wrong in zip(
+        models.items(), ("mae_st", "videomae"), ("transformers", "slowfast"), strict=True
+    ):
+        state = {"config": {"model": to_dict(ModelConfig(**TINY))}, "run": "r"}
+        how = model, torch.optim.AdamW(model.parameters()), state, 1
+        (tmp_path / has).mkdir()
+        path = str(checkpoint.save(tmp_path / has, 1, *how))
+        with pytest.raises(ConfigError, match=f"has {has} positions.*not of family {wrong}"):
+            probe.encoder(path, family=wrong)
+        net = probe.encoder(path, family=right)
+        assert torch.equal(net.blocks[0].attn.q.weight, model.blocks[0].attn.q.weight)
 
 
 def test_a_live_encoder_is_judged_as_its_checkpoint_would_be(motions):
