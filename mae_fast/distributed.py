@@ -142,14 +142,15 @@ def srun(env: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in env or size == 1:
         return {}
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
-    # node[03-07,11] or a1,a2: the first of them
-    prefix, first = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes).groups()
+    # node[03-07,11]-ib or a1,a2: the first of them
+    first = re.match(r"(?:[^\[,]|\[.*?\])+", nodes)[0]
+    first = re.sub(r"\[(\w+).*?\]", r"\1", first)
     job = int(env["SLURM_JOB_ID"]) * 10 + int(env.get("SLURM_STEP_ID", 0))
     local = env["SLURM_LOCALID"]
     if torch.cuda.is_available() and torch.cuda.device_count() == 1:
         local = "0"  # --gpus-per-task shows each task its own alone
     found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(size), "LOCAL_RANK": local}
-    where = {"MASTER_ADDR": prefix + (first or ""), "MASTER_PORT": str(15000 + job % 16000)}
+    where = {"MASTER_ADDR": first, "MASTER_PORT": str(15000 + job % 16000)}
     return found | {k: env.get(k, v) for k, v in where.items()}
 
 

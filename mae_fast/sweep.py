@@ -182,6 +182,9 @@ def _checked(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Arm]]:
         arms[name] = Arm(_nested(changed))
     if not arms:
         raise ConfigError("there are no arms: give ready, [arms.NAME] or [grid]")
+    for name, arm in arms.items():
+        own = "output" in arm.overrides or "seed" in arm.overrides.get("train", {})
+        require(not own, "output and train.seed are the sweep's own, not an arm's", name)
     require(len({*map(_folder, arms)}) == len(arms), "arms of one folder", sorted(arms))
     return tree, arms
 

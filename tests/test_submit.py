@@ -33,6 +33,8 @@ SLURM = {
         ("a1", "a1"),
         ("a1,b2", "a1"),
         ("rack-3-[004-005,9],x1", "rack-3-004"),
+        ("gpu[3-4]-ib", "gpu3-ib"),
+        ("rack[1-2,5]n[03-04],x1", "rack1n03"),
         ("n-1.site.org,n-2.site.org", "n-1.site.org"),
     ],
 )

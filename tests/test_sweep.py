@@ -320,6 +320,10 @@ def test_ready_sweeps_are_configurations(name, made, tmp_path):
         ("seeds = [1, 1]\nready = 'ratio'", "seeds must be different"),
         ("seeds = 1\nready = 'ratio'", "seeds must be list, got 1"),
         ("[grid]\n'mask.ratio' = 0.5", "lists of values"),
+        (
+            "[grid]\n'train.seed' = [1, 2]",
+            "are the sweep's own, not an arm's, got 'seed 1'",
+        ),
         ('[arms.bad]\n"mask.ratio" = 2.0', "arm bad: mask.ratio must be in [0, 1)"),
         ("judge.by = 'accuracy'\n[arms.a]", "must be of loss, knn, attentive, got 'accuracy'"),
         ("judge.by = []\n[arms.a]", "judge.by must name one at least"),
@@ -327,8 +331,8 @@ def test_ready_sweeps_are_configurations(name, made, tmp_path):
         ("judge.videos = 'x'\n[arms.a]", "unknown key 'judge.videos'"),
         ("judge.by = 'knn'\n[arms.a]", "has no label, which a probe needs"),
     ],
-    ids="unknown no_arms unknown_key a_seed_twice no_seeds no_list bad_arm unknown_judge no_judge "
-    "no_epoch judge_s_unknown_key no_labels".split(),
+    ids="unknown no_arms unknown_key a_seed_twice no_seeds no_list an_arm_s_seed bad_arm "
+    "unknown_judge no_judge no_epoch judge_s_unknown_key no_labels".split(),
 )
 def test_what_cannot_be_is_refused_before_anything_runs(text, words, made, tmp_path, capsys):
     assert cli.main(["sweep", str(made(text))]) == 2

@@ -24,7 +24,7 @@ from mae_fast.spans import spanned
 def _state(optimizer: torch.optim.AdamW, p: Tensor) -> dict[str, Tensor]:
     """A parameter's state, made as torch's fused step makes it."""
     state = optimizer.state[p]
-    if not state:
+    if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     return state

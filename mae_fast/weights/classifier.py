@@ -102,12 +102,13 @@ def _positions(
         table |= {n: p.detach() for n, p in model.named_parameters() if n in kept}
         return
     if model.has_cls and "cls_token" not in table:
-        for name in ("cls_token", *(["pos_embed_class"] if cfg.sep_pos_embed else [])):
-            table[name] = getattr(model, name).detach()
+        table["cls_token"] = model.cls_token.detach()
         said.append("cls_token: not in the file, left as it was")
+        zero = torch.zeros_like(model.cls_token.detach())
         if "pos_embed" in table:
-            zero = torch.zeros_like(table["pos_embed"][:, :1])
             table["pos_embed"] = torch.cat([zero, table["pos_embed"]], dim=1)
+        else:
+            table["pos_embed_class"] = getattr(model, "pos_embed_class", zero).detach()
     steps = found.grid[0] if found else cfg.grid[0]
     old = positions.grid_of(table, "", steps)
     if old != cfg.grid:

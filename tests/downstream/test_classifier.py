@@ -270,6 +270,18 @@ def test_separable_positions_are_interpolated_in_time_and_space(tmp_path):
     assert torch.equal(large.cls_token, small.cls_token)
 
 
+def test_separable_positions_without_a_cls_token_fit_a_joint_table_with_one(tmp_path):
+    small = tiny(model=dict(cls_embed=False))
+    torch.nn.init.normal_(small.pos_embed_spatial)
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    joint = tiny(model=dict(sep_pos_embed=False))
+    assert "cls_token: not in the file, left as it was" in into.load(
+        joint, tmp_path / "small.safetensors"
+    )
+    positions = torch.cat([torch.zeros(1, 1, 16), small._pos()[0][None]], dim=1)
+    assert torch.equal(joint.pos_embed, positions)
+
+
 def test_head_of_other_classes_and_a_decoder_are_listed(tmp_path, tiny_cfg):
     save_file(Golden("mae_st").state(), tmp_path / "w.safetensors")
     model = tiny(num_classes=7)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mae_fast
 from mae_fast import cli, metrics, train
 from mae_fast.checkpoint import checkpoints, read
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
@@ -24,10 +25,11 @@ from mae_fast.data import BadVideo, ClipDataset, VideoRow, read_index, write_ind
 from mae_fast.data.pack import pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.model import MaskedAutoencoder
+from mae_fast.ops.adamw import clipped_adamw
 from mae_fast.step import WARMUP, Step
 from mae_fast.tasks import clips, score
 from mae_fast.tasks.augment import smoothed, soft_cross_entropy
-from mae_fast.tasks.classify import FinetuneRun, learning_rate, mask_ratio
+from mae_fast.tasks.classify import FinetuneRun, average, learning_rate, mask_ratio
 from mae_fast.tasks.config import RECIPES, ClipsConfig, FinetuneConfig, from_dict
 from mae_fast.tasks.finetune import finetune
 
@@ -358,6 +360,22 @@ def test_averaged_weights_are_timms_and_are_tested(motions, tmp_path, capsys):
     finetune(config(motions, tmp_path / "plain", train__steps=1))
     assert cli.main(["test", str(tmp_path / "plain"), "--ema", "--index", str(motions.val)]) == 73
     assert "no averaged weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_average_begins_with_a_step_that_is_skipped(backend):
+    model = torch.nn.Linear(3, 2)
+    params, optimizer = list(model.parameters()), torch.optim.AdamW(model.parameters(), fused=True)
+    start = [p.detach().clone() for p in params]
+    for first, grad in ((True, torch.inf), (False, 1.0)):
+        for p in params:
+            p.grad = torch.full_like(p, grad)
+        with mae_fast.backends(adamw=backend):
+            clipped_adamw(optimizer, 0.0)
+        average(optimizer, params, 0.5, [p.clone() for p in start] if first else None)
+    for p, before in zip(params, start, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["ema"], (before + p) / 2)
+        assert optimizer.state[p]["step"] == 1 and not torch.equal(p, before)
 
 
 def test_a_masked_run_says_that_it_has_no_graph(motions, tmp_path, caplog):
