@@ -174,12 +174,14 @@ def test_on_a_cpu_ours_keeps_nothing(monkeypatch):
     assert found == [False]
 
 
-def test_interleave_calls_each_once_a_round():
+def test_interleave_calls_each_once_a_round_in_an_order_drawn_anew():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = timing.interleave(functions, rounds=4)
-    assert [sorted(calls[i : i + 3]) for i in range(0, 12, 3)] == [list("abc")] * 4
-    assert {name: len(t) for name, t in times.items()} == {"a": 4, "b": 4, "c": 4}
+    times = timing.interleave(functions, rounds=40)
+    rounds = [calls[i : i + 3] for i in range(0, 120, 3)]
+    assert {*map(tuple, map(sorted, rounds))} == {tuple("abc")}
+    assert {order[0] for order in rounds} == {order[-1] for order in rounds} == {*"abc"}
+    assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", 40)
 
 
 def test_ratio_is_taken_round_by_round():

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -148,11 +149,36 @@ def test_without_limits_times_are_compared(tmp_path, capsys):
     assert all(v.endswith("x as long") for v in found.values())
 
 
+def test_an_interval_leaves_as_much_below_as_above():
+    """Of two samples a quarter of the draws' medians is the less, and a quarter the greater."""
+    for level, low, high in ((0.7, 1.0, 3.0), (0.3, 2.0, 2.0)):
+        generator = np.random.default_rng(0)
+        assert compare.interval([1.0], [1.0, 3.0], generator, level) == (2.0, low, high)
+
+
+def test_all_lines_together_hold_with_the_confidence(tmp_path):
+    """Of many lines each has a wider interval than it would have alone, of the same draws."""
+    both = [records.newest(records.read(path)) for path in two_files(tmp_path, times=1.1)]
+    many = compare.compare_records(*both)
+    alone = [
+        {subject: record | {"seconds": {many[0]["name"]: record["seconds"][many[0]["name"]]}}}
+        for each in both
+        for subject, record in each.items()
+    ]
+    (one,) = compare.compare_records(*alone)
+    assert len(many) > 1 and one["ratio"] == many[0]["ratio"]
+    assert many[0]["low"] < one["low"] < one["high"] < many[0]["high"]
+
+
 def test_lines_of_one_file(tmp_path, capsys):
     path = str(tmp_path / "r.jsonl")
-    for _ in range(2):
-        records.append(path, RECORD)
-    assert set(verdicts([f"{path}:1", f"{path}:-1"], capsys).values()) == {compare.NO_DIFFERENCE}
+    for times in (1.0, 2.0):
+        seconds = {name: [times * s for s in x] for name, x in RECORD["seconds"].items()}
+        records.append(path, RECORD | {"seconds": seconds})
+    slower, faster = "B takes 2.00x as long", "B is 2.00x as fast"
+    for a, b, said in ((1, -1, slower), (1, 2, slower), (2, 1, faster), (-2, 2, slower)):
+        assert set(verdicts([f"{path}:{a}", f"{path}:{b}"], capsys).values()) == {said}
+    assert set(verdicts([f"{path}:2", path], capsys).values()) == {compare.NO_DIFFERENCE}
     assert cli.main(["bench", "compare", f"{path}:3", path]) == 2
     assert "has lines 1 to 2, not 3" in capsys.readouterr().err
 
@@ -171,3 +197,11 @@ def test_history_is_drawn(tmp_path, capsys):
     assert cli.main(["bench", "history", results, "-o", str(out)]) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
     assert cli.main(["bench", "history", results, "--names", "nobody"]) == 2
+
+
+def test_a_bar_of_history_is_its_interval():
+    """Of 1, 2 and 9 a quarter of the draws' medians is 1, and a quarter 9."""
+    axis, record = mock.Mock(), RECORD | {"seconds": {"mae_fast": [1.0, 2.0, 9.0]}}
+    compare._draw_history(axis, [record], "mae_fast", np.random.default_rng(0))
+    at, medians, (below, above) = axis.errorbar.call_args.args
+    assert (at, medians, below, above) == ((0,), (2.0,), (1.0,), (7.0,))
