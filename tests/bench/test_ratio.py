@@ -15,7 +15,7 @@ from mae_fast.bench.engines import OURS, Masking
 from mae_fast.bench.ratio import Run
 from mae_fast.bench.records import problems
 from mae_fast.bench.table import text_table
-from mae_fast.config import preset
+from mae_fast.config import Config, DataConfig, preset
 from mae_fast.errors import ConfigError
 from mae_fast.masking import STRATEGIES, draw_ids
 from mae_fast.profile.trace import trace
@@ -150,6 +150,27 @@ def test_bench_step_is_a_cell_and_keeps_its_record(tmp_path, monkeypatch, capsys
         assert capsys.readouterr().out == f"['{key}']\n"
 
 
+def test_steps_from_video_are_those_after_the_warm_up(monkeypatch):
+    """And the run is so much longer that its workers are still at work in the last."""
+
+    def fake(cfg):
+        assert cfg.train.steps == 2 + 3 + 2 + 2 * 1
+        rows = ({"step": n, "step_seconds": n, "data_wait": n / 10} for n in range(1, 10))
+        Path(cfg.output, "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    monkeypatch.setattr(step, "pretrain", fake)
+    cfg = Config(data=DataConfig(workers=1))
+    assert step.time_run(cfg, steps=3, warmup=2) == ([3, 4, 5], [0.3, 0.4, 0.5])
+
+
+def test_until_update_ends_where_the_optimizer_begins(monkeypatch):
+    optimizer, found = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), {}
+    times = iter((10.0, 13.0, 20.0))
+    monkeypatch.setattr(ratio.time, "perf_counter", lambda: next(times))
+    ratio.until_update(SimpleNamespace(optimizer=optimizer), optimizer.step, "a", found)()
+    assert found == {"a": 3.0}
+
+
 def test_what_is_there_is_not_measured_again(here, tmp_path, monkeypatch, capsys):
     run_ratio(tmp_path)
     first = capsys.readouterr().out
@@ -199,13 +220,13 @@ def test_an_interrupted_run_goes_on(here, tmp_path, monkeypatch):
 
 def test_a_batch_that_does_not_fit_is_halved_and_told(here, tmp_path, monkeypatch, capsys):
     def probe(what, cell, setting, clips):
-        if clips > 2 and cell.ratio == 0:
+        if clips > 3 and cell.ratio == 0:
             return {"memory": "no room"}
         return cell_module.probe(cell, setting, clips)
 
     monkeypatch.setattr(ratio, "in_own_process", probe)
-    ratio.ratio(("quick",), (0.0, 0.75), ("ours",), batch=4, rounds=2, out=str(tmp_path))
-    assert "mae_fast at 0%: 2 clips a step, not 4, which do not fit" in capsys.readouterr().out
+    ratio.ratio(("quick",), (0.0, 0.75), ("ours",), batch=8, rounds=2, out=str(tmp_path))
+    assert "mae_fast at 0%: 2 clips a step, not 8, which do not fit" in capsys.readouterr().out
 
 
 def test_a_wrong_loss_is_not_timed(here, tmp_path, monkeypatch, capsys):
@@ -298,6 +319,26 @@ def test_what_is_lost_and_noise():
     assert told["lost"]["decoder"]["speed_up_without"] == pytest.approx(9 / 1.1)
     assert told["lost"]["data"]["share"] == pytest.approx(1.8 / 4)
     assert told["data"]["waiting"] == 0.25
+
+
+def test_a_cell_is_held_against_0_of_its_own_strategy_and_limits_of_its_own_rounds():
+    other = record(0.0, [40.0, 40.0], [0, 1]) | {"strategy": "tube"}
+    dense, masked = record(0.0, [8.0, 8.0], [0, 1]), record(0.9, [2.0], [1])
+    masked["rounds"] = [0, 1]
+    masked["limits"]["product"]["seconds"] = [0.1, 0.2]
+    told = ratio_table.summary([other, dense, masked])["cells"][2]
+    assert told["against_itself_at_0"]["times"] == 4.0
+    assert told["share_of_product_rate"] == pytest.approx(2e9 * 0.2 / 1e9 / 2.0)
+
+
+def test_the_papers_table_is_of_the_ratio_nearest_to_90():
+    found = [(0.0, 8.0), (0.5, 6.0), (0.9, 4.0), (0.98, 1.0)]
+    cells = ratio_table.summary([record(r, [s, s], [0, 1]) for r, s in found])["cells"]
+    head, _, ours, _ = ratio_table.paper_table(cells).strip().splitlines()
+    assert head.startswith("90% over 0%")
+    # 2 s a clip, a million of them.
+    told = ["mae_fast, here", "2.0x", "2.00x", "unmeasured", "556 h a million clips"]
+    assert re.split(r"  +", ours) == told
 
 
 def test_columns_hold_what_their_heads_say():

@@ -183,10 +183,15 @@ def test_lines_of_one_file(tmp_path, capsys):
     assert "has lines 1 to 2, not 3" in capsys.readouterr().err
 
 
-def test_other_things_are_not_compared(tmp_path, capsys):
+OTHER = {"model": "vit_large", "batch_clips": 3, "ratio": 0.5, "strategy": "tube"}
+OTHER |= {"precision": "bf16", "device": "cuda", "variant": "slowfast", "family": "videomae"}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_other_things_are_not_compared(field, tmp_path, capsys):
     a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     records.append(a, RECORD)
-    records.append(b, RECORD | {"ratio": 0.5})
+    records.append(b, RECORD | {field: OTHER[field]})
     assert cli.main(["bench", "compare", a, b]) == 2
     assert "no two records of the same thing" in capsys.readouterr().err
 
@@ -197,6 +202,12 @@ def test_history_is_drawn(tmp_path, capsys):
     assert cli.main(["bench", "history", results, "-o", str(out)]) == 0
     assert out.read_bytes()[:4] == b"\x89PNG"
     assert cli.main(["bench", "history", results, "--names", "nobody"]) == 2
+
+
+def test_a_step_has_the_clips_that_fitted():
+    engines = {"mae_fast": {"clips": 1}, "official_eager": {"clips": 2}}
+    assert records.steps(RECORD | {"engines": engines})[0].clips == 1
+    assert records.steps(RECORD)[0].clips == 2
 
 
 def test_a_bar_of_history_is_its_interval():
