@@ -15,7 +15,7 @@ import pytest
 
 from mae_fast import cli
 from mae_fast.bench import records
-from mae_fast.page import SCRIPT, Page
+from mae_fast.page import SCRIPT, Page, said
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -154,6 +154,28 @@ def test_the_lead_says_what_was_bought(folder):
     assert "a step is 1.8x as fast as the official code&#x27;s at 0%" in text
 
 
+def test_each_machine_has_its_newest_records_in_a_picture_of_its_own(folder):
+    """Ours at 90% by hand: 2.5 and 4 s over 3.2 and 2 at 0%, 3.2 and 4 over the same at 90%."""
+    elsewhere = {"environment": dict.fromkeys(records.ENVIRONMENT, "another")}
+    for masked in (0.0, 0.9):
+        records.append(folder / "in/ratio.jsonl", ratio_record(masked) | elsewhere)
+    records.append(folder / "in/ratio.jsonl", ratio_record(0.9, seconds=2.0))
+    records.append(folder / "in/ratio.jsonl", ratio_record(0.0, "quick"))
+    text = html.unescape(page(folder, str(folder / "in")))
+    assert text.count("<figcaption>Speed-up: vit_base, random masking, 2 clips, fp32") == 2
+    lead = re.findall("<p>vit_base.*? a step is (.*?)x .*? and (.*?)x as fast", text)
+    assert lead == [("1.4", "1.50"), ("1.8", "1.50")]
+    assert "quick" not in text
+
+
+def test_the_lead_of_steps_alone_is_how_much_faster(folder):
+    record = ratio_record(0.9) | {"kind": "steps"}
+    record["seconds"] = {"mae_fast": [1.0, 1.0], "official_eager": [3.0, 3.0]}
+    records.append(folder / "steps.jsonl", record)
+    text = page(folder, str(folder / "steps.jsonl"))
+    assert "<p>vit_base, 90% masked, 2 clips, fp32: 3.00x as fast as official_eager.</p>" in text
+
+
 def test_two_hundred_records(folder):
     for number in range(200):
         record = ratio_record(number / 250, f"model_{number % 4}", 1 + number / 100)
@@ -196,6 +218,10 @@ def test_an_image_is_its_file_and_nothing_asks_for_it():
     kind, data = re.search(r'src="data:image/(\w+);base64,([^"]*)"', text).groups()
     assert (kind, base64.b64decode(data)) == ("jpeg", b"\xff\xd8bytes")
     assert "<h1>&lt;a&gt;</h1>" in text and "of &quot;x&quot;" in text
+
+
+def test_a_share_is_said_in_percent():
+    assert [said(x) for x in (0.256, float("nan"), 3, "3 x 2")] == ["25.60%", "-", "3", "3 x 2"]
 
 
 def test_nothing_to_report_is_refused(tmp_path, capsys):

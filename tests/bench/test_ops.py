@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mae_fast import cli
 from mae_fast.bench import machine, ops
@@ -156,3 +158,24 @@ def test_the_smallest_call_s_time_is_of_one(monkeypatch):
     monkeypatch.setattr(ops.timeit, "timeit", lambda function, number: 0.5 * number)
     seconds = ops.time_smallest("layer_norm", 2)["seconds"]
     assert seconds["public"] == seconds["reference"] == [0.5, 0.5]
+
+
+class Moved(TorchDispatchMode):
+    """The bytes of the tensors that operators are given."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.bytes += sum(t.nbytes for t in args if torch.is_tensor(t))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_limit_is_what_it_moves_or_computes():
+    copy, *products = machine.limits(True).values()
+    with Moved() as moved:
+        copy.run()
+    assert (copy.unit, copy.amount) == ("bytes", moved.bytes)
+    for product in products:
+        with FlopCounterMode(display=False) as counter:
+            product.run()
+        assert (product.unit, product.amount) == ("flop", counter.get_total_flops())
