@@ -106,6 +106,15 @@ def test_work_is_all_flop_of_the_step(masked):
         assert todo.bytes > 32 * sum(p.numel() for p in build(cell, SETTING).model.parameters())
 
 
+def test_a_baseline_s_norm_moves_what_a_norm_does():
+    """Of two blocks five, the last norm included; our sums are not in them."""
+    cell = Cell("quick", "random", 0.75, "official_eager")
+    found = least(cell, 2, torch.float32)
+    one = engines.work(cell.engine, cell.cfg, 2, cell.masking)["encoder", "layer_norm"]
+    for way, work in zip((False, True), one, strict=True):
+        assert found[Where("encoder", "layer_norm", way)] == work * 5
+
+
 def test_limits():
     assert Work(flop=100, bytes=10).seconds(10, 10) == 10
     assert Work(flop=10, bytes=100).seconds(10, 10) == 10
