@@ -86,6 +86,22 @@ def test_policy_is_one_draw_a_clip_of_timms_operations(frames):
     assert 0.6 < np.mean(changed) < 0.8
 
 
+def test_magnitudes_are_drawn_about_the_policy_s_and_in_either_direction(frames, monkeypatch):
+    """Normal about m within [0, 10]; each of n operations with probability a half."""
+    drawn, rng = [], np.random.default_rng(0)
+    monkeypatch.setattr(ours, "apply", lambda name, frames, *how: drawn.append(how) or frames)
+    for _ in range(500):
+        ours.randaugment(rng, frames, "rand-m7-n4-mstd0.5-inc1")
+    magnitudes, signs = np.array(drawn).T
+    assert 930 < len(drawn) < 1070 and {*signs} == {-1, 1} and abs(signs.mean()) < 0.1
+    assert abs(magnitudes.mean() - 7) < 0.05 and abs(magnitudes.std() - 0.5) < 0.04
+    drawn.clear()
+    for _ in range(100):
+        ours.randaugment(rng, frames, "rand-m8-mstd8-inc1")
+    assert {0.0, 10.0} < {magnitude for magnitude, _ in drawn} and len(drawn) < 130
+    assert all(0 <= magnitude <= 10 for magnitude, _ in drawn)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 5), (2, 5, 2), (1, 3, 3), (16, 7, 11)])
 def test_operation_of_small_and_strided_clips_is_pils(shape, cpp):
     whole = torch.randint(0, 256, (*shape[:2], 2 * shape[2], 3), dtype=torch.uint8)
@@ -137,6 +153,11 @@ def test_erasing_is_one_box_for_all_frames_with_noise_by_the_pixel():
     again = torch.full((200, 3, 2, 32, 32), 9.0)
     erase(np.random.default_rng(0), again, 0.25)
     assert torch.equal(again, video)
+    every = torch.full((400, 1, 1, 32, 32), 9.0)
+    erase(np.random.default_rng(0), every, 1.0)
+    high, wide = ((every != 9)[:, 0, 0].any(dim).sum(1) for dim in (2, 1))
+    aspect = (high / wide).log()  # as often high as wide
+    assert abs(aspect.mean()) < 0.1 and 1 < aspect.max() < 1.6 and -1.6 < aspect.min() < -1
 
 
 def test_targets_and_loss_are_label_smoothing():
@@ -151,17 +172,21 @@ def test_targets_and_loss_are_label_smoothing():
     )
 
 
-@pytest.mark.parametrize("kind", [(0.8, 0.0), (0.0, 1.0)], ids=["mixup", "cutmix"])
-def test_mixing_is_timms_and_the_same_in_all_frames(kind):
+@pytest.mark.parametrize(
+    ("kind", "switch"),
+    [((0.8, 0.0), 0.5), ((0.0, 1.0), 0.5), ((0.8, 1.0), 0.0), ((0.8, 1.0), 1.0)],
+    ids=["mixup", "cutmix", "both_never_switched", "both_always_switched"],
+)
+def test_mixing_is_timms_and_the_same_in_all_frames(kind, switch):
     timm = pytest.importorskip("timm.data.mixup")
     video, labels = torch.randn(4, 3, 2, 8, 8), torch.tensor([0, 1, 2, 3])
-    how = dict(mixup=kind[0], cutmix=kind[1], probability=1.0, switch=0.5, smoothing=0.1)
+    how = dict(mixup=kind[0], cutmix=kind[1], probability=1.0, switch=switch, smoothing=0.1)
     before = np.random.get_state()[1].copy()
     ours, target = video.clone(), None
     target = mix(np.random.default_rng(3), ours, labels, 5, **how)
     assert (np.random.get_state()[1] == before).all()  # nobody else's numbers are touched
     np.random.seed(np.random.default_rng(3).integers(2**32, dtype=np.uint32))
-    mixer = timm.Mixup(*kind, prob=1.0, switch_prob=0.5, label_smoothing=0.1, num_classes=5)
+    mixer = timm.Mixup(*kind, switch_prob=switch, label_smoothing=0.1, num_classes=5)
     for t in range(2):
         np.random.seed(np.random.default_rng(3).integers(2**32, dtype=np.uint32))
         frame, wanted = mixer(video[:, :, t].clone(), labels)
