@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,14 @@ from mae_fast.checkpoint import checkpoints, read
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
 from mae_fast.config import ModelConfig
 from mae_fast.config_file import to_dict
-from mae_fast.data import BadVideo, ClipDataset, VideoRow, read_index, write_index
+from mae_fast.data import (
+    BadVideo,
+    ClipDataset,
+    VideoReader,
+    VideoRow,
+    read_index,
+    write_index,
+)
 from mae_fast.data.pack import pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
 from mae_fast.model import MaskedAutoencoder
@@ -134,6 +142,18 @@ def test_training_frames_lie_as_the_official_codes_draw_them():
         assert (part // 10 == torch.arange(16)).all()
     assert clips.by_frames(rng, 40, 16, 4).tolist() == [0, 4, 8, 13, 17, 22, 26, 31, 35, *[39] * 7]
     assert clips.uniform(rng, 9, 16).tolist() == [0] * 16
+    # The end is drawn below the number of frames.
+    assert {int(clips.by_frames(rng, 66, 16, 4)[-1]) for _ in range(50)} == {63, 64}
+
+
+@pytest.mark.parametrize("sampling", ["seconds", "frames", "uniform"])
+def test_clips_of_a_video_have_the_same_frames_where_asked(motions, sampling):
+    rows = read_index(motions.train)
+    for same in (True, False):
+        cfg = ClipsConfig(repeat_aug=3, sampling=sampling, same_frames=same)
+        made = clips.LabelledClips(rows, cfg, 4, 0, clips.classes_of(rows), "")
+        found = made._indices(np.random.default_rng(0), 300, 30.0)
+        assert len(found) == 3 and all(torch.equal(found[0], x) for x in found[1:]) == same
 
 
 def test_views_are_the_official_codes():
@@ -155,6 +175,23 @@ def test_views_are_the_official_codes():
     two = clips.views_in_time(from_dict({"recipe": "videomae_ssv2"}).data, 48, 12.0, 16, 2)
     assert two[0].tolist() == [3 * i for i in range(16)]
     assert two[1].tolist() == [3 * i + 1 for i in range(16)]
+
+
+def test_views_are_of_a_segment_s_own_frames_and_the_last_is_its_middle(index):
+    """Of a video that is not square: three crops of each of two clips, and the middle one alone."""
+    row = dataclasses.replace(read_index(index)[0], start=5, frames=20)
+    cfg = ClipsConfig(sampling="frames", sampling_rate=2, workers=0)
+    batch = clips.Views([row], cfg, 4, 10**4, 2, 3).batch(0)
+    with VideoReader(row.path) as reader:
+        height, width = reader.read([0]).shape[1:3]
+        times = [*clips.views_in_time(cfg, 20, row.fps, 4, 2)]
+        (middle,) = clips.views_in_time(cfg, 20, row.fps, 4, 1)
+        wanted = [reader.read((t + 5).tolist()) for t in [*times, middle]]
+    boxes = clips.views_in_space(cfg, height, width, 3)
+    assert len({*boxes}) == 3
+    assert [tuple(box) for box in batch.boxes.tolist()] == [*boxes, *boxes, boxes[1]]
+    for found, k in zip(batch.frames, (0, 0, 0, 1, 1, 1, 2), strict=True):
+        assert torch.equal(found, wanted[k])
 
 
 def test_classes_are_sorted_or_in_the_order_of_a_file(motions, tmp_path):
@@ -519,6 +556,17 @@ def test_accuracies_combine_views():
     assert found["top1_1x1"] == 0.0 and found["top5_1x1"] == 0.5
     table = score.confusion(logits[:, 0], torch.tensor([1, 0]))
     assert table.tolist() == [[0, 0], [1, 0]]
+
+
+def test_the_surest_mistake_is_shown_first_and_called_what_it_was_taken_for():
+    logits = torch.tensor([[3.0, 4, 0], [9, 0, 0], [0, 12, 0], [9, 0, 0]])[:, None]
+    rows = [VideoRow(f"{name}.mp4") for name in "abcd"]
+    page = score.page({}, logits, torch.tensor([0, 0, 2, 1]), rows, ("x", "y", "z"), []).html()
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == [
+        "c.mp4: y (100%), is z",
+        "d.mp4: x (100%), is y",
+        "a.mp4: y (72%), is x",
+    ]
 
 
 def test_every_key_has_its_help_and_its_refusal(tmp_path, capsys):
