@@ -52,10 +52,13 @@ def forward(
     model: nn.Module,
     pixels: Pixels | None,
     pixel_values: Tensor | None = None,
+    *others,
     labels: Tensor | None = None,
     **kwargs,
 ):
     """ImageClassifierOutput, or a tuple of what is in it with return_dict=False."""
+    if others:
+        raise Unfused("more than the clip is given by position, which differs by version")
     config = model.config
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.pop(name, getattr(config, name, False)):
@@ -71,7 +74,7 @@ def forward(
     logits = model.classifier(features)
     loss = None
     if labels is not None:
-        loss = model.loss_function(labels, logits, config)
+        loss = model.loss_function(labels, logits, config, **kwargs)  # Trainer's num_items_in_batch
     output = _output_class(model)(loss=loss, logits=logits)
     plain = return_dict is False or (return_dict is None and not config.return_dict)
     return output.to_tuple() if plain else output

@@ -75,6 +75,9 @@ class OfVideoMAE(nn.Module):
         return self.head(drop(self.fc_norm(x.mean(1))))
 
 
+CLIPS = torch.randn(3, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+
+
 def transformers_classifier(**changes):
     videomae = pytest.importorskip("transformers").models.videomae
     sizes = dict(image_size=16, patch_size=8, num_frames=4, hidden_size=12, num_hidden_layers=2)
@@ -114,14 +117,31 @@ def test_official_classifiers(kind, path, tiny_cfg):
 @pytest.mark.parametrize("mean", [True, False], ids=["mean", "first"])
 def test_transformers_classifier(mean):
     model = transformers_classifier(use_mean_pooling=mean)
-    clips = torch.randn(3, 4, 3, 16, 16, dtype=torch.float64)
 
     def run(model):
-        out = model(clips, labels=torch.tensor([0, 3, 1]))
+        out = model(CLIPS, labels=torch.tensor([0, 3, 1]))
         assert list(out.keys()) == ["loss", "logits"]
-        return [out.loss, out.logits, model(pixel_values=clips, return_dict=False)[0]]
+        return [out.loss, out.logits, model(pixel_values=CLIPS, return_dict=False)[0]]
 
     same(model, run)
+
+
+def test_trainers_count_of_labels_divides_the_loss():
+    """With gradient accumulation Trainer gives that of all micro-batches."""
+
+    def run(model):
+        out = model(CLIPS, labels=torch.tensor([0, 3, 1]), num_items_in_batch=12)
+        return [out.loss, out.logits]
+
+    same(transformers_classifier(), run)
+
+
+def test_the_second_argument_is_head_mask_or_labels_by_version():
+    model, labels = transformers_classifier().double(), torch.tensor([0, 3, 1])
+    want = model(CLIPS, labels)
+    got = mae_fast.accelerate(model)(CLIPS, labels)
+    assert list(got.keys()) == list(want.keys())
+    torch.testing.assert_close(got.logits, want.logits)
 
 
 def test_uint8_clips_are_read_by_mean_and_std():
