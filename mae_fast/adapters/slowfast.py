@@ -137,8 +137,10 @@ def _ids(model: nn.Module, clip: Tensor, given: Tensor | None) -> tuple[Tensor, 
     (t, h, w), batch, ratio = model.patch_dims, len(clip), model.cfg.AUG.MASK_RATIO
     if given is not None:
         noise = given.flatten(1)
-        if noise.dtype not in (torch.float32, torch.float64, torch.bool):
-            raise Unfused(f"the mask is {noise.dtype}")
+        shape = [*noise.shape]
+        known = noise.dtype in (torch.float32, torch.float64, torch.bool)
+        if not known or shape != [batch, t * h * w]:
+            raise Unfused(f"the mask is {noise.dtype} {shape}, of {batch} clips of {t * h * w}")
         ratio = noise.sum() / noise.numel()  # in fp32, with its rounding
     keep = int(t * h * w * (1 - ratio))
     if keep <= 1:

@@ -170,7 +170,7 @@ def forward(
     if config.num_channels != 3 and not config.norm_pix_loss:
         raise Unfused("only RGB clips are un-normalised")
     same_size(model.videomae, pixel_values)
-    ids = ids_of(bool_masked_pos, pixel_values.device)
+    ids = ids_of(bool_masked_pos, model.videomae.embeddings.num_patches, pixel_values.device)
     targets, params = pixel_values, _params(model, pixel_values.device)
     if pixel_values.dtype == torch.uint8:
         if pixels != IMAGENET or config.num_channels != 3:

@@ -72,12 +72,12 @@ def forward(
     pretraining.nothing_else(head_mask=head_mask, **kwargs)
     pretraining.same_size(model, pixel_values)
     device, layers = pixel_values.device, model.encoder.layer
+    length = model.embeddings.num_patches
     if bool_masked_pos is None:
-        length = model.embeddings.num_patches
         ids = torch.arange(length, dtype=torch.int32, device=device)
         ids = ids.expand(len(pixel_values), -1)
     else:
-        ids, _ = ids_of(bool_masked_pos, device)
+        ids, _ = ids_of(bool_masked_pos, length, device)
     patch_embed, pos = pretraining.patches(model, device)
     if pixel_values.dtype == torch.uint8:
         patch_embed = pixels.fold(patch_embed, config.num_channels)

@@ -129,7 +129,7 @@ def most(length: int, device: torch.device) -> Tensor:
 
 def forward(model: nn.Module, pixels: Pixels | None, x: Tensor, mask: Tensor) -> Tensor:
     """pred [B, M, P] of the tokens where mask [B, L] is True."""
-    return predict(model, pixels, x, *ids_of(mask, x.device))
+    return predict(model, pixels, x, *ids_of(mask, model.encoder.patch_embed.num_patches, x.device))
 
 
 def predict(
@@ -210,21 +210,21 @@ def block_of(block: nn.Module, twice: bool = False) -> Block:
     return Block(norms[0], *qkv, proj, norms[1], fc1, fc2, attend)
 
 
-def ids_of(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def ids_of(mask: Tensor, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids_keep [B, K], ids_mask [B, M]) int32, ascending, of mask [B, L], True where masked.
 
     Raises Unfused where rows differ in their counts, or nothing is kept, or nothing is masked.
     """
-    if mask.dtype != torch.bool or mask.dim() != 2:
-        raise Unfused(f"the mask is {mask.dtype} {list(mask.shape)}, not bool [B, L]")
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] != length:
+        raise Unfused(f"the mask is {mask.dtype} {list(mask.shape)}, not bool [B, {length}]")
     if torch.compiler.is_exporting():
         raise Unfused("torch.export does not know how many tokens a mask hides")
     counts = mask.sum(dim=1).aminmax()
     least, most = torch.stack(counts).tolist()  # the host waits here, once
     if least != most:
         raise Unfused(f"the mask hides {least} tokens of one clip and {most} of another")
-    if not 0 < most < mask.shape[1]:
-        raise Unfused(f"the mask hides {most} of {mask.shape[1]} tokens")
+    if not 0 < most < length:
+        raise Unfused(f"the mask hides {most} of {length} tokens")
     ids = mask.to(device).byte().argsort(dim=1, stable=True).int()
     return ids[:, :-most], ids[:, -most:]
 
@@ -277,7 +277,8 @@ def loss(
     outputs [B, M, P], the model's; videos [B, 3, T, H, W], normalised by ImageNet's constants, or
     uint8; bool_masked_pos [B, L], M a row. Normalised channel by channel, eps outside the root.
     """
-    _, ids = ids_of(bool_masked_pos.flatten(1).bool(), videos.device)
+    length = videos[0, 0].numel() // (tubelet_size * patch_size**2)
+    _, ids = ids_of(bool_masked_pos.flatten(1).bool(), length, videos.device)
     clip = videos if videos.dtype == torch.uint8 else unnormalised(videos, CHANNEL_DIM)
     frames = tuple(range(clip.shape[2]))
     norm_pix = "channel" if normlize_target else "none"

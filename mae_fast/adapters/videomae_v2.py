@@ -35,9 +35,10 @@ def forward(
 ) -> Tensor:
     """pred [B, M, P] of the tokens where decode_mask [B, L] is False; without one, where mask
     [B, L] is True. The encoder sees those where mask is False."""
-    ids_keep, ids_mask = videomae.ids_of(mask, x.device)
+    length = model.encoder.patch_embed.num_patches
+    ids_keep, ids_mask = videomae.ids_of(mask, length, x.device)
     if decode_mask is not None:
-        ids_mask, _ = videomae.ids_of(decode_mask, x.device)
+        ids_mask, _ = videomae.ids_of(decode_mask, length, x.device)
     return videomae.predict(model, pixels, x, ids_keep, ids_mask)
 
 
@@ -57,7 +58,8 @@ def loss(
     in bool_masked_pos too; their clips may have different numbers of them.
     """
     masked, skipped = (m.flatten(1).bool() for m in (bool_masked_pos, decode_masked_pos))
-    ids, _ = videomae.ids_of(skipped, images.device)
+    length = images[0, 0].numel() // (tubelet_size * patch_size**2)
+    ids, _ = videomae.ids_of(skipped, length, images.device)
     with torch.no_grad():
         if images.dtype != torch.uint8:
             images = videomae.unnormalised(images, CHANNEL_DIM)

@@ -186,6 +186,16 @@ def test_calls_that_are_left_to_the_own_forward(caplog):
     assert "its own forward runs: the mask leaves 0 tokens" in caplog.text
 
 
+def test_a_mask_of_fewer_tokens_is_no_mask_of_the_first_of_them():
+    model = stand_in(random_mask=False)
+    clip, mask = batch(model)[0].float(), loader_mask(model, count=40)
+    fast = mae_fast.accelerate(copy.deepcopy(model))
+    fast([clip, None, mask])
+    for each in (model, fast):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            each([clip, None, mask[:, :2]])
+
+
 REFUSED = {
     "cfg.MASK.MAE_ON: is False": lambda m: setattr(m.cfg.MASK, "MAE_ON", False),
     "PER_FRAME_MASKING: is True": lambda m: setattr(m.cfg.MASK, "PER_FRAME_MASKING", True),

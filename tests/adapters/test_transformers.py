@@ -245,6 +245,8 @@ def test_masks_of_unequal_counts_are_the_own_forwards(make):
     for each in (model, fast):
         with pytest.raises(RuntimeError, match="shape"):
             each(*args)
+    with pytest.raises(IndexError, match="shape of the mask"):
+        fast(clips.float(), batch(model, n=2)[1][:, :-2])
     with pytest.raises(ValueError, match="One must provided a boolean mask"):
         fast(clips.float(), bool_masked_pos=None)
     with pytest.raises(ValueError, match="Input image size"):

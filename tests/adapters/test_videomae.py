@@ -4,6 +4,7 @@ VIDEOMAE_REPOSITORY=path VIDEOMAE_V2_REPOSITORY=path pytest tests/adapters/test_
 """
 
 import copy
+import itertools
 import random
 from functools import partial
 
@@ -17,6 +18,7 @@ from torch import nn
 import mae_fast
 from mae_fast import adapters
 from mae_fast.adapters import videomae, videomae_v2
+from mae_fast.adapters.parts import Unfused
 from mae_fast.errors import AccelerateError
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -188,6 +190,24 @@ def test_masks_of_unequal_counts_are_the_own_forwards(family):
     for each in (model, fast):
         with pytest.raises(RuntimeError, match="shape"):
             each(clips.float(), mask)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mask_of_fewer_tokens_is_no_mask_of_the_first_of_them(family):
+    """As of a shorter clip."""
+    model = stand_in(family)
+    clips, mask, decode_mask = batch(model)
+    given = [(mask[:, :32],)]
+    given += [(mask, decode_mask[:, :32])] if family == "videomae_v2" else []
+    fast = mae_fast.accelerate(copy.deepcopy(model))
+    for each, masks in itertools.product((model, fast), given):
+        with pytest.raises(IndexError, match="shape of the mask"):
+            each(clips.float(), *masks)
+    loss = videomae_v2.loss if family == "videomae_v2" else videomae.loss
+    pred = model(clips.float(), mask)
+    masks = (mask, decode_mask) if family == "videomae_v2" else (mask,)
+    with pytest.raises(Unfused, match=r"the mask is .* not bool \[B, 64\]"):
+        loss(pred, clips.float(), *(m[:, :32] for m in masks), patch_size=8)
 
 
 def test_fixed_positions_are_copied_once():
