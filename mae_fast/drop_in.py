@@ -14,6 +14,7 @@ import inspect
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, ModuleType
 from typing import Any
@@ -28,12 +29,13 @@ from mae_fast import adapters, wrapped
 from mae_fast.adapters.own import WRAPPED, is_bare, known_bare
 from mae_fast.adapters.parts import Finding, Pixels, Unfused, noise_like
 from mae_fast.errors import AccelerateError
-from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all
+from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all, state, written
 from mae_fast.ops.dispatch import autocast_dtype
 from mae_fast.ops.dispatch import backends as forced
 from mae_fast.remade import keeping
 
 log = logging.getLogger("mae_fast")
+_ONE_THREAD = threading.RLock()
 
 # Greatest relative difference of an output between both forwards, by the parameters' dtype.
 TOLERANCE = {
@@ -194,12 +196,13 @@ class Fused:
         model is not what it was, and no fused forward stands for what it is."""
         if self.replica_of is not None:
             return None
-        snapshot = self.guard.examined()
-        conditions = self._conditions(_dtype_of_clip(args, kwargs))
-        if snapshot.own is None and self.verify and conditions not in snapshot.verified:
-            if self._compare(args, kwargs, snapshot):
-                snapshot.verified |= {conditions, (*conditions[:-1], False)}
-        return snapshot.own
+        with _ONE_THREAD:  # a comparison has others in the parameters' places
+            snapshot = self.guard.examined()
+            conditions = self._conditions(_dtype_of_clip(args, kwargs))
+            if snapshot.own is None and self.verify and conditions not in snapshot.verified:
+                if self._compare(args, kwargs, snapshot):
+                    snapshot.verified |= {conditions, (*conditions[:-1], False)}
+            return snapshot.own
 
     def _prepare(self, dtype: torch.dtype | None) -> str | None:
         """The same with a clip of noise, where there is no other."""
@@ -299,17 +302,20 @@ class Fused:
             )
         if wrong := _gradients_differ(ours[1], theirs[1], 10 * limit):
             raise AccelerateError(f"{title} else: on one clip the gradient of {wrong}")
+        if missed := sorted(theirs[2] - ours[2]):
+            raise AccelerateError(f"{title} else: its own forward writes {', '.join(missed)}")
         log.info("%s: on one clip both forwards agree to %.1e", self.family, max(worst, default=0))
         return True
 
     def _results(
         self, forward: Callable, args: tuple, kwargs: dict
-    ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-        """Outputs, and the gradients of a sum of them by name, of parameters that stand for the
-        model's: its own see no gradient and call no hook. Nor are its buffers written
-        (spectral_norm's, an observer's)."""
-        written = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
-        before = {k: v for k, v in vars(self.model).items() if k in written}
+    ) -> tuple[list[Tensor], dict[str, Tensor | None], set[str]]:
+        """Outputs; the gradients of a sum of them by name, of parameters that stand for the
+        model's: its own see no gradient and call no hook; and the names of what else the forward
+        has written. Buffers (spectral_norm's, an observer's) and attributes have their values
+        again."""
+        held = [(vars(m), vars(m).copy()) for m in self.model.modules()]
+        known = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
         others = {b: b.clone() for b in self.model.buffers()}
         asked = {}
         if torch.is_grad_enabled():
@@ -319,14 +325,18 @@ class Fused:
         device = next(self.model.parameters()).device
         try:
             with _same_conditions(device), _stand_ins(self.model, others):
+                before = state(self.model)
                 outputs = _tensors(forward(args, kwargs))
+                found = written(self.model, before) - {*known}
                 roots = [t for t in outputs if t.requires_grad]
                 if roots and asked:  # in here: a reentrant checkpoint reads the parameters again
                     cotangents = [noise_like(t) / t.numel() ** 0.5 for t in roots]
                     torch.autograd.backward(roots, cotangents)
         finally:
-            vars(self.model).update(before)
-        return [t.detach() for t in outputs], {n: p.grad for n, p in asked.items()}
+            for attributes, as_they_were in held:
+                attributes.update(as_they_were)
+        grads = {n: p.grad for n, p in asked.items()}
+        return [t.detach() for t in outputs], grads, found
 
 
 def _transformed() -> str | None:

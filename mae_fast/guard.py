@@ -132,6 +132,29 @@ class Snapshot:
         return ", ".join(found[:4]) or "modules"
 
 
+def state(model: nn.Module) -> dict[str, tuple[Any, int]]:
+    """What a forward may write: attributes and buffers by name, each with its length or version."""
+    found = {}
+    for name, module in model.named_modules():
+        have = {k: v for k, v in vars(module).items() if k not in _MODULE} | module._buffers
+        for k, v in have.items():
+            if isinstance(v, torch.Tensor):
+                count = 0 if v.is_inference() else v._version
+            else:
+                count = len(v) if isinstance(v, Collection) else 0
+            found[f"{name}.{k}" if name else k] = v, count
+    return found
+
+
+def written(model: nn.Module, before: dict[str, tuple[Any, int]]) -> set[str]:
+    """The names of what is not as in `before`."""
+    return {
+        name
+        for name, (value, count) in state(model).items()
+        if name not in before or count != before[name][1] or not _equal(value, before[name][0])
+    }
+
+
 def _read(module: nn.Module) -> tuple[str, ...]:
     """The attributes that the module's own forward may read of it."""
     if type(module) in _LAYERS:

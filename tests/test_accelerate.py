@@ -5,7 +5,10 @@ import functools
 import inspect
 import io
 import logging
+import operator
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 
 import pytest
@@ -366,6 +369,21 @@ def test_the_comparison_leaves_no_gradient_in_tied_parts(model, video, what):
     assert all(p is kept[n] for n, p in model.named_parameters())
     loss.backward()
     assert_close(run(model, video), before)
+
+
+def test_threads_that_call_first_leave_the_parameters(model, video):
+    """One compared while another did: stand-ins stayed in the parameters' places."""
+    parameters = list(mae_fast.accelerate(model).parameters())
+    together = threading.Barrier(4)
+
+    def step(_):
+        together.wait()
+        model(video)[0].backward()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(step, range(4)))
+    assert all(map(operator.is_, model.parameters(), parameters))
+    assert all(p.grad is not None for p in parameters)
 
 
 def test_outputs_that_are_not_finite_are_compared_later(model, video):

@@ -124,6 +124,10 @@ def _wide(model):
     model.blocks[0].mlp.fc2 = type("LoRA", (nn.Linear,), {})(16, 16)
 
 
+def _of_the_same_name(model):
+    model.patch_embed.proj.__class__ = type("Conv3d", (nn.Conv3d,), {"__module__": "peft"})
+
+
 def _stride(model):
     model.patch_embed.proj.stride = (2, 4, 4)
 
@@ -146,6 +150,7 @@ CHANGED = {
     _patched: r"norm: has a forward of its own",
     _not_linear: r"blocks\.0\.attn\.q: is a Sequential, no linear layer with in_features",
     _wide: r"blocks\.0\.mlp\.fc2: in_features is 16, not 64",
+    _of_the_same_name: r"patch_embed\.proj: is a peft\.Conv3d, not a Conv3d",
     _stride: r"patch_embed\.proj: stride is \(2, 4, 4\)",
     _mask_token: r"mask_token: is \[1, 1, 8\], not \[1, 1, 16\]",
     _head: r"head: is a Linear",
@@ -185,6 +190,51 @@ def test_other_arithmetic_under_the_same_names_is_caught(model, video, where, pr
             model(video)  # it goes on being refused
     mae_fast.accelerate(model, verify=False)
     assert model(video)[0].isfinite()
+
+
+def _attribute(module, out):
+    module.map = out.detach()
+
+
+def _entry(module, out):
+    module.maps.append(out.detach())
+
+
+def _buffer(module, out):
+    module.mean.mul_(0.9).add_(out.mean().detach())
+
+
+@pytest.mark.parametrize("write", [_attribute, _entry, _buffer])
+def test_what_the_own_forward_writes_beside_its_outputs(model, video, write):
+    """A map of attention for a picture, say: the fused forward would leave an old one there."""
+    attn = model.blocks[1].attn
+
+    class Watched(type(attn)):
+        def forward(self, x):
+            out = super().forward(x)
+            write(self, out)
+            return out
+
+    attn.__class__, attn.maps = Watched, []
+    attn.register_buffer("mean", torch.zeros(()))
+    mae_fast.accelerate(model)
+    with pytest.raises(AccelerateError, match=r"own forward writes blocks\.1\.attn\.(map|mean)"):
+        model(video)
+    assert attn.mean == 0
+
+
+def test_the_comparison_is_not_counted_by_what_runs_itself(model, video):
+    block = model.blocks[0]
+    block.calls = 0
+
+    def forward(x):
+        block.calls += 1
+        return type(block).forward(block, x)
+
+    block.forward = forward
+    mae_fast.accelerate(model)
+    model(video)
+    assert block.calls == 1
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mae_fast.adapters import own
 from mae_fast.forward import Affine
@@ -121,7 +122,10 @@ class Parts:
         attributes are these."""
         layer = self.model.get_submodule(part)
         if type(layer) is not kind:
-            return self.need(part, False, f"is a {type(layer).__name__}, not a {kind.__name__}")
+            found = type(layer).__name__
+            if found == kind.__name__:  # peft has a Conv3d too
+                found = f"{type(layer).__module__}.{found}"
+            return self.need(part, False, f"is a {found}, not a {kind.__name__}")
         found = {name: getattr(layer, name) for name in attributes}
         wrong = [f"{n} is {found[n]}, not {v}" for n, v in attributes.items() if found[n] != v]
         return self.need(part, not wrong, ", ".join(wrong))
@@ -144,7 +148,10 @@ class Parts:
 
     def weight(self, part: str, rows: int, columns: int) -> bool:
         """A layer of which the model reads the weight and calls nothing, of whatever kind."""
-        weight = getattr(self.model.get_submodule(part), "weight", None)
+        layer = self.model.get_submodule(part)
+        if parametrize.is_parametrized(layer):  # to read it may write: spectral_norm does
+            layer = copy.deepcopy(layer)
+        weight = getattr(layer, "weight", None)
         shape = () if weight is None else tuple(weight.shape)
         return self.need(part, shape == (columns, rows), f"has a weight {list(shape)}")
 

@@ -23,6 +23,7 @@ PARTS = (
     "encoder.layer.0.attention.attention.query",
 )
 CHANNEL_DIM = pretraining.CHANNEL_DIM
+WRITTEN = ("_output_capturing_hooks_installed",)
 
 
 def check(model: nn.Module) -> list[Finding]:

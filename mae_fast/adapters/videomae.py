@@ -235,11 +235,11 @@ _COPIES = WeakIdKeyDictionary()  # a fixed table -> (what it was copied from and
 def fixed(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Positions [1, L, D] that are not trained: [L, D], in the dtype that they are added in.
 
-    They are no buffer, so they stay on the CPU when the model moves: a copy is kept.
+    They are no buffer, so they stay on the CPU when the model moves: a copy elsewhere is kept.
     """
-    if (table.device, table.dtype) == (device, dtype) or torch.compiler.is_compiling():
+    if table.device == device or torch.compiler.is_compiling():
         return table.detach()[0].to(device, dtype)
-    key = (table._version, dtype, device)
+    key = (table._version, table.data_ptr(), dtype, device)
     known, copy = _COPIES.get(table, (None, None))
     if known != key:
         with torch.inference_mode(False):  # training may follow

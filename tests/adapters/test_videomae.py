@@ -211,14 +211,38 @@ def test_a_mask_of_fewer_tokens_is_no_mask_of_the_first_of_them(family):
 
 
 def test_fixed_positions_are_copied_once():
-    table = torch.randn(1, 5, 3)
+    table, elsewhere = torch.randn(1, 5, 3), (torch.float64, torch.device("meta"))
     with torch.inference_mode():
-        copied = videomae.fixed(table, torch.float64, torch.device("cpu"))
+        copied = videomae.fixed(table, *elsewhere)
     assert not copied.is_inference()
-    assert videomae.fixed(table, torch.float64, torch.device("cpu")) is copied
-    table.mul_(2)
-    assert torch.equal(videomae.fixed(table, torch.float64, torch.device("cpu")), table[0].double())
+    assert videomae.fixed(table, *elsewhere) is copied
+    for change in (lambda: table.mul_(2), lambda: setattr(table, "data", 2 * table)):
+        change()
+        known, copied = copied, videomae.fixed(table, *elsewhere)
+        assert copied is not known
     assert videomae.fixed(table, table.dtype, table.device).data_ptr() == table.data_ptr()
+
+
+def test_to_examine_a_model_changes_no_buffer():
+    model = stand_in("videomae").train()
+    nn.utils.parametrizations.spectral_norm(model.encoder.blocks[0].attn.qkv)
+    before = copy.deepcopy(model.state_dict())
+    mae_fast.explain(model)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_written_through_data(family):
+    """No version counts that."""
+    model = stand_in(family)
+    clips, mask, _ = batch(model)
+    fast = mae_fast.accelerate(copy.deepcopy(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        fast(clips.float(), mask)
+        for each in (model, fast):
+            each.encoder.pos_embed.data.mul_(10)
+        want = model(clips.float(), mask)
+        assert (fast(clips.float(), mask) - want).norm() < 0.05 * want.norm()
 
 
 def _learned_scale(model):
