@@ -258,8 +258,8 @@ def init_scratch(model: VideoClassifier) -> None:
 
 @torch.no_grad()
 def init_head(model: VideoClassifier, scale: float) -> None:
-    """The head of fine-tuning. mae_st: trunc_normal 2e-5 after loading, whatever the scale, and
-    torch's default bias; the others: what init_scratch made, times the scale."""
+    """The head of fine-tuning. mae_st, after loading: trunc_normal 2e-5, whatever the scale, and
+    torch's default bias; the others, before: what init_scratch made, times the scale."""
     if model.cfg.family == "mae_st":
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         return

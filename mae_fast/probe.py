@@ -23,6 +23,7 @@ from mae_fast.classifier import FAMILIES, ClassifierConfig, FamilyName, VideoCla
 from mae_fast.config import preset
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError, DataError
+from mae_fast.fields import require
 from mae_fast.files import write, writing
 from mae_fast.forward import Affine, apply_layer, transformer_block
 from mae_fast.model import MaskedAutoencoder, Mlp, TransformerBlock
@@ -213,6 +214,7 @@ def probe(
         epochs: passes of the attentive probe; the linear one makes five times as many.
         seed: of what is drawn at random.
     """
+    require(epochs > 0, "--epochs must be positive", epochs)
     (x, labels), (y, wanted) = read(train), read(test)
     classes = sorted({*labels})
     unknown = sorted({*wanted} - {*labels})

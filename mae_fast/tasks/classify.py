@@ -37,6 +37,7 @@ class FinetuneRun(Run):
     cfg: FinetuneConfig
     mixed = True
     judged_by = "acc1"  # val_... of the averaged weights too
+    kind, load = VideoClassifier, staticmethod(weights.load)
 
     def __init__(self, cfg: FinetuneConfig, world: World, signals: Signals) -> None:
         self.micro = 0  # of this step
@@ -52,13 +53,15 @@ class FinetuneRun(Run):
 
     def _make_model(self) -> VideoClassifier:
         cfg = self.cfg
-        model = VideoClassifier(cfg.classifier_of(len(self.classes)))
+        model = self.kind(cfg.classifier_of(len(self.classes)))
         scratch, begun = cfg.init == "scratch", bool(checkpoint.checkpoints(self.folder))
+        if cfg.classifier.family != "mae_st":
+            init_head(model, cfg.classifier.head_scale)
         if not scratch and not begun:
-            for line in weights.load(model, cfg.init):
+            for line in self.load(model, cfg.init):
                 if self.world.writer:
                     log.info("%s: %s", cfg.init, line)
-        if cfg.classifier.family != "mae_st" or not scratch:
+        if cfg.classifier.family == "mae_st" and not scratch:
             init_head(model, cfg.classifier.head_scale)
         return model.train()
 

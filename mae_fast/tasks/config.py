@@ -166,6 +166,8 @@ class FinetuneConfig:
         require(self.model.in_chans == 3, "model.in_chans must be 3", self.model.in_chans)
         shard = self.train.shard
         require(shard == "none", "train.shard must be none: a classifier fits one GPU", shard)
+        span = self.data.span_seconds
+        require(not span, "data.span_seconds must be 0: it is for pre-training", span)
         clips = self.train.batch_size * self.data.repeat_aug
         mixes = self.augment.mixup or self.augment.cutmix
         require(

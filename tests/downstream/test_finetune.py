@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import mae_fast
 from mae_fast import cli, metrics, train
-from mae_fast.checkpoint import checkpoints, read
+from mae_fast.checkpoint import checkpoints, read, write_tensors
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
 from mae_fast.config import ModelConfig
 from mae_fast.config_file import to_dict
@@ -246,6 +246,23 @@ def test_fine_tuning_from_a_pretrained_run_resumed_is_the_same_to_the_bit(
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
     assert not torch.equal(whole["model.blocks.0.attn.q.weight"],
                            pretrained.blocks[0].attn.q.weight)  # fmt: skip
+
+
+def test_a_fine_tuned_head_is_gone_on_with(motions, tmp_path):
+    """As official codes do, whose scale is for a new head; mae_st's alone is new after loading. The
+    first rate is 0."""
+    how = dict(train__steps=1, train__warmup_steps=1)
+    for family in ("mae_st", "videomae"):
+        first = config(motions, tmp_path / f"first {family}", classifier={"family": family}, **how)
+        finetune(first)
+        state, tensors = read(path := checkpoints(first.output)[-1])
+        tensors["model.head.weight"].normal_()
+        write_tensors(path, tensors, {"mae_fast": json.dumps(state)})
+        then = dict(classifier={"family": family}, init=str(path), **how)
+        finetune(config(motions, tmp_path / f"then {family}", **then))
+        found = read(checkpoints(tmp_path / f"then {family}")[-1])[1]["model.head.weight"]
+        assert torch.equal(found, tensors["model.head.weight"]) == (family == "videomae")
+        assert (found.std() < 1e-4) == (family == "mae_st")
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(motions, tmp_path):
@@ -578,6 +595,8 @@ def test_every_key_has_its_help_and_its_refusal(tmp_path, capsys):
     assert "did you mean 'train.layer_decay'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="must be even"):
         from_dict({"train": {"batch_size": 1}, "data": {"repeat_aug": 1}})
+    with pytest.raises(ConfigError, match=r"data\.span_seconds must be 0.*, got 2\.0"):
+        from_dict({"data": {"span_seconds": 2.0}})
     with pytest.raises(ConfigError, match="1 or 2 with uniform"):
         from_dict({"data": {"sampling": "uniform"}})
     with pytest.raises(ConfigError, match=r"train\.shard must be none: .*, got 'full'"):

@@ -129,6 +129,7 @@ def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys)
     assert cli.main(["probe", *args, "--kind", "knn", "-o", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["chance"] == 0.25 and 0 <= found["knn_10"] <= 1 and found["videos"] == 8
+    assert cli.main(["probe", *args, "--epochs", "-1"]) == 2
     capsys.readouterr()
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert cli.main(["probe", args[0], str(tmp_path / "x.safetensors")]) == 73

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mae_fast import checkpoint
-from mae_fast.classifier import init_head
 from mae_fast.data import BadVideos, Batch, Loader, VideoRow
 from mae_fast.errors import ConfigError
 from mae_fast.files import write
@@ -55,10 +53,23 @@ def training_keyframes(cfg: FinetuneConfig, left: LeftOut) -> Keyframes:
     return keyframes(frames, movies, score.rule(cfg), a.begins_at, left, excluded)
 
 
+def load(model: BoxClassifier, path: str) -> list[str]:
+    """Weights of any family into a BoxClassifier, and what did not fit. Of a VideoMAE classifier
+    the norm of pooled features is no norm of tokens: a new one is in its place, as its authors'
+    detection has it."""
+    said = weights.load(model, path)
+    if "fc_norm: taken for norm" not in said:
+        return said
+    nn.init.ones_(model.norm.weight)
+    nn.init.zeros_(model.norm.bias)
+    return [x for x in said if x != "fc_norm: taken for norm"] + ["fc_norm: not used; norm: new"]
+
+
 class AvaRun(FinetuneRun):
     """A run that learns what persons do. What is not here is every fine-tuning's."""
 
     judged_by = "map"
+    kind, load = BoxClassifier, staticmethod(load)
 
     def _read_rows(self) -> tuple[list[VideoRow], list[VideoRow]]:
         cfg, left = self.cfg, LeftOut()
@@ -99,17 +110,6 @@ class AvaRun(FinetuneRun):
         folder = self.folder if self.world.writer else None
         self.bad = BadVideos(self.cfg.data.max_bad_share, movies, folder)
         return super().train()
-
-    def _make_model(self) -> nn.Module:
-        cfg = self.cfg
-        model = BoxClassifier(cfg.classifier_of(len(self.classes)))
-        if cfg.init != "scratch" and not checkpoint.checkpoints(self.folder):
-            for line in load(model, cfg.init):
-                if self.world.writer:
-                    log.info("%s: %s", cfg.init, line)
-        if cfg.classifier.family != "mae_st" or cfg.init != "scratch":
-            init_head(model, cfg.classifier.head_scale)
-        return model.train()
 
     def _loader(self) -> Loader:
         how = dict(keyframes=self.train_keyframes, ava=self.cfg.ava, size=self.cfg.model.img_size)
@@ -155,15 +155,3 @@ class AvaRun(FinetuneRun):
         if bad:
             log.warning("held out: %d %s: %s", len(bad), score.BAD_CLIPS, ": ".join(bad[0]))
         return {"val_map": self.test_set.papers(found).mean_ap}
-
-
-def load(model: BoxClassifier, path: str) -> list[str]:
-    """Weights of any family into a BoxClassifier, and what did not fit. Of a VideoMAE classifier
-    the norm of pooled features is no norm of tokens: a new one is in its place, as its authors'
-    detection has it."""
-    said = weights.load(model, path)
-    if "fc_norm: taken for norm" not in said:
-        return said
-    nn.init.ones_(model.norm.weight)
-    nn.init.zeros_(model.norm.bias)
-    return [x for x in said if x != "fc_norm: taken for norm"] + ["fc_norm: not used; norm: new"]
