@@ -23,7 +23,7 @@ from mae_fast.checkpoint import checkpoints
 from mae_fast.config import Config
 from mae_fast.config_file import config_from_dict, load_config, to_dict
 from mae_fast.data import read_index
-from mae_fast.errors import ConfigError
+from mae_fast.errors import ConfigError, NonFiniteError, OutOfMemory
 from mae_fast.fields import require, typed, unknown
 from mae_fast.files import write
 from mae_fast.sweep_judge import Judge
@@ -103,14 +103,20 @@ def sweep(
     judge = sweep_judge.read(found.judge, found.config(None, found.seeds[0]))
     sweep_judge.check(judge)
     runs = list({cfg.output: cfg for cfg in configs.values()}.values())
-    mine = _part(runs, part)
+    mine, failed = _part(runs, part), None
     for number, cfg in enumerate(mine, 1):
         print(f"{cfg.output} ({number} of {len(mine)})", flush=True)
-        _run(cfg, judge)
+        try:
+            _run(cfg, judge)
+        except (NonFiniteError, OutOfMemory) as e:  # the arm's own: the others go on
+            print(f"failed: {e}", flush=True)
+            failed = failed or e.with_traceback(None)
     results = {run: _result(cfg, judge) for run, cfg in configs.items()}
     missing = len({configs[run].output for run, result in results.items() if result is None})
     if missing:
         print(f"{missing} of {len(runs)} runs are still to be done: no table yet")
+        if failed:
+            raise failed
         return
     rows = table(found, results, judge)
     page = sweep_page.page(rows, judge, len(found.seeds), lambda arm: _hours(found.arms[arm]))

@@ -13,7 +13,7 @@ import torch
 from mae_fast import cli, evaluate, metrics, sweep, sweep_judge, sweep_page
 from mae_fast.checkpoint import read
 from mae_fast.data import VideoRow, build_index, write_index
-from mae_fast.errors import Interrupted
+from mae_fast.errors import Interrupted, NonFiniteError, OutOfMemory
 from mae_fast.sweep_ready import READY
 
 RUN = """
@@ -121,6 +121,25 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(made, tmp_path, monkeypatc
     run.write_text(run.read_text().replace("blr = 0.1", "blr = 0.2"))
     assert cli.main(["sweep", str(other)]) == 2
     assert "result.json is of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(NonFiniteError, 70), (OutOfMemory, 71)])
+def test_an_arm_that_cannot_be_trained_does_not_keep_the_rest_from_it(
+    error, code, made, tmp_path, monkeypatch, capsys
+):
+    pretrain = sweep.pretrain
+
+    def failing(cfg):
+        if "half" in cfg.output:
+            raise error("it is too much")
+        return pretrain(cfg)
+
+    monkeypatch.setattr(sweep, "pretrain", failing)
+    assert cli.main(["sweep", str(made(ARMS.replace("[0, 1]", "[0]")))]) == code
+    said = capsys.readouterr()
+    assert "failed: it is too much" in said.out and said.err.endswith("error: it is too much\n")
+    done = {p.parent.parent.name for p in tmp_path.glob("out/*/seed-0/result.json")}
+    assert done == {"three-quarters", "hog"} and not (tmp_path / "out/sweep.json").exists()
 
 
 KILLED = """
