@@ -27,6 +27,7 @@ from mae_fast.tasks.ava import made, page, score
 from mae_fast.tasks.ava.clips import KeyframeClips, WholeFrames
 from mae_fast.tasks.ava.evaluate import iou
 from mae_fast.tasks.ava.files import LeftOut
+from mae_fast.tasks.ava.model import BoxClassifier
 from mae_fast.tasks.ava.run import AvaRun, training_keyframes
 from mae_fast.tasks.config import RECIPES, from_dict, from_state
 from mae_fast.tasks.finetune import finetune
@@ -249,6 +250,48 @@ def test_scores_that_are_right_have_a_map_of_one(small):
     rows = test.labelled(scores)
     assert len(set(rows)) == len(rows) == 4 * sum(map(len, test.keyframes.people))
     assert {row.class_id for row in rows} == {1, 2, 3, 10}
+
+
+@needs_torchvision
+def test_an_action_is_as_likely_as_its_person_where_asked(small):
+    test, given = score.TestSet.read(config(small), LeftOut()), range(2)
+    model = BoxClassifier(config(small).classifier_of(12))
+    found = [
+        score.scores_of(model, test, config(small, ava__times_detection=times), given)[0]
+        for times in (False, True)
+    ]
+    for i, plain, times in zip(given, *found, strict=True):
+        sure = np.array([[p.score] for p in test.keyframes.people[i]])
+        np.testing.assert_allclose(times, plain * sure, rtol=1e-6)
+        assert 0 < sure.min() < 1 and plain.min() > 0
+
+
+def test_seconds_between_are_in_neither_side_of_a_held_out_test(small):
+    test = score.TestSet.read(config(small), LeftOut(), every=2)
+    assert {*test.keyframes.seconds} == {902, 904, 906}
+    assert {row.second for row in test.truth} <= {902.0, 904.0, 906.0}
+
+
+def test_colours_are_shifted_either_way_by_what_is_asked(small, monkeypatch):
+    cfg, drawn, rng = config(small, ava__color=(20.0, 0.1, 0.05)), [], np.random.default_rng(0)
+    monkeypatch.setattr(ava_clips, "shift_color", lambda clip, *by: drawn.append(by) or clip)
+    batch = dataset(cfg)[1][0]
+    for _ in range(60):
+        ava_clips.training_video(rng, batch, 32, cfg.ava, ((0.0,) * 3, (1.0,) * 3))
+    shares = np.array(drawn) / cfg.ava.color
+    assert (shares.min(0) > -1).all() and (shares.max(0) < 1).all()
+    assert (shares.min(0) < -0.8).all() and (shares.max(0) > 0.8).all()
+
+
+def test_pixels_are_normalised_as_the_recipe_says(small):
+    family = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    mean, std = ava_clips.statistics(config(small).ava, family)
+    assert (mean.flatten().tolist(), std.flatten().tolist()) == tuple(
+        torch.tensor(t).tolist() for t in family
+    )
+    mean, std = ava_clips.statistics(config(small, ava__pixels="alphaction").ava, family)
+    torch.testing.assert_close(255 * mean.flatten(), torch.tensor([122.7717, 115.9465, 102.9801]))
+    torch.testing.assert_close(255 * std.flatten(), torch.full((3,), 57.375))
 
 
 @needs_torchvision

@@ -111,6 +111,66 @@ def test_heads_are_chosen_without_the_test(monkeypatch):
     assert [int((part & (a == c)).sum()) for c in range(3)] == [4, 4, 4]
 
 
+def test_a_neighbour_is_one_of_the_last_view():
+    """The middle one; what the views before it hold changes nothing."""
+    x, y = torch.eye(3)[:, None], torch.eye(3)[:, None]
+    x, y = (torch.cat([t.roll(by, 0), t], dim=1) for t, by in ((x, 1), (y, 2)))
+    assert probe.knn(x, torch.arange(3), y, 3, 1).argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_features_of_a_test_are_normalised_as_those_of_training():
+    """Of one class alone they would lie in the middle by their own mean."""
+    (x, a), (y, b) = blobs(60, 0), blobs(60, 1)
+    only = (b == 2) & (torch.arange(60) > 0)
+    assert probe.linear(x, y[only], a, b[only], 3, epochs=30)["linear"] > 0.85
+
+
+def test_a_head_is_chosen_by_what_it_has_not_seen_and_then_sees_all(monkeypatch):
+    (x, a), (y, b) = blobs(61, 0), blobs(31, 1)
+    fit, score, seen = probe.fit, probe.score, []
+    monkeypatch.setattr(probe, "fit", lambda make, x, *how: seen.append(x) or fit(make, x, *how))
+    monkeypatch.setattr(probe, "score", lambda head, x: seen.append(x) or score(head, x))
+    probe.best(lambda: probe.LinearHead(16, 3), x, y, a, b, [(1e-2, 0.0), (1e-3, 0.0)], 2, 0)
+    part, good = probe.held_out(a[1:], 0), x[1:]
+    wanted = [good[~part], good[part], good[part], good, y]
+    assert len(seen) == len(wanted)
+    for found, of in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(found, of, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_head_has_its_own_decay():
+    x, a = blobs(60, 0)
+    make, grid = lambda: probe.LinearHead(16, 3), [(1e-2, 0.0), (1e-2, 30.0)]
+    free, held = probe.fit(make, x[1:], a[1:], grid, 10, 0)
+    assert held.linear.weight.norm() < 0.9 * free.linear.weight.norm()
+
+
+def test_a_score_is_the_mean_of_softmax_over_views():
+    views = torch.tensor([[[9.0, 0.0], [0.0, 2.0], [0.0, 2.0]]])  # one is sure of the other class
+    wanted = views.softmax(dim=2).mean(dim=1)
+    assert wanted.argmax() == 1 != views.mean(dim=1).argmax()
+    torch.testing.assert_close(probe.score(torch.nn.Identity(), views), wanted)
+
+
+def test_features_are_of_the_views_that_are_asked_for(motions, tmp_path, monkeypatch):
+    seen = []
+
+    def recorded(net, views, tokens):
+        cfg = views.cfg
+        seen.append((views.temporal, views.spatial, views.short_side, tokens))
+        seen.append((cfg.sampling, cfg.sampling_rate))
+        return torch.zeros(8, 1, 2), []
+
+    net = VideoClassifier(ClassifierConfig(ModelConfig(**TINY), "mae_st", 1))
+    monkeypatch.setattr(probe, "encoder", lambda *how: seen.append(how) or net)
+    monkeypatch.setattr(probe, "features_of", recorded)
+    how = "--model vit_tiny --family videomae --temporal 2 --spatial 3 --short-side 40 --tokens"
+    how += " --sampling frames --sampling-rate 7"
+    out = str(tmp_path / "x.safetensors")
+    assert cli.main(["features", "w.pth", str(motions.val), "-o", out, *how.split()]) == 0
+    assert seen == [("w.pth", "vit_tiny", "videomae"), (2, 3, 40, True), ("frames", 7)]
+
+
 def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys):
     model = MaskedAutoencoder(ModelConfig(**TINY))
     state = {"model": to_dict(model.cfg)}
@@ -180,6 +240,10 @@ def test_a_live_encoder_is_judged_as_its_checkpoint_would_be(motions):
     assert all(0 <= x <= 1 for x in found.values())
     assert torch.equal(torch.get_rng_state(), before)
     assert probe.judge(net, *rows, clips, ("knn",)) == {"knn": found["knn"]}
+    # The mean is of the patches, without the cls token.
+    views = Views(rows[1], clips, 4, 32, 1, 1)
+    pooled, tokens = (probe.features_of(net, views, tokens)[0] for tokens in (False, True))
+    torch.testing.assert_close(pooled, tokens.float().mean(dim=2), rtol=0, atol=3e-3)
     # Of the training videos themselves a nearest neighbour knows all.
     alone = probe.knn(x := probe.features_of(net, Views(rows[0], clips, 4, 32, 1, 1))[0],
                       a := torch.arange(16), x, 16, 1)  # fmt: skip
