@@ -170,6 +170,34 @@ def test_noise_is_not_motion_and_a_small_thing_that_moves_is(video):
     assert look._static(grids) is None
 
 
+def test_a_piece_is_judged_by_its_own_frames_and_has_its_own_rate():
+    look = filters.Look({"static": True}, 25.0)
+    look.numbers = list(range(20))
+    look.grids = [np.full((8, 9), 100.0 + 10 * max(0, k - 9)) for k in range(20)]
+    still, moves = look._piece(0, 10, 0.5), look._piece(10, 20, 0.4)
+    assert still["error"].startswith("static: no cell moves by more than 0.0")
+    assert moves["error"] is None and (still["fps"], moves["fps"]) == (20.0, 25.0)
+    assert (moves["start"], moves["frames"], moves["duration"]) == (10, 10, 0.4)
+
+
+def test_black_is_dark_in_nine_frames_of_ten():
+    look = filters.Look({"black": True}, 25.0)
+    for lit, black in ((3, True), (6, False), (30, False)):
+        grids = np.full((40, 8, 9), 10.0)
+        grids[:lit, 0, 0] = 200.0
+        assert bool(look._black(grids)) == black, lit
+
+
+def test_a_hash_is_of_three_frames_apart():
+    grids = np.tile(np.arange(9.0), (8, 8, 1))
+    changed = []
+    for k in range(8):
+        other = grids.copy()
+        other[k] = other[k, :, ::-1]
+        changed.append(filters.dhash(other) != filters.dhash(grids))
+    assert [k for k in range(8) if changed[k]] == [2, 4, 6]
+
+
 def test_hashes_of_hundreds_of_thousands_are_compared_at_once():
     rng, seen = np.random.default_rng(0), filters.Seen()
     codes = [rng.bytes(24).hex() for _ in range(3000)]
