@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mae_fast import MaskedAutoencoder, ModelConfig, cli
+from mae_fast import MaskedAutoencoder, ModelConfig, cli, weights
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.forward import decode, encode
 from mae_fast.masking import ids_from_noise
-from mae_fast.weights import Size, load_model, load_weights, translate
+from mae_fast.weights import Report, Size, load_model, load_weights, translate
 from mae_fast.weights.families import identify, read, strip
 from mae_fast.weights.positions import sincos
 
@@ -468,3 +468,22 @@ def test_weights_are_found_under_the_key_that_a_script_gave_them(key, tmp_path):
     torch.save({key: state, "epoch": 3}, tmp_path / "run.pth")
     _, weights = load_weights(tmp_path / "run.pth")
     assert all(torch.equal(weights[name], t) for name, t in state.items())
+
+
+def test_convert_asks_for_what_its_options_say(tmp_path, monkeypatch):
+    asked, path, out = [], tmp_path / "mae.pth", str(tmp_path / "out.safetensors")
+    torch.save(make("mae_st").state_dict(), path)
+
+    def recorded(state, *how):
+        asked.append(how)
+        return state, Report("mae_st", how[0])
+
+    monkeypatch.setattr(weights, "translate", recorded)
+    options = "--from slowfast --img-size 64 --num-frames 8 --source-num-frames 32"
+    options += " --t-patch-size 4 --encoder-only"
+    for more in ([], options.split()):
+        assert cli.main(["convert", str(path), "--to", "videomae", "-o", out, *more]) == 0
+    assert asked == [
+        ("videomae", "auto", Size(), False),
+        ("videomae", "slowfast", Size(64, 8, 32, 4), True),
+    ]

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ranks import config, free_port, losses
 from mae_fast import metrics, submit
 from mae_fast.data import build_index
 from mae_fast.distributed import srun
-from mae_fast.errors import ConfigError
+from mae_fast.errors import ConfigError, Interrupted
 
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "16",
@@ -44,8 +45,8 @@ def test_what_srun_says_is_what_torchrun_would(nodes, first, monkeypatch):
     port = int(found.pop("MASTER_PORT"))
     assert found == {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "MASTER_ADDR": first}
     assert 15000 <= port < 31000
-    another = srun(SLURM | {"SLURM_JOB_ID": "4712"})["MASTER_PORT"]
-    assert int(another) != port  # two jobs on one node
+    for other in ({"SLURM_JOB_ID": "4712"}, {"SLURM_STEP_ID": "1"}):  # on one node
+        assert int(srun(SLURM | other)["MASTER_PORT"]) != port
 
 
 def test_a_task_that_sees_one_gpu_takes_it(monkeypatch):
@@ -95,15 +96,38 @@ def test_slurm_gets_what_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(submitit, "AutoExecutor", Executor)
     toml = tmp_path / "big.toml"
     toml.write_text(f'output = "{tmp_path}/run"')
-    more = dict(partition="p", slurm=("account=a", "mem=0"), hours=1.5)
-    submit.submit(str(toml), nodes=2, gpus_per_node=4, **more)
+    more = dict(partition="p", slurm=("account=a", "mem=0"), hours=1.5, again=3)
+    submit.submit(str(toml), nodes=2, gpus_per_node=4, cpus_per_gpu=6, **more)
     wanted = dict(nodes=2, tasks_per_node=4, gpus_per_node=4, timeout_min=90, name="big")
-    wanted |= dict(slurm_partition="p", slurm_account="a", slurm_mem="0", slurm_max_num_timeout=20)
+    wanted |= dict(slurm_partition="p", slurm_account="a", slurm_mem="0", slurm_max_num_timeout=3)
+    wanted |= dict(cpus_per_task=6)
     assert wanted.items() <= given.items() and given["folder"] == f"{tmp_path}/run/slurm"
     again = given["job"].checkpoint()
     assert again.function is given["job"] and given["job"].cfg.output == f"{tmp_path}/run"
     with pytest.raises(ConfigError, match="name=value"):
         submit.submit(str(toml), slurm=("account",))
+
+
+def test_only_the_signal_of_a_preemption_queues_a_job_again(monkeypatch):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    joined = SimpleNamespace(export=lambda **how: None)
+    monkeypatch.setattr("submitit.helpers.TorchDistributedEnvironment", lambda: joined)
+
+    def stopped(told):
+        error = Interrupted("saved")
+        error.told = told
+        raise error
+
+    sent, preempted = [], submitit.JobEnvironment._usr_sig()
+    monkeypatch.setattr("mae_fast.train.pretrain", stopped)
+    monkeypatch.setattr(submit.os, "kill", lambda pid, signum: sent.append(signum))
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    with pytest.raises(Interrupted):
+        submit.Job("pretrain", signal.SIGTERM)()
+    assert sent == []
+    with pytest.raises(SystemExit):
+        submit.Job("pretrain", preempted)()
+    assert sent == [preempted]
 
 
 def test_a_preempted_job_is_queued_again_and_ends_as_if_nothing_had_been(
