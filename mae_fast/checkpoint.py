@@ -122,7 +122,7 @@ def _write(
             text = json.dumps(state)
             tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
             write_tensors(path, tensors, {"mae_fast": text, "crc32": _crc(text, tensors)})
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         raise CheckpointError(f"cannot write {path}: {e}; nothing was lost, {_last(folder)}") from e
     if not writer:
         return path
@@ -163,7 +163,7 @@ def set_aside(path: Path, word: str) -> Path:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all. OSError or SafetensorError where it cannot."""
+    """Write a safetensors file whole or not at all. OSError where it cannot."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         tmp.touch()
@@ -173,9 +173,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         sync(tmp)
         os.replace(tmp, path)
         sync(path.parent)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as e:
         tmp.unlink(missing_ok=True)
-        raise
+        raise e if isinstance(e, OSError) else OSError(str(e)) from e
 
 
 def write_text(path: str | Path, text: str) -> None:

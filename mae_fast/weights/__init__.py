@@ -218,5 +218,5 @@ def _save(path: Path, state: dict[str, Tensor], report: Report) -> None:
     tensors = {k: v.clone() for k, v in state.items()}
     try:
         checkpoint.write_tensors(path, tensors, metadata)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         raise CheckpointError(f"cannot write {path}: {e}") from e

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mae_fast import checkpoint, cli, probe
@@ -171,7 +171,7 @@ def test_features_are_of_the_views_that_are_asked_for(motions, tmp_path, monkeyp
     assert seen == [("w.pth", "vit_tiny", "videomae"), (2, 3, 40, True), ("frames", 7)]
 
 
-def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys):
+def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys, monkeypatch):
     model = MaskedAutoencoder(ModelConfig(**TINY))
     state = {"model": to_dict(model.cfg)}
     optimizer = torch.optim.AdamW(model.parameters())
@@ -190,6 +190,17 @@ def test_features_and_probe_from_a_pretrained_encoder(motions, tmp_path, capsys)
     found = json.loads(out.read_text())
     assert found["chance"] == 0.25 and 0 <= found["knn_10"] <= 1 and found["videos"] == 8
     assert cli.main(["probe", *args, "--epochs", "-1"]) == 2
+    full = tmp_path / "full.safetensors"
+
+    def no_space(*args):
+        full.with_name(full.name + ".tmp").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    assert cli.main(["features", str(path), str(motions.val), "-o", str(full), *how]) == 73
+    assert f"cannot write {full}: I/O error: No space left" in capsys.readouterr().err
+    assert not list(tmp_path.glob("full*"))
+    monkeypatch.undo()
     capsys.readouterr()
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert cli.main(["probe", args[0], str(tmp_path / "x.safetensors")]) == 73
