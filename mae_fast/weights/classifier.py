@@ -11,6 +11,7 @@ from mae_fast.config import ModelConfig
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.weights import positions
 from mae_fast.weights.families import TARGET_ENCODER, identify, read, strip
+from mae_fast.weights.translate import check
 
 Table = dict[str, Tensor]
 
@@ -19,7 +20,8 @@ def load(model: VideoClassifier, path: str | Path) -> list[str]:
     """Load pre-trained or fine-tuned weights in place; returns, line by line, what did not fit or
     was changed: positions interpolated, a head of other classes left as it was.
 
-    Raises CheckpointError for a file that is no whole encoder of the model's sizes, and ConfigError
+    Raises CheckpointError for a file that is no whole encoder of the model's sizes, or of a changed
+    one (a block's scales, which would be left out), and ConfigError
     for a run's checkpoint with another number of heads.
     """
     found, state = weights._read(Path(path))
@@ -40,6 +42,7 @@ def load(model: VideoClassifier, path: str | Path) -> list[str]:
     decoder = [n for n in table if n.startswith(("decoder_", "mask_token"))]
     for name in decoder:
         del table[name]
+    check(table, [name for name in rest if not name.startswith(("decoder", "pred_head"))])
     if decoder:
         said.append(f"the decoder, {len(decoder)} tensors: not needed")
     _pool_norm(model, table, said)

@@ -88,7 +88,7 @@ def translate(
     rest = {name: value for name, value in rest.items() if name not in average}
     if average:
         report.lost.append(f"the encoder's running average, {len(average)} tensors: not carried")
-    _check(table, rest)
+    check(table, rest)
     patch = table["patch_embed.proj.weight"].shape
     if size.img_size:
         _divide("img_size", size.img_size, patch[-1])
@@ -113,8 +113,9 @@ def translate(
     return write(table, to, apart), report
 
 
-def _check(table: Table, rest: Table) -> None:
-    """A whole encoder, and a whole decoder or none; nothing in a block that another lacks."""
+def check(table: Table, rest: Iterable[str]) -> None:
+    """A whole encoder, and a whole decoder or none; nothing in a block that another lacks. Raises
+    CheckpointError."""
     changed = [
         n for n in rest if re.search(r"(^|\.)(blocks|layer|transforms|norm_pre|norm_stem)\b", n)
     ]

@@ -282,6 +282,18 @@ def test_separable_positions_without_a_cls_token_fit_a_joint_table_with_one(tmp_
     assert torch.equal(joint.pos_embed, positions)
 
 
+@pytest.mark.parametrize("name", ["blocks.1.gamma_1", "blocks.0.attn.scale", "blocks.0.norm1.bias"])
+def test_an_encoder_that_computes_something_else_is_refused(name, tmp_path):
+    """V2's ViT-g has blocks of cosine attention; whole numbers are of a quantised model."""
+    state = tiny("videomae").state_dict()
+    state[name] = torch.ones(16, dtype=torch.int8 if name in state else torch.float32)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=name):
+        into.load(tiny("videomae"), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=name):
+        translate(state, "mae_st")
+
+
 def test_head_of_other_classes_and_a_decoder_are_listed(tmp_path, tiny_cfg):
     save_file(Golden("mae_st").state(), tmp_path / "w.safetensors")
     model = tiny(num_classes=7)
