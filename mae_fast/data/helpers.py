@@ -48,8 +48,8 @@ def answers(
             if not pending:
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+            for future in sorted(done, key=lambda f: f.exception() is not None):
+                yield future.result()  # an answer that is there is not lost to another's error
     finally:
         for future in pending:
             future.cancel()

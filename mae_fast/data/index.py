@@ -205,7 +205,7 @@ def build_index(
             advance()
     ordered = [rows[source] for source in found]
     write_index(ordered, out)
-    partial.unlink()
+    partial.unlink(missing_ok=True)  # the same command may have ended beside this one
     good = [r for r in ordered if not r.error]
     broken = Counter(r.error.split(":")[0] for r in ordered if r.error)
     hours = sum(r.duration for r in good) / 3600
@@ -415,15 +415,22 @@ def progress_bar(title: str, total: int, done: int, show: bool = True):
 
 def _probe_all(todo: list[Source], workers: int, timeout: float, verify: bool):
     """Yield (source, row) as they are done, from at most `workers` processes."""
-    tasks = ((s, (s.path, s.segment, verify)) for s in todo)
+    # Its size and time before it is read: one that grows meanwhile is another the next time.
+    tasks = (((s, *file_stat(s.path)), (s.path, s.segment, verify)) for s in todo)
     make = "mae_fast.data.index:_probe"
-    for source, facts in answers(tasks, make, max(1, min(workers, len(todo))), timeout):
-        size, mtime = file_stat(source.path)
+    count = max(1, min(workers, len(todo)))
+    for (source, size, mtime), facts in answers(tasks, make, count, timeout):
         facts |= {"bytes": size, "mtime": mtime, "weight": source.weight}
         yield source, VideoRow(source.path, source.label, **facts)
 
 
 def _probe(path: str, segment: tuple[float, float] | None, verify: bool) -> dict:
+    from mae_fast.data.container import BadVideo
     from mae_fast.data.decode import probe
 
-    return probe(path, segment, verify)
+    facts = probe(path, segment, verify)
+    try:
+        VideoRow(path, **facts)
+    except ConfigError as e:
+        raise BadVideo(path, f"damaged header: {e}") from None
+    return facts

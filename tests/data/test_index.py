@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import signal
+import struct
 import sys
+from concurrent.futures import wait
 
+import in_process
 import pytest
 
 from mae_fast.data import helpers, index
@@ -227,14 +230,18 @@ def test_a_stop_keeps_the_rows_made_so_far(tmp_path, video, monkeypatch):
             raise KeyboardInterrupt
         return ask(self, path, *how)
 
+    def late(pending, **how):  # all are done when it is looked
+        done, _ = wait(pending)
+        return sorted(done, key=lambda f: f.exception() is None), set()
+
     out = tmp_path / "i.jsonl"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(helpers._Helper, "ask", stop)
+        patch.setattr(helpers, "wait", late)
         build([tmp_path], out)
     assert not out.exists()
-    kept = len((tmp_path / "i.jsonl.partial").read_text().splitlines())
-    assert kept in (1, 2)  # b may be probed but not yet noted
-    assert build([tmp_path], out).reused == kept
+    assert len((tmp_path / "i.jsonl.partial").read_text().splitlines()) == 2
+    assert build([tmp_path], out).reused == 2
 
 
 LOOP = """
@@ -263,6 +270,40 @@ def test_a_file_that_kills_or_hangs_its_process_is_a_row(tmp_path, video, monkey
     errors = [r.error for r in read_index(tmp_path / "i.jsonl", broken=True)]
     assert errors[1] == f"crash: the decoder died with exit status {-signal.SIGKILL}"
     assert errors[3] == "timeout: not done within 1.5 s"
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_again(tmp_path, one, video, monkeypatch):
+    later = video.write(tmp_path / "later.mp4", 20).read_bytes()
+
+    def grown(*asked):
+        for answer in in_process.answers(*asked):
+            one.write_bytes(later)
+            yield answer
+
+    monkeypatch.setattr(index, "answers", grown)
+    frames = []
+    for _ in range(2):
+        assert build([one], tmp_path / "i.jsonl").reused == 0
+        frames += [r.frames for r in read_index(tmp_path / "i.jsonl")]
+    assert frames == [12, 20]
+
+
+def test_the_same_command_twice_at_once_ends_twice(tmp_path, one, monkeypatch):
+    def other_ends(rows, out):
+        (tmp_path / "i.jsonl.partial").unlink()
+
+    monkeypatch.setattr(index, "answers", in_process.answers)
+    monkeypatch.setattr(index, "write_index", other_ends)
+    assert build([one], tmp_path / "i.jsonl").videos == 1
+
+
+def test_a_header_that_cannot_be_true_is_a_row(tmp_path, one, video):
+    data = bytearray(video.write(tmp_path / "two.avi", 12, codec="mpeg4", bframes=0).read_bytes())
+    struct.pack_into("<II", data, data.index(b"strh") + 28, 2**31 - 1, 1)  # seconds a frame
+    (tmp_path / "two.avi").write_bytes(data)
+    assert build([tmp_path], tmp_path / "i.jsonl").broken == {"damaged header": 1}
+    row = read_index(tmp_path / "i.jsonl", broken=True)[1]
+    assert "duration must be in [0, 2147483647], got 25" in row.error
 
 
 def test_parallel_gives_the_same_file(tmp_path, folder):
