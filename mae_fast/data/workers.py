@@ -106,9 +106,7 @@ class _Pool:
 
     def _start(self, make: Callable[[Any], Any]) -> None:
         ours, theirs = multiprocessing.Pipe()
-        worker = multiprocessing.Process(
-            target=_work, args=(make, theirs, os.getpid()), daemon=True
-        )
+        worker = multiprocessing.Process(target=_work, args=(make, theirs), daemon=True)
         worker.start()
         theirs.close()  # so that ours ends when the worker does
         self.ends.append(ours)
@@ -148,15 +146,16 @@ def _kill(processes: list[multiprocessing.Process]) -> None:
             multiprocessing.process._children.discard(worker)
 
 
-def _work(make: Callable[[Any], Any], conn: Connection, parent: int) -> None:
+def _work(make: Callable[[Any], Any], conn: Connection) -> None:
     """A worker: tasks in, batches or errors out, until the run ends it or is gone."""
+    parent = os.getppid()  # the run, or the server that forks for it, which ends when it does
     os.setsid()
     for each in SIGNALS:  # sent to a whole group or job: the run answers, and ends its workers
         signal.signal(each, signal.SIG_IGN)
     torch.set_num_threads(1)
     with contextlib.suppress(OSError, EOFError):
         while True:
-            # Sockets to this parent are open in other workers too: its end is seen otherwise.
+            # Sockets to the run are open in other workers too: its end is seen otherwise.
             while not conn.poll(1.0):
                 if os.getppid() != parent:
                     return
