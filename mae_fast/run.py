@@ -84,9 +84,9 @@ class Run(abc.ABC):
         self.saved = self.step
         on_gpu = world.device.type == "cuda"
         self.aside = checkpoint.Aside(on_gpu) if cfg.train.async_save else None
-        self.bad = BadVideos(
-            cfg.data.max_bad_share, len(self.rows), self.folder if world.writer else None
-        )
+        # A file that is bad counts as one, not as its segments, shots or keyframes.
+        files = len({r.path for r in self.rows})
+        self.bad = BadVideos(cfg.data.max_bad_share, files, self.folder, world.writer)
         self.trainer = Step(
             self.model,
             self.optimizer,

@@ -155,8 +155,9 @@ def join(batches: list[Batch], cat: Callable = torch.cat) -> Batch:
 class ClipDataset(Dataset):
     """Item g, the global draw number, is a Batch of the repeat_aug clips of that draw's video.
 
-    A function of (seed, epoch, video) alone. A bad video is replaced by one chosen from (seed,
-    epoch, video, attempt) and reported in `bad`; DataError after 20 in a row.
+    A function of (seed, epoch, video) alone; where weights draw a video several times in an epoch,
+    of how many came before too. A bad video is replaced by one chosen from these and the number of
+    the attempt, and reported in `bad`; DataError after 20 in a row.
     """
 
     planar = True  # frames stay as they were decoded, where they can
@@ -190,6 +191,10 @@ class ClipDataset(Dataset):
         n = len(self._paths)
         epoch, video = draw(n, g, self.seed, self._weights)
         key, bad = (self.seed, epoch, video), []
+        if self._weights:
+            drawn = order(n, self.seed, epoch, self._weights)[: g % n]
+            again = np.count_nonzero(drawn == video)
+            key += (0, again) * bool(again)  # other clips of it
         for attempt in range(_ATTEMPTS):
             rng = np.random.default_rng((*key, attempt) if attempt else key)
             if attempt:
@@ -346,17 +351,25 @@ def make_loader(
 
 class BadVideos:
     """Bookkeeping of the broken files met in a run of `total` videos: each is warned of once and
-    listed in `folder`/bad_videos.jsonl (no folder: not listed), which is read again on resume.
+    listed in `folder`/bad_videos.jsonl (no folder: not listed), which is read again on resume: by
+    every rank, as all must judge alike; only a `writer` adds to it.
 
     add() raises DataError with the list once more than max_share of the videos are broken.
     """
 
-    def __init__(self, max_share: float, total: int, folder: str | Path | None = None):
-        self.max_share, self.total = max_share, total
+    def __init__(
+        self,
+        max_share: float,
+        total: int,
+        folder: str | Path | None = None,
+        writer: bool = True,
+    ):
+        self.max_share, self.total, self.writer = max_share, total, writer
         self.found: dict[str, str] = {}
         self._file = Path(folder) / "bad_videos.jsonl" if folder is not None else None
         if self._file and self._file.is_file():
-            end_last_line(self._file)
+            if writer:
+                end_last_line(self._file)
             for line in self._file.read_text(errors="replace").split("\n"):
                 try:
                     record = json.loads(line)
@@ -373,7 +386,7 @@ class BadVideos:
                 continue
             self.found[path] = reason
             log.warning("bad video, replaced by another: %s: %s", path, reason)
-            if self._file:
+            if self._file and self.writer:
                 record = {"path": path, "reason": reason, "time": time.time()}
                 with open(self._file, "a") as f:
                     f.write(json.dumps(record) + "\n")

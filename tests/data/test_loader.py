@@ -198,6 +198,14 @@ def test_weights_of_sources_decide_how_often(folder, tmp_path, capsys):
         assert "weight" in capsys.readouterr().err
 
 
+def test_a_video_drawn_again_in_an_epoch_gives_other_clips(rows):
+    rows = [replace(rows[0], weight=10.0), *rows[1:]]
+    seen = [b.table.tolist() for b in load(rows, config(repeat_aug=1), steps=5, batch_size=1)]
+    assert len({str(table) for table in seen}) == len(seen)
+    again = ClipDataset(rows, config(repeat_aug=1), 8, 5)
+    assert again[3].table.tolist() == seen[3]
+
+
 def test_two_ranks_draw_what_one_draws(rows):
     one = load(rows, batch_size=4)
     two = [load(rows, batch_size=2, rank=rank, world=2) for rank in (0, 1)]
@@ -375,16 +383,20 @@ def test_without_memory_for_a_batch_it_is_said(rows, monkeypatch):
         load(rows, config(workers=1))
 
 
-def test_workers_end_with_a_program_that_is_killed_or_leaves(tmp_path, folder):
-    """And a program that leaves in the middle does not wait for them."""
+@pytest.mark.parametrize("method", ["fork", "forkserver"])  # the second is Python 3.14's
+def test_workers_end_with_a_program_that_is_killed_or_leaves(tmp_path, folder, method):
+    """And not before: they may wait for a task. A program that leaves does not wait for them."""
     build_index([folder], tmp_path / "index.jsonl", progress=False)
     code = f"""
-import multiprocessing, os, signal, sys
+import multiprocessing, os, signal, sys, time
 from mae_fast.config import DataConfig
 from mae_fast.data import make_loader, read_index
 rows, cfg = read_index({str(tmp_path / "index.jsonl")!r}), DataConfig(workers=2, repeat_aug=1)
 batches = iter(make_loader(rows, cfg, num_frames=8, batch_size=2, seed=0, steps=500))
+multiprocessing.set_start_method({method!r})
 next(batches)
+time.sleep(1.5)
+for _ in range(9): next(batches)
 print(*(p.pid for p in multiprocessing.active_children()), flush=True)
 if sys.argv[1] == "kill":
     os.kill(os.getpid(), signal.SIGKILL)

@@ -131,10 +131,12 @@ def test_held_out_batches_hold_one_video_at_least(index, rows, tmp_path):
 
 
 def test_max_bad_share_is_a_share_of_the_videos(rows, tmp_path):
-    """Of 7 videos one is cut to nothing after it was indexed: 1/7 is allowed, less is not."""
+    """Of 7 videos, one of them in two segments, one is cut to nothing after it was indexed: 1/7 is
+    allowed, less is not."""
     folder = tmp_path / "videos"
     folder.mkdir()
-    write_index(copies(rows, folder), tmp_path / "i.jsonl")
+    each = copies(rows, folder)
+    write_index([*each, dataclasses.replace(each[0], frames=9)], tmp_path / "i.jsonl")
     rows = read_index(tmp_path / "i.jsonl")
     (folder / "v2.mp4").write_bytes(b"")
     cfg = config(str(tmp_path / "i.jsonl"), tmp_path / "a", **{"data.max_bad_share": 0.143})

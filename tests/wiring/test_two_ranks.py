@@ -39,7 +39,10 @@ def two(rows, index, tmp_path_factory):
         "fault": rare,
         "rare": {"train.log_every": 3, "train.save_every": 99},
         "features": {"model.target": "features", "train.ema_momentum": 0.7},
+        "bad before": {"data.index": str(folder / "bad.jsonl"), "data.max_bad_share": 0.2},
     }
+    (folder / "bad before").mkdir()
+    (folder / "bad before" / "bad_videos.jsonl").write_text('{"path": "a.mp4", "reason": "x"}\n')
     cases = []
     for name, change in changes.items():
         output = folder / name.removesuffix(" again")
@@ -108,6 +111,12 @@ def test_two_ranks_list_each_other_s_bad_videos(two):
     assert zero["row"]["bad_videos"] == one["row"]["bad_videos"] == 1
     listed = (Path(cfg.output) / "bad_videos.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in listed] == [broken]
+
+
+def test_two_ranks_know_alike_what_was_bad_before(two):
+    """A file that was listed before a resume, and one met now: too many on both ranks."""
+    words = [r["words"] for r in two["bad before"][1:]]
+    assert words[0] == words[1] and "2 of 7 videos are bad" in words[0]
 
 
 def _video(cfg, rows, g):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mae_fast.data import BadVideos, Batch, Loader, VideoRow
+from mae_fast.data import Batch, Loader, VideoRow
 from mae_fast.errors import ConfigError
 from mae_fast.files import write
 from mae_fast.run import Run
@@ -103,13 +103,6 @@ class AvaRun(FinetuneRun):
         super()._open_folder()
         if self.world.writer and self.left.lines:
             write(self.folder / "left_out.json", json.dumps(vars(self.left), indent=1))
-
-    def train(self) -> dict[str, Any]:
-        movies = len({r.path for r in self.rows})
-        # A movie that is bad counts as one of them, not of its hundreds of keyframes.
-        folder = self.folder if self.world.writer else None
-        self.bad = BadVideos(self.cfg.data.max_bad_share, movies, folder)
-        return super().train()
 
     def _loader(self) -> Loader:
         how = dict(keyframes=self.train_keyframes, ava=self.cfg.ava, size=self.cfg.model.img_size)
