@@ -2,6 +2,7 @@
 every time, beside what a mean would score; and probes of the frozen encoder.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.masked_mse import norm_target
+
+log = logging.getLogger("mae_fast")
 
 CLIPS = 64
 _SEED = 20220518  # any fixed number: the paper's first day on arXiv
@@ -44,7 +47,7 @@ def held_out_loss(
         steps=-(-CLIPS // (videos * cfg.data.repeat_aug)),
         waiting=waiting,
     )
-    spec, losses, means, clips = model.spec, 0.0, 0.0, 0
+    spec, losses, means, clips, bad = model.spec, 0.0, 0.0, 0, {}
     given = cfg.model.target in ("tokens", "features")
     for batch in loader:
         waiting()
@@ -66,6 +69,10 @@ def held_out_loss(
             means += float(target.var(dim=-1, correction=0).mean()) * len(batch.paths)
         losses += float(loss) * len(batch.paths)
         clips += len(batch.paths)
+        bad |= dict(batch.bad)
+    if bad:
+        said = ": ".join(next(iter(bad.items())))
+        log.warning("held out: %d videos do not decode, replaced by others: %s", len(bad), said)
     mean = {} if given else {"val_mean_patch_loss": means / clips}
     return {"val_loss": losses / clips, **mean, "val_clips": clips}
 

@@ -7,6 +7,7 @@ chosen on a part of the training videos, and only then sees the test.
 
 import itertools
 import json
+import logging
 import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.tasks.clips import Views, classes_of, normalised, numbers_of
 from mae_fast.tasks.config import ClipsConfig, Sampling
 from mae_fast.weights import classifier as into
+
+log = logging.getLogger("mae_fast")
 
 Kind = Literal["all", "knn", "linear", "attentive"]
 TEMPERATURE = 0.07
@@ -150,7 +153,10 @@ def judge(
     m, classes, pooled, tokens, labels = net.cfg.model, classes_of(train), [], [], []
     for rows in (train, test):
         views = Views(rows, clips, m.num_frames, clips.short_side or m.img_size, 1, 1)
-        found, _ = features_of(net, views, "attentive" in kinds, waiting=waiting)
+        found, bad = features_of(net, views, "attentive" in kinds, waiting=waiting)
+        if bad:
+            said = "%d of %d videos do not decode, left out of training and wrong in the test: %s"
+            log.warning("probe: " + said, len(bad), len(rows), ": ".join(bad[0]))
         if found.dim() == 4:
             tokens.append(found)
             found = found.float().mean(dim=2)

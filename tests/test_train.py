@@ -135,7 +135,7 @@ def test_too_many_non_finite_steps_stop_the_run_and_keep_checkpoints(index, tmp_
     assert checkpoint.latest(tmp_path / "run")[0]["step"] == 10
 
 
-def test_bad_videos_are_replaced_listed_and_too_many_stop(folder, video, tmp_path):
+def test_bad_videos_are_replaced_listed_and_too_many_stop(folder, video, tmp_path, caplog):
     mine = tmp_path / "videos"
     mine.mkdir()
     for i in range(4):
@@ -144,11 +144,12 @@ def test_bad_videos_are_replaced_listed_and_too_many_stop(folder, video, tmp_pat
     build_index([mine], index, progress=False)
     (mine / "v2.mp4").write_bytes(b"")
     cfg = config(str(index), tmp_path / "run")
-    allowed = DataConfig(**{**vars(cfg.data), "max_bad_share": 0.3})
+    allowed = DataConfig(**{**vars(cfg.data), "max_bad_share": 0.3, "val_index": str(index)})
     last = pretrain(Config(**{**vars(cfg), "data": allowed}))
     assert last["bad_videos"] == 1 and last["step"] == 20
     listed = (tmp_path / "run" / "bad_videos.jsonl").read_text().splitlines()
     assert len(listed) == 1 and "v2.mp4" in listed[0]
+    assert "held out: 1 videos do not decode, replaced by others: " in caplog.text
     with pytest.raises(DataError, match=r"v2\.mp4"):
         pretrain(Config(**{**vars(cfg), "output": str(tmp_path / "strict")}))
     # What was learned until then is saved.

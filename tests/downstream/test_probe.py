@@ -1,5 +1,6 @@
 """Frozen features and the probes, V-JEPA 2's attentive classifier against its own figures."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -229,7 +230,7 @@ def test_weights_are_taken_for_their_own_family_or_refused(tmp_path):
         assert torch.equal(net.blocks[0].attn.q.weight, model.blocks[0].attn.q.weight)
 
 
-def test_a_live_encoder_is_judged_as_its_checkpoint_would_be(motions):
+def test_a_live_encoder_is_judged_as_its_checkpoint_would_be(motions, caplog):
     """On the model's own tensors, and without a number drawn from the run's."""
     model = MaskedAutoencoder(ModelConfig(**TINY))
     net = probe.encoder_of(model)
@@ -250,7 +251,10 @@ def test_a_live_encoder_is_judged_as_its_checkpoint_would_be(motions):
     assert list(found) == ["linear", "knn", "attentive"]
     assert all(0 <= x <= 1 for x in found.values())
     assert torch.equal(torch.get_rng_state(), before)
-    assert probe.judge(net, *rows, clips, ("knn",)) == {"knn": found["knn"]}
+    assert probe.judge(net, *rows, clips, ("knn",)) == {"knn": found["knn"]} and not caplog.text
+    lost = [dataclasses.replace(rows[1][0], path="gone.mp4", bytes=0), *rows[1][1:]]
+    assert probe.judge(net, rows[0], lost, clips, ("knn",))["knn"] <= 7 / 8
+    assert "1 of 8 videos do not decode" in caplog.text and "gone.mp4: missing" in caplog.text
     # The mean is of the patches, without the cls token.
     views = Views(rows[1], clips, 4, 32, 1, 1)
     pooled, tokens = (probe.features_of(net, views, tokens)[0] for tokens in (False, True))
