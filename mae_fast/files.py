@@ -1,11 +1,17 @@
 """Files that a command leaves: whole or not at all, and one line where they cannot be written."""
 
 import contextlib
+import errno
+import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from mae_fast.errors import WriteError
+
+log = logging.getLogger("mae_fast")
 
 
 @contextlib.contextmanager
@@ -45,3 +51,16 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def locked(f: TextIO, wait: bool = False) -> bool:
+    """Have a file for this process alone while it is open: a crash closes it too. False where
+    another has it; where a file system has no locks it says so."""
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        folder = Path(f.name).parent
+        log.warning("%s cannot be locked (%s): none else must write there", folder, e.strerror)
+    return True

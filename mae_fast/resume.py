@@ -1,7 +1,5 @@
 """What must be the same for a run to go on: its settings, its videos, the videos of a step."""
 
-import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple, TextIO
 from mae_fast.data import VideoRow
 from mae_fast.errors import CheckpointError, ConfigError
 from mae_fast.fields import either
+from mae_fast.files import locked
 
 log = logging.getLogger("mae_fast")
 
@@ -201,17 +200,11 @@ def lock(path: Path) -> TextIO:
     CheckpointError where another run has it; where a file system has no locks it says so.
     """
     f = path.open("a")
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            f.close()
-            raise CheckpointError(
-                f"{path.parent} is in use: another run writes into it. Wait for its end, or choose "
-                f"another output"
-            ) from None
-        log.warning(
-            "%s cannot be locked (%s): no second run must write there", path.parent, e.strerror
+    if not locked(f):
+        f.close()
+        raise CheckpointError(
+            f"{path.parent} is in use: another run writes into it. Wait for its end, or choose "
+            f"another output"
         )
     _watch_forks()
     _locked.add(f)

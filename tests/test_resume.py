@@ -1,6 +1,7 @@
 """Which runs go on, and what a resumed one finds and leaves."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import shutil
@@ -156,7 +157,7 @@ def test_a_file_system_without_locks_is_said_and_used(index, tmp_path, monkeypat
     def flock(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(resume.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert pretrain(config(index, tmp_path / "run", steps=2))["step"] == 2
     assert "cannot be locked (No locks available)" in caplog.text
 

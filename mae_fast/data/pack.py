@@ -6,7 +6,6 @@ all, so that a pack that was stopped goes on.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from mae_fast.data.remote import is_remote
 from mae_fast.environment import usable_cores
 from mae_fast.errors import ConfigError, DataError, WriteError
 from mae_fast.fields import require
-from mae_fast.files import write, writing
+from mae_fast.files import locked, write, writing
 
 # Bytes a pixel at crf 23 .. 26: 0.03 seen of real footage; x264 halves it each 6 steps of crf.
 _BYTES_A_PIXEL = 0.03
@@ -132,10 +131,8 @@ def write_pack(source: str | Path, out: str | Path, how: dict[str, Any], workers
         partial.mkdir(parents=True, exist_ok=True)
         lock = open(partial / "lock", "w")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WriteError(f"{out} is being written by another `mae-fast pack`") from None
+        if not locked(lock):
+            raise WriteError(f"{out} is being written by another `mae-fast pack`")
         _go_on(partial, how)
         work = _Work(out, partial, rows, how)
         work.ask_for_disk()

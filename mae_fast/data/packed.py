@@ -53,9 +53,11 @@ def fetch(url: str) -> None:
     try:
         with remote.keeping(url) as folder:
             text = remote.tried(lambda: remote.read(f"{url}/{HOW}"))
-            # Once in part: a server that knows no parts would send a whole shard for each clip.
-            remote.tried(lambda: remote.read(f"{url}/{HOW}", 0, 1))
             how = _parsed(f"{url}/{HOW}", text)
+            # A server that knows no parts would send a whole shard for each clip. Of JSON it may
+            # know none: many compress that on the way.
+            shard = next(iter(how["shards"]), HOW)
+            remote.tried(lambda: remote.read(f"{url}/{shard}", 0, 1))
             if _is_kept(folder, text, how):
                 return
             (folder / HOW).unlink(missing_ok=True)

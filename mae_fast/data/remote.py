@@ -6,7 +6,6 @@ of its shards only the bytes that a clip wants are read. Credentials and endpoin
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mae_fast.errors import ConfigError
-from mae_fast.files import writing
+from mae_fast.files import locked, writing
 
 _T = TypeVar("_T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -46,7 +45,7 @@ def keeping(url: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locked(lock, wait=True)
         yield folder
 
 
