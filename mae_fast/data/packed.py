@@ -276,6 +276,8 @@ class PackReader:
         except FileNotFoundError:
             raise BadVideo(place.path, f"missing: no shard {shard}") from None
         except OSError as e:
+            if shard in self._shards:  # opened anew the next time: it may be of a server that left
+                os.close(self._shards.pop(shard))
             reason = f"cannot be read: {shard}: {e.strerror}"
             raise BadVideo(place.path, reason, lasting=False) from None
         if len(data) < end - begin:

@@ -14,7 +14,6 @@ import queue
 import signal
 import tempfile
 import threading
-import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mae_fast.errors import DataError
+from mae_fast.errors import DataError, MaeFastError
 from mae_fast.signals import SIGNALS
 
 # Seconds that a step waits for its batch before whoever makes it counts as stuck.
@@ -63,13 +62,11 @@ def produce(
 
 
 def _await(ready: queue.SimpleQueue, waiting: Callable[[], None]) -> Any:
-    begun = time.monotonic()
-    while True:
+    for _ in range(round(_STUCK / _TICK)):  # not by a clock, which goes on in a suspended job
         with contextlib.suppress(queue.Empty):
             return ready.get(timeout=_TICK)
         waiting()
-        if time.monotonic() - begun > _STUCK:
-            raise DataError(f"no batch for {_STUCK:g} s: is the file system of the videos there?")
+    raise DataError(f"no batch for {_STUCK:g} s: is the file system of the videos there?")
 
 
 def _fetch_all(fetch, tasks, device, asked, ready, end) -> None:
@@ -172,12 +169,12 @@ def _answer(make: Callable[[Any], Any], task: Any) -> tuple[tuple, int | None]:
         batch = make(task)
         flats, rest = batch.pack()
         return (type(batch), rest), _in_memory(flats)
-    except DataError as e:
-        return (None, (str(e), getattr(e, "bad", []))), None
+    except MaeFastError as e:
+        return (None, e), None
     except OSError as e:
-        return (None, (f"a data worker cannot hand over its batch: {e}", [])), None
+        return (None, DataError(f"a data worker cannot hand over its batch: {e}")), None
     except Exception:
-        return (None, (traceback.format_exc(), None)), None
+        return (None, RuntimeError(f"in a data worker:\n{traceback.format_exc()}")), None
 
 
 def _in_memory(flats: Sequence[torch.Tensor]) -> int:
@@ -202,12 +199,7 @@ def _receive(conn: Connection) -> Any:
     """The batch that a worker sent; raises what it met. OSError or EOFError where it is gone."""
     kind, rest = conn.recv()
     if kind is None:
-        text, bad = rest
-        if bad is None:
-            raise RuntimeError(f"in a data worker:\n{text}")
-        error = DataError(text)
-        error.bad = bad
-        raise error
+        raise rest
     fd = reduction.recv_handle(conn)
     try:
         block = mmap.mmap(fd, os.fstat(fd).st_size)

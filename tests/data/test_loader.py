@@ -20,12 +20,12 @@ import torch
 
 from mae_fast.cli import main
 from mae_fast.config import DataConfig
-from mae_fast.data import workers
+from mae_fast.data import decode, workers
 from mae_fast.data.decode import VideoReader
 from mae_fast.data.index import VideoRow, build_index, read_index
 from mae_fast.data.loader import BadVideos, ClipDataset, make_loader
 from mae_fast.data.pack import write_pack
-from mae_fast.errors import DataError
+from mae_fast.errors import ConfigError, DataError
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize
 from mae_fast.ops.source import COLUMNS, PLANAR
 from mae_fast.resume import draws
@@ -366,6 +366,32 @@ def test_whoever_makes_no_batch_for_long_is_given_up(rows, monkeypatch):
     with pytest.raises(DataError, match=r"no batch for 0\.3 s"):
         load(rows)
     stuck.set()
+
+
+def test_a_job_that_was_suspended_goes_on():
+    """By Ctrl-Z or a scheduler, for longer than a batch may take, while it waits for one."""
+
+    def run():
+        workers._STUCK = 0.5
+        stop = iter([lambda: os.kill(os.getpid(), signal.SIGSTOP)])
+        make = lambda task: time.sleep(0.3) or task  # noqa: E731
+        waiting = lambda: next(stop, lambda: None)()  # noqa: E731
+        assert list(workers.produce(make, [3], 0, waiting)) == [3]
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    time.sleep(0.8)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_decoder_that_is_not_there_is_a_wrong_configuration(rows, monkeypatch, n):
+    monkeypatch.setattr(decode, "_unusable", lambda name: "not installed")
+    with pytest.raises(ConfigError, match=r"^decoder torchcodec: not installed$"):
+        load(rows, config(workers=n, decoder="torchcodec"))
 
 
 def test_an_error_in_a_worker_says_where(rows, monkeypatch):

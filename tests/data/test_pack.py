@@ -1,6 +1,7 @@
 """Packs: frame i is the source's, times and colours too; resumed after kill -9; damage by name."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -192,6 +193,23 @@ def test_more_shards_and_decoders_than_stay_open(small, packed, video, monkeypat
     others = [rows_of(packed / "pack")[name] for name in ("grey.mp4", "bt709.mp4")]
     for row in [*others, *others]:
         assert len(reader.read(place(row), [1])) == len(reader._decoders) == 1
+
+
+def test_a_shard_whose_server_forgot_it_is_opened_anew(small, monkeypatch):
+    reader, row = PackReader(), read_index(small / "pack")[0]
+    reader.read(place(row), [0])
+    opens, preads, opened = os.open, os.pread, []
+
+    def pread(*args):
+        if not opened:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return preads(*args)
+
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args) or opens(*args))
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(BadVideo, match="tar: Stale file handle"):
+        reader.read(place(row), [0])
+    assert len(reader.read(place(row), [0])) == len(opened) == 1
 
 
 def test_labels_names_and_broken_rows_come_out(small):
