@@ -60,8 +60,8 @@ class Watch:
             count = word.get("count", 0)
             if self.heard.get(rank, (-1, 0.0))[0] != count:
                 self.heard[rank] = count, now
-            here = word.get("host") == socket.gethostname()
-            if here and not os.path.exists(f"/proc/{word['pid']}") and os.path.exists("/proc/self"):
+            here = word.get("numbers") == _numbers() != ""
+            if here and not os.path.exists(f"/proc/{word['pid']}"):
                 return f"{describe(rank, word)}: its process is gone"
             if now - self.heard[rank][1] > SILENT:
                 return f"{describe(rank, word)}: nothing was heard of it for {SILENT:g} s"
@@ -77,6 +77,7 @@ class Watch:
         word = {
             "count": self.count,
             "host": socket.gethostname(),
+            "numbers": _numbers(),
             "pid": os.getpid(),
             "meeting": self.meeting,
             "at": what() if callable(what) else what,
@@ -89,6 +90,16 @@ class Watch:
             store = self.store.clone()
             while not self.end.wait(BEAT):
                 self._tell(store)
+
+
+def _numbers() -> str:
+    """Among whom a process's number is its own: on one machine, and in one container of it, which
+    may all have the same host's name. "" where it is not known."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return f.read().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def describe(rank: int, word: dict[str, Any]) -> str:

@@ -72,7 +72,7 @@ def test_a_rank_that_is_gone_is_lost_at_once_and_a_silent_one_after_a_while(pair
     word = zero.missing(0)
     _gone(word[1])
     assert zero.lost(word).endswith("its process is gone")
-    word[1]["host"] = "another"  # whose processes are not seen from here
+    word[1]["numbers"] += "0"  # of another machine or container, however its host is called
     zero.heard.clear()
     assert zero.lost(word) == ""
 
