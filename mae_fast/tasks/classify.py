@@ -60,7 +60,7 @@ class FinetuneRun(Run):
         if not scratch and not begun:
             for line in self.load(model, cfg.init):
                 if self.world.writer:
-                    log.info("%s: %s", cfg.init, line)
+                    log.warning("%s: %s", cfg.init, line)
         if cfg.classifier.family == "mae_st" and not scratch:
             init_head(model, cfg.classifier.head_scale)
         return model.train()

@@ -248,6 +248,20 @@ def test_fine_tuning_from_a_pretrained_run_resumed_is_the_same_to_the_bit(
                            pretrained.blocks[0].attn.q.weight)  # fmt: skip
 
 
+def test_what_of_the_weights_did_not_fit_is_said(motions, tmp_path):
+    """On the command line, where nobody has asked for more than warnings; once."""
+    sizes = {k: v for k, v in MODEL.items() if k != "preset"} | {"img_size": 48}
+    pretrained = MaskedAutoencoder(ModelConfig(**sizes, pred_t_dim=2))
+    torch.save({"model": pretrained.state_dict()}, tmp_path / "mae.pth")
+    cfg = config(motions, tmp_path / "run", init=str(tmp_path / "mae.pth"), train__steps=1)
+    script = "import sys, pickle; from mae_fast.tasks.finetune import finetune; "
+    script += "finetune(pickle.load(sys.stdin.buffer))"
+    how = dict(input=pickle.dumps(cfg), capture_output=True, env=ALONE, check=True)
+    said = [subprocess.run([sys.executable, "-c", script], **how).stderr for _ in range(2)]
+    for words in (b"head: new", b"positions: interpolated, 2 x 6 x 6 to 2 x 4 x 4"):
+        assert words in said[0] and words not in said[1]
+
+
 def test_a_fine_tuned_head_is_gone_on_with(motions, tmp_path):
     """As official codes do, whose scale is for a new head; mae_st's alone is new after loading. The
     first rate is 0."""
