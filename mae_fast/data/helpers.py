@@ -15,6 +15,9 @@ from typing import Any
 
 from mae_fast.errors import DataError
 
+# A film of two hours takes many minutes to decode, and is not stuck.
+_BYTES_A_SECOND = 100_000
+
 
 def answers(
     tasks: Iterable[tuple[Hashable, tuple]], function: str, workers: int, timeout: float
@@ -22,8 +25,8 @@ def answers(
     """(key, answer) of each (key, arguments) as they are done, from `workers` processes.
 
     function, "module:name", gives a dict; arguments, of which the first is a path, and answer go
-    as JSON. {"error": reason} where it raises BadVideo, dies or takes more than timeout seconds.
-    Raises OSError where it cannot write.
+    as JSON. {"error": reason} where it raises BadVideo, dies or takes more than timeout seconds,
+    and one for each 100 kB. Raises OSError where it cannot write.
     """
     idle: queue.SimpleQueue[_Helper] = queue.SimpleQueue()
     helpers = [_Helper(function, timeout) for _ in range(workers)]
@@ -75,7 +78,8 @@ class _Helper:
         try:
             self.process.stdin.write(json.dumps([path, *arguments]) + "\n")
             self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], self.timeout)
+            timeout = round(self.timeout + os.path.getsize(path) / _BYTES_A_SECOND, 1)
+            ready, _, _ = select.select([self.process.stdout], [], [], timeout)
             line = self.process.stdout.readline() if ready else ""
         except (OSError, ValueError):
             ready, line = True, ""
@@ -86,7 +90,7 @@ class _Helper:
             return answer
         code = self._end()
         if not ready:
-            return {"error": f"timeout: not done within {self.timeout:g} s"}
+            return {"error": f"timeout: not done within {timeout:g} s"}
         return {"error": f"crash: the decoder died with exit status {code}"}
 
     def stop(self) -> None:

@@ -168,9 +168,9 @@ def build_index(
 
     Rows are kept in `<out>.partial` as they come: a second call goes on from there, and takes over
     the good rows of `out` whose file has the same size and time. A file that takes longer than
-    `timeout` seconds, or kills its process, becomes a row with an error. verify decodes all of
-    every video, and counts its damaged frames. Raises DataError, and WriteError where `out` cannot
-    be written.
+    `timeout` seconds (a large one has more), or kills its process, becomes a row with an error.
+    verify decodes all of every video, and counts its damaged frames. Raises DataError, and
+    WriteError where `out` cannot be written.
     """
     out = Path(out)
     _check_format(out)

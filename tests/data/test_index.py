@@ -251,6 +251,7 @@ probe = decode.probe
 def trap(path, *how):
     if "killed" in path: os.kill(os.getpid(), signal.SIGKILL)
     if "hangs" in path: time.sleep(60)
+    if "film" in path: time.sleep(2.5)
     return probe(path, *how)
 decode.probe = trap
 from mae_fast.data.helpers import answer
@@ -259,14 +260,16 @@ answer('mae_fast.data.index:_probe')
 
 
 def test_a_file_that_kills_or_hangs_its_process_is_a_row(tmp_path, video, monkeypatch):
-    for name in ("a", "b_killed", "c", "d_hangs", "e"):
+    for name in ("a", "b_killed", "c", "d_hangs", "e", "film"):
         video.write(tmp_path / f"{name}.mp4", 10)
+    with open(tmp_path / "film.mp4", "ab") as f:
+        f.write(bytes(10**6))
     popen = helpers.subprocess.Popen
     monkeypatch.setattr(
         helpers.subprocess, "Popen", lambda cmd, **kw: popen([cmd[0], "-c", LOOP], **kw)
     )
     summary = build([tmp_path], tmp_path / "i.jsonl", timeout=1.5)
-    assert (summary.videos, summary.broken) == (3, {"crash": 1, "timeout": 1})
+    assert (summary.videos, summary.broken) == (4, {"crash": 1, "timeout": 1})
     errors = [r.error for r in read_index(tmp_path / "i.jsonl", broken=True)]
     assert errors[1] == f"crash: the decoder died with exit status {-signal.SIGKILL}"
     assert errors[3] == "timeout: not done within 1.5 s"
