@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from mae_fast.errors import WriteError
+from mae_fast.errors import ConfigError, WriteError
 
 log = logging.getLogger("mae_fast")
 
@@ -21,6 +21,14 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise WriteError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def not_an_input(output: str | Path, *inputs: str | Path) -> None:
+    """Raises ConfigError where `output` is a file that is read, and would be lost."""
+    if os.path.exists(output):
+        for path in filter(os.path.exists, inputs):
+            if os.path.samefile(output, path):
+                raise ConfigError(f"the output {output} is what is read: choose another --output")
 
 
 def write(path: str | Path, content: str | bytes) -> None:

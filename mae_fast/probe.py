@@ -25,7 +25,7 @@ from mae_fast.config import preset
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError, DataError
 from mae_fast.fields import require
-from mae_fast.files import write, writing
+from mae_fast.files import not_an_input, write, writing
 from mae_fast.forward import Affine, apply_layer, transformer_block
 from mae_fast.model import MaskedAutoencoder, Mlp, TransformerBlock
 from mae_fast.ops.attention import attention
@@ -76,6 +76,7 @@ def features(
         workers: processes that decode.
         device: where the encoder runs.
     """
+    not_an_input(output, source, index)
     net = encoder(source, model, family).to(device)
     cfg = ClipsConfig(sampling=sampling, sampling_rate=sampling_rate, workers=workers)
     m = net.cfg.model
@@ -221,6 +222,7 @@ def probe(
         seed: of what is drawn at random.
     """
     require(epochs > 0, "--epochs must be positive", epochs)
+    not_an_input(output, train, test)
     (x, labels), (y, wanted) = read(train), read(test)
     classes = sorted({*labels})
     unknown = sorted({*wanted} - {*labels})

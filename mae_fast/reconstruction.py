@@ -15,7 +15,7 @@ from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import require
 from mae_fast.figures import figure as new_figure
 from mae_fast.figures import write_figure
-from mae_fast.files import write
+from mae_fast.files import not_an_input, write
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
@@ -56,6 +56,7 @@ def reconstruct(
     suffix = Path(output).suffix
     if suffix not in (".png", ".gif", ".mp4"):
         raise ConfigError(f"output must end in .png, .gif or .mp4, got {output!r}")
+    not_an_input(output, checkpoint, video)
     require(len(ratio) > 0, "ratio must name at least one", ratio)
     for r in ratio:
         require(0 <= r < 1, "ratio must be in [0, 1)", r)

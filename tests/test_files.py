@@ -99,6 +99,34 @@ def test_a_read_only_disk_is_one_line(name, commands, tmp_path, capsys, monkeypa
     assert "Read-only file system" in said and os.listdir(tmp_path) == []
 
 
+INPUTS = {
+    "index": ["index", "a.jsonl", "-o", "a.jsonl"],
+    "features of a checkpoint": ["features", "a.jsonl", "b", "-o", "a.jsonl"],
+    "features of an index": ["features", "b", "a.jsonl", "-o", "./a.jsonl"],
+    "probe": ["probe", "b", "a.jsonl", "-o", "a.jsonl"],
+    "reconstruct": ["reconstruct", "--checkpoint", "b", "--video", "v.mp4", "-o", "v.mp4"],
+    "convert": ["convert", "w.safetensors", "--to", "mae_st", "-o", "link.safetensors"],
+    "report": ["report", ".", "-o", "a.jsonl"],
+    "bench data": ["bench", "data", "a.jsonl", "-o", "a.jsonl"],
+    "pack": ["pack", "a.jsonl", "-o", "."],
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_is_read_is_not_written_over(name, commands, tmp_path, capsys, monkeypatch):
+    """A video, a checkpoint or an index by the name of the output; `pack` writes index.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    rows = [VideoRow(commands["png.png"][4], frames=20, fps=25.0, width=64, height=64)]
+    write_index(rows, Path("index.jsonl"))
+    for path in ("a.jsonl", "b", "v.mp4", "w.safetensors"):
+        Path(path).write_bytes(Path("index.jsonl").read_bytes())
+    Path("link.safetensors").symlink_to("w.safetensors")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    assert cli.main(INPUTS[name]) == ConfigError.exit_code
+    assert "choose another --output" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_folder_or_a_file_in_the_way_is_one_line(name, commands, tmp_path, capsys):
     if name == "index.parquet":

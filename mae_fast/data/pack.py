@@ -34,6 +34,7 @@ from mae_fast.files import locked, write, writing
 # Bytes a pixel at crf 23 .. 26: 0.03 seen of real footage; x264 halves it each 6 steps of crf.
 _BYTES_A_PIXEL = 0.03
 _LISTED = 20
+_BEGUN = "how.json"
 
 
 def pack(
@@ -127,6 +128,8 @@ def write_pack(source: str | Path, out: str | Path, how: dict[str, Any], workers
         same = {k: how_made(out).get(k) for k in how} == how
         require(same, "the folder holds another pack: choose another --output", str(out))
         return f"{out}: done already"
+    free = (partial / _BEGUN).exists() or not (out / INDEX).exists()
+    require(free, f"the folder has an {INDEX} of its own: choose another --output", str(out))
     with writing(out):
         partial.mkdir(parents=True, exist_ok=True)
         lock = open(partial / "lock", "w")
@@ -143,7 +146,7 @@ def write_pack(source: str | Path, out: str | Path, how: dict[str, Any], workers
 
 
 def _go_on(partial: Path, how: dict[str, Any]) -> None:
-    begun = partial / "how.json"
+    begun = partial / _BEGUN
     if not begun.exists():
         write(begun, json.dumps(how))
         return
