@@ -147,7 +147,9 @@ def index(
         weights: of each source, how often one of its videos is drawn beside one of the others.
     """
     from mae_fast.data import build_index
+    from mae_fast.fields import positive
 
+    positive(workers=workers)
     if not sources:
         raise ConfigError("index: name at least one folder of videos or CSV file")
     print(build_index(sources, output, workers=workers, verify=verify, root=root, weights=weights))

@@ -51,6 +51,11 @@ class World(NamedTuple):
 _watch: Watch | None = None  # of this process's group
 
 
+def check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device")
+
+
 def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
     """Join the group that torchrun or srun describes (gloo on CPU, NCCL on CUDA), or run alone.
 
@@ -58,8 +63,7 @@ def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but torch sees no CUDA device")
+    check_device(device)
     os.environ.update(srun(os.environ))
     size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":

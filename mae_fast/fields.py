@@ -89,6 +89,17 @@ def require(ok: bool, message: str, value: Any) -> None:
         raise ConfigError(f"{message}, got {shown(value)}")
 
 
+def positive(**options: float | None) -> None:
+    """Raise ConfigError for an option of a command that is given, and not a number above 0."""
+    for name, value in options.items():
+        good = value is None or 0 < value < math.inf
+        require(good, f"--{name.replace('_', '-')} must be positive", value)
+
+
+def check_seed(seed: int) -> None:
+    require(0 <= seed < 2**63, "seed must be in [0, 2^63)", seed)
+
+
 def shown(value: Any) -> str:
     """A value in one line of at most 80 characters."""
     try:

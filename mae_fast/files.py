@@ -23,12 +23,21 @@ def writing(path: str | Path) -> Iterator[None]:
         raise WriteError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def not_an_input(output: str | Path, *inputs: str | Path) -> None:
-    """Raises ConfigError where `output` is a file that is read, and would be lost."""
-    if os.path.exists(output):
-        for path in filter(os.path.exists, inputs):
-            if os.path.samefile(output, path):
-                raise ConfigError(f"the output {output} is what is read: choose another --output")
+def check_output(output: str | Path, *inputs: str | Path) -> None:
+    """Before the work, so that it is not lost. Raises WriteError where `output` cannot be written,
+    and ConfigError where it is a file that is read."""
+    target = Path(os.path.realpath(output))
+    with writing(output):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        above = next(p for p in target.parents if p.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    for path in filter(os.path.exists, inputs):
+        if target.exists() and os.path.samefile(target, path):
+            raise ConfigError(f"the output {output} is what is read: choose another --output")
 
 
 def write(path: str | Path, content: str | bytes) -> None:

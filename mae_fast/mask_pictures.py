@@ -8,7 +8,7 @@ import tyro
 
 from mae_fast.config import Grid, MaskConfig, num_decoded, num_keep
 from mae_fast.errors import ConfigError
-from mae_fast.fields import require
+from mae_fast.fields import check_seed, require
 from mae_fast.figures import figure, write_figure
 from mae_fast.masking import STRATEGIES, draw_masks
 
@@ -33,6 +33,7 @@ def draw(
         seed: of the masks.
     """
     require(min(grid) > 0, "--grid must be three positive numbers", grid)
+    check_seed(seed)
     rows = []
     for strategy in STRATEGIES:
         try:

@@ -24,7 +24,7 @@ from mae_fast.config import Variant
 from mae_fast.config import preset as make_preset
 from mae_fast.config_file import load_config
 from mae_fast.errors import ConfigError
-from mae_fast.fields import require
+from mae_fast.fields import positive, require
 
 VIDEOS = {"k400": 240_000, "ssv2": 168_913}  # of the training sets
 # One core's time for 16 frames, every fourth of a 30 fps video, without resizing: 57-88 ms seen.
@@ -89,9 +89,9 @@ def plan(
     ratio = (0.9 if task == "pretrain" else 0.0) if ratio is None else ratio
     epochs = {"pretrain": 800.0, "ava": 30.0}.get(task, 100.0) if epochs is None else epochs
     require(0 <= ratio < 1, "--ratio must be in [0, 1)", ratio)
-    counts = {"gpus": gpus, "gpus-per-node": gpus_per_node, "epochs": epochs, "views": views}
-    for name, value in counts.items():
-        require(value > 0, f"--{name} must be above 0", value)
+    positive(gpus=gpus, gpus_per_node=gpus_per_node, epochs=epochs, views=views)
+    positive(batch=batch or None, price=price or None)
+    require(gpus <= 10**6, "--gpus must be at most 1000000", gpus)
     if device == "this" and gpus > 1:
         raise ConfigError(f"--device this is one machine, got --gpus {gpus}")
     if task != "pretrain" and (output or shard != "none"):
@@ -113,6 +113,7 @@ def plan(
         said = tell_ava(model, found)
     else:
         rate, videos = rate_of(data_rate), _videos(dataset, TESTS if task == "test" else VIDEOS)
+        positive(data_rate=rate or None)
         found = {"model": model, "task": task}
         found |= predict(step, model, rate) if task == "pretrain" else downstream(step, rate)
         clips = videos * {"test": views, "features": 1}.get(task, epochs)

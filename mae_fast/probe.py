@@ -23,9 +23,10 @@ from mae_fast import checkpoint, weights
 from mae_fast.classifier import FAMILIES, ClassifierConfig, FamilyName, VideoClassifier
 from mae_fast.config import preset
 from mae_fast.data import VideoRow, read_index
+from mae_fast.distributed import check_device
 from mae_fast.errors import CheckpointError, ConfigError, DataError
-from mae_fast.fields import require
-from mae_fast.files import not_an_input, write, writing
+from mae_fast.fields import check_seed, positive
+from mae_fast.files import check_output, write, writing
 from mae_fast.forward import Affine, apply_layer, transformer_block
 from mae_fast.model import MaskedAutoencoder, Mlp, TransformerBlock
 from mae_fast.ops.attention import attention
@@ -76,7 +77,8 @@ def features(
         workers: processes that decode.
         device: where the encoder runs.
     """
-    not_an_input(output, source, index)
+    check_output(output, source, index)
+    check_device(device)
     net = encoder(source, model, family).to(device)
     cfg = ClipsConfig(sampling=sampling, sampling_rate=sampling_rate, workers=workers)
     m = net.cfg.model
@@ -221,13 +223,17 @@ def probe(
         epochs: passes of the attentive probe; the linear one makes five times as many.
         seed: of what is drawn at random.
     """
-    require(epochs > 0, "--epochs must be positive", epochs)
-    not_an_input(output, train, test)
+    positive(epochs=epochs)
+    check_seed(seed)
+    if output:
+        check_output(output, train, test)
     (x, labels), (y, wanted) = read(train), read(test)
     classes = sorted({*labels})
     unknown = sorted({*wanted} - {*labels})
     if unknown:
         raise DataError(f"{test}: no training video is of class {unknown[0]!r}")
+    if x.shape[-1] != y.shape[-1]:
+        raise DataError(f"{train} has features of {x.shape[-1]} numbers, {test} of {y.shape[-1]}")
     a, b = (
         torch.tensor([classes.index(n) for n in names], device="cpu") for names in (labels, wanted)
     )
@@ -238,11 +244,10 @@ def probe(
             found[f"knn_{k}"] = accuracy(knn(pooled[0], a, pooled[1], len(classes), k), b)
     if kind in ("all", "linear"):
         found |= linear(*pooled, a, b, len(classes), epochs=5 * epochs, seed=seed)
-    if kind == "attentive" and x.dim() != 4:
-        raise DataError(
-            f"{train} has no tokens, which the attentive probe needs: features --tokens"
-        )
-    if kind in ("all", "attentive") and x.dim() == 4:
+    bare = next((path for path, t in ((train, x), (test, y)) if t.dim() != 4), None)
+    if kind == "attentive" and bare:
+        raise DataError(f"{bare} has no tokens, which the attentive probe needs: features --tokens")
+    if kind in ("all", "attentive") and not bare:
         found |= attentive(x, y, a, b, len(classes), epochs=epochs, seed=seed)
     for key, value in found.items():
         print(f"{key}: {value:.2%}" if isinstance(value, float) else f"{key}: {value}")

@@ -12,10 +12,10 @@ import tyro
 from mae_fast.config import MaskStrategy, Variant, preset
 from mae_fast.data import BadVideo, VideoReader, clip_indices
 from mae_fast.errors import ConfigError, DataError
-from mae_fast.fields import require
+from mae_fast.fields import check_seed, require
 from mae_fast.figures import figure as new_figure
 from mae_fast.figures import write_figure
-from mae_fast.files import not_an_input, write
+from mae_fast.files import check_output, write
 from mae_fast.forward import targets
 from mae_fast.masking import draw_ids
 from mae_fast.model import MaskedAutoencoder
@@ -56,13 +56,13 @@ def reconstruct(
     suffix = Path(output).suffix
     if suffix not in (".png", ".gif", ".mp4"):
         raise ConfigError(f"output must end in .png, .gif or .mp4, got {output!r}")
-    not_an_input(output, checkpoint, video)
+    check_output(output, checkpoint, video)
     require(len(ratio) > 0, "ratio must name at least one", ratio)
     for r in ratio:
         require(0 <= r < 1, "ratio must be in [0, 1)", r)
     require(0 <= at <= 1, "at must be in [0, 1]", at)
     require(0 < sampling_rate < 2**31, "sampling_rate must be positive", sampling_rate)
-    require(0 <= seed < 2**63, "seed must be in [0, 2^63)", seed)
+    check_seed(seed)
     net = load_model(checkpoint, preset(model, variant) if model else None)
     target = net.cfg.target
     require(target.startswith("pixels"), "there are no pixels to draw: model.target is", target)

@@ -24,7 +24,7 @@ from mae_fast.config import Config
 from mae_fast.config_file import config_from_dict, load_config, to_dict
 from mae_fast.data import read_index
 from mae_fast.errors import ConfigError, NonFiniteError, OutOfMemory
-from mae_fast.fields import require, typed, unknown
+from mae_fast.fields import positive, require, typed, unknown
 from mae_fast.files import write
 from mae_fast.sweep_judge import Judge
 from mae_fast.sweep_ready import PAPER, READY, Arm
@@ -94,10 +94,15 @@ def sweep(
             of videos.
         price: of one device for an hour, in any currency.
     """
-    require(gpus > 0, "--gpus must be positive", gpus)
+    positive(gpus=gpus, price=price or None)
     found = paper() if plan_only and file == "paper" else read(file)
     configs = found.configs()
-    print(_prediction(found, configs, device, gpus, dataset, price))
+    try:
+        print(_prediction(found, configs, device, gpus, dataset, price))
+    except ConfigError as e:  # a GPU that is none of those
+        if plan_only:
+            raise
+        print(f"no prediction: {e}")
     if plan_only:
         return
     judge = sweep_judge.read(found.judge, found.config(None, found.seeds[0]))

@@ -320,6 +320,42 @@ def test_arguments_are_refused_in_one_line(name, encoding, config, trained, monk
     assert not trained
 
 
+REFUSED = {
+    "probe a b --epochs 0": "--epochs must be positive, got 0",
+    "probe a b --seed 99999999999999999999": "seed must be in [0, 2^63), got 99999999999999999999",
+    "masks --seed -1": "seed must be in [0, 2^63), got -1",
+    "index . --workers -1": "--workers must be positive, got -1",
+    "features a b -o c --device cuda": "device is cuda, but torch sees no CUDA device",
+    "plan --batch -1": "--batch must be positive, got -1",
+    "plan --price nan": "--price must be positive, got nan",
+    "plan --epochs inf": "--epochs must be positive, got inf",
+    "plan --data-rate nan": "--data-rate must be positive, got nan",
+    "plan --gpus 1000000000000000000000": "--gpus must be at most 1000000",
+    "sweep a --price -1": "--price must be positive, got -1",
+    "bench ops --batch -1": "--batch must be positive, got -1",
+    "bench ops --device cuda": "device is cuda, but torch sees no CUDA device",
+    "bench step --steps 1": "--steps must be 2 or more, got 1",
+    "bench step --warmup -1 --index a": "--warmup must not be negative, got -1",
+    "bench finetune --batch 0": "--batch must be positive, got 0",
+    "bench finetune --classes -3": "--classes must be positive, got -3",
+    "bench ratio --batch -1": "--batch must be positive, got -1",
+    "bench ratio --seed -1": "seed must be in [0, 2^63), got -1",
+    "bench ratio --device cuda": "device is cuda, but torch sees no CUDA device",
+    "bench ratio --ratios": "--ratios must name at least one, got ()",
+    "bench history": "bench history: name at least one file of records",
+    "profile --batch 0": "--batch must be positive, got 0",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_value_that_cannot_be_is_refused_before_any_work(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert exit_code(words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {REFUSED[words]}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_refusal_leaves_the_environment_and_help_the_width_of_the_screen(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     assert exit_code(["index", "--no-such"]) == 2

@@ -127,6 +127,16 @@ def test_what_is_read_is_not_written_over(name, commands, tmp_path, capsys, monk
     assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "words", ["features a b -o", "probe a b -o", "bench data a -o", "bench ops --out",
+              "bench step --out", "bench finetune --out", "bench ratio --quick --out"],
+)  # fmt: skip
+def test_what_cannot_be_written_is_told_before_the_work(words, tmp_path, capsys):
+    """None of a and b is there: nothing was read."""
+    (tmp_path / "file").touch()
+    refusal(words.split(), tmp_path / "file" / "out", capsys)
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_folder_or_a_file_in_the_way_is_one_line(name, commands, tmp_path, capsys):
     if name == "index.parquet":

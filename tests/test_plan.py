@@ -316,7 +316,7 @@ def test_the_picture(tmp_path, capsys):
         (["--dataset", "k4000"], "k400, ssv2 or a number of videos, got 'k4000'"),
         (["--device", "this", "--gpus", "2"], "one machine, got --gpus 2"),
         (["--model", "vit_titan"], "vit_titan"),
-        (["--epochs", "0"], "--epochs must be above 0, got 0"),
+        (["--epochs", "0"], "--epochs must be positive, got 0"),
     ],
 )
 def test_plan_refuses(argv, said, capsys):

@@ -224,6 +224,16 @@ def test_a_share_is_said_in_percent():
     assert [said(x) for x in (0.256, float("nan"), 3, "3 x 2")] == ["25.60%", "-", "3", "3 x 2"]
 
 
+def test_what_else_lies_in_a_folder_is_passed_over(folder):
+    """As the README has it, `mae-fast report runs/`, where runs, packs and indices lie too."""
+    (folder / "in/run").mkdir()
+    (folder / "in/run/metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    (folder / "in/index.jsonl").write_text('{"path": "a.mp4"}\n')
+    assert "vit_base" in page(folder, str(folder / "in"))
+    (folder / "in/more.jsonl").write_text('{"kind": "none"}\n')
+    assert cli.main(["report", str(folder / "in"), "-o", str(folder / "r.html")]) == 2
+
+
 def test_nothing_to_report_is_refused(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
     assert "no records" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from mae_fast import cli, evaluate, metrics, sweep, sweep_judge, sweep_page
 from mae_fast.checkpoint import read
 from mae_fast.data import VideoRow, build_index, write_index
-from mae_fast.errors import Interrupted, NonFiniteError, OutOfMemory
+from mae_fast.errors import ConfigError, Interrupted, NonFiniteError, OutOfMemory
 from mae_fast.sweep_ready import READY
 
 RUN = """
@@ -44,6 +44,17 @@ log_every = 1
 blr = 0.1
 device = "cpu"
 """
+
+
+def test_a_gpu_that_nothing_is_predicted_of_may_run_a_sweep(made, monkeypatch, capsys):
+    def none():
+        raise ConfigError("--device this is for a CPU, and here is an RTX: name it")
+
+    monkeypatch.setattr(sweep.plan, "this_device", none)
+    file = made("[arms.a]")
+    assert cli.main(["sweep", str(file), "--plan-only"]) == 2
+    assert cli.main(["sweep", str(file)]) == 0
+    assert "no prediction: --device this is for a CPU" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -27,7 +27,9 @@ from mae_fast.bench.timing import clock
 from mae_fast.config import DataConfig, ModelConfig
 from mae_fast.data import Batch, make_loader
 from mae_fast.data.index import read_source
+from mae_fast.distributed import check_device
 from mae_fast.errors import ConfigError, MaeFastError
+from mae_fast.fields import check_seed
 from mae_fast.metrics import memory_mb
 from mae_fast.ops.source import Source
 from mae_fast.spans import span, spanned
@@ -70,6 +72,10 @@ class Setting:
     device: str
     precision: str
     seed: int
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        check_seed(self.seed)
 
     @property
     def dtype(self) -> torch.dtype:

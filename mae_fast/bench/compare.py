@@ -127,6 +127,8 @@ def history(
         output: the PNG to write.
         names: what to draw of each record: engines, or backends of an op.
     """
+    if not results:
+        raise ConfigError("bench history: name at least one file of records")
     every = (r for path in results for r in records.read(path))
     panels = grouped((r for r in every if set(names) & _seconds(r).keys()), records.subject)
     if not panels:

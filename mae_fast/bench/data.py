@@ -22,8 +22,8 @@ from mae_fast.data.index import VideoRow, read_source
 from mae_fast.data.loader import ClipDataset, join, make_loader
 from mae_fast.data.packed import PackReader
 from mae_fast.environment import environment, usable_cores
-from mae_fast.fields import require
-from mae_fast.files import not_an_input, write
+from mae_fast.fields import positive, require
+from mae_fast.files import check_output, write
 from mae_fast.model import PIXEL_MEAN, PIXEL_STD
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather
 from mae_fast.ops.source import Source
@@ -63,8 +63,9 @@ def data(
     """
     require(0 < seconds <= 3600, "--seconds must be in (0, 3600]", seconds)
     require(1 <= rounds <= 100, "--rounds must be in [1, 100]", rounds)
-    require(workers >= 1, "--workers must be positive", workers)
-    not_an_input(output, source)
+    positive(workers=workers)
+    if output:
+        check_output(output, source)
     rows = read_source(source)
     cfg = DataConfig(
         repeat_aug=repeat_aug, workers=workers, short_side=short_side, max_bad_share=1.0

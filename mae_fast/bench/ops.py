@@ -27,8 +27,11 @@ from mae_fast.bench.records import append, conditions
 from mae_fast.bench.table import text_table
 from mae_fast.bench.timing import Timer, clock, interleave, ratio, share, spread
 from mae_fast.config import ModelConfig, TrainConfig
+from mae_fast.distributed import check_device
 from mae_fast.environment import environment
 from mae_fast.errors import BackendError, ConfigError
+from mae_fast.fields import positive
+from mae_fast.files import check_output
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch
 from mae_fast.ops.work import ADAMW_BYTES
@@ -56,6 +59,10 @@ class Plan:
     precision: str = "fp32"
     device: str = "cpu"
     rounds: int = 15
+
+    def __post_init__(self) -> None:
+        positive(batch=self.clips, rounds=self.rounds)
+        check_device(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,6 +143,8 @@ def ops(
     unknown = sorted(set(ops) - set(OPS))
     if unknown:
         raise ConfigError(f"unknown op {unknown[0]!r} (known: {', '.join(OPS)})")
+    if out:
+        check_output(out)
     model, rounds = (QUICK, 2) if quick else (model, rounds)
     plan = Plan(ops, model, batch, ratio, precision, device, rounds)
     limits, found, wrong = machine.limits(quick, device, plan.dtype), [], []

@@ -30,7 +30,8 @@ from mae_fast.bench.records import append
 from mae_fast.bench.timing import clock, interleave
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
-from mae_fast.fields import require
+from mae_fast.fields import positive, require
+from mae_fast.files import check_output
 from mae_fast.profile.trace import trace
 
 RATIOS = (0.0, 0.5, 0.75, 0.8, 0.9, 0.95, 0.98)
@@ -86,6 +87,9 @@ def ratio(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    lists = {"model": model, "ratios": ratios, "engines": engines, "strategies": strategies}
+    for option, values in lists.items():
+        require(len(values) > 0, f"--{option} must name at least one", values)
     if quick:
         model, rounds = (QUICK,), 2
         ratios = QUICK_RATIOS if ratios == RATIOS else ratios
@@ -111,6 +115,7 @@ class Run:
     """The samples of a run in FOLDER/samples.jsonl: what is there is not measured again."""
 
     def __init__(self, setting: Setting, clips: int, rounds: int, folder: Path) -> None:
+        positive(batch=clips or None)
         require(rounds >= 2, "rounds must be 2 or more", rounds)
         clips = clips or (64 if setting.device == "cuda" else 2)
         self.setting, self.clips, self.rounds, self.folder = setting, clips, rounds, folder
@@ -121,6 +126,7 @@ class Run:
             lines = [jsonlib.loads(line) for line in self.path.read_text().splitlines() if line]
             self._same_conditions(lines[0], now)
         else:
+            check_output(self.path)
             folder.mkdir(parents=True, exist_ok=True)
             lines = [now]
             self._write(now)

@@ -20,6 +20,7 @@ from typing import Any
 
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
+from mae_fast.files import writing
 
 Record = dict[str, Any]
 ENVIRONMENT = ("mae_fast", "python", "torch", "cpu", "commit")
@@ -67,22 +68,30 @@ def append(path: str | Path, record: Record) -> None:
     wrong = problems(record)
     if wrong:
         raise ValueError(f"not a record: {'; '.join(wrong)}")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as f:
-        f.write(json.dumps(record) + "\n")
+    with writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
 
 
 def files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that are named, and the .jsonl and profile.json below folders."""
+    """The files that are named, and below folders each profile.json and .jsonl of records: runs,
+    packs and indices have others."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            below = [*path.rglob("*.jsonl"), *path.rglob("profile.json")]
-            # Of a run of `bench ratio`, samples.jsonl is what its records are made of.
-            found += sorted(f for f in below if f.name != "samples.jsonl")
+            lists = (f for f in path.rglob("*.jsonl") if _holds_records(f))
+            found += sorted([*lists, *path.rglob("profile.json")])
         else:
             found.append(path)
     return found
+
+
+def _holds_records(path: Path) -> bool:
+    if not path.is_file() or path.name == "samples.jsonl":  # what records of `bench ratio` are of
+        return False
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return '"kind"' in f.readline()
 
 
 def read(path: str | Path) -> list[Record]:

@@ -19,6 +19,8 @@ from mae_fast.bench.records import append, conditions
 from mae_fast.bench.timing import spread
 from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig, Variant
 from mae_fast.config import preset as make_preset
+from mae_fast.fields import positive, require
+from mae_fast.files import check_output
 from mae_fast.train import pretrain
 
 
@@ -51,6 +53,11 @@ def step(
         workers: processes that decode, with index.
         out: append the record, one line of JSON, to this file.
     """
+    positive(batch=batch)
+    require(steps >= 2, "--steps must be 2 or more", steps)
+    require(warmup >= 0, "--warmup must not be negative", warmup)
+    if out:
+        check_output(out)
     if not index:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Setting(device, precision, seed=0), batch, steps, Path(folder))

@@ -23,7 +23,7 @@ from mae_fast.data.timeline import Access
 from mae_fast.environment import usable_cores
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import check_fields, require, shown
-from mae_fast.files import not_an_input, write, writing
+from mae_fast.files import check_output, write, writing
 
 _MOST = 2**31 - 1  # frames, pixels, frames a second: beyond it numbers overflow
 _MANY_PACKETS = 10**7
@@ -174,7 +174,7 @@ def build_index(
     """
     out = Path(out)
     _check_format(out)
-    not_an_input(out, *sources)
+    check_output(out, *sources)
     found = find_videos(sources, root, weights)
     if not found:
         raise DataError(f"no videos in {', '.join(map(str, sources))}")

@@ -28,7 +28,7 @@ from mae_fast.data.packed import HOW, INDEX, PACKET, TABLE, find_damage, how_mad
 from mae_fast.data.remote import is_remote
 from mae_fast.environment import usable_cores
 from mae_fast.errors import ConfigError, DataError, WriteError
-from mae_fast.fields import require
+from mae_fast.fields import positive, require
 from mae_fast.files import locked, write, writing
 
 # Bytes a pixel at crf 23 .. 26: 0.03 seen of real footage; x264 halves it each 6 steps of crf.
@@ -86,7 +86,7 @@ def pack(
     require(1 <= gop <= 600, "--gop must be in [1, 600]", gop)
     require(1 <= shard <= 10**6, "--shard must be in [1, 1000000]", shard)
     require(0 <= min_seconds <= 86400, "--min-seconds must be in [0, 86400]", min_seconds)
-    require(workers is None or workers > 0, "--workers must be positive", workers)
+    positive(workers=workers)
     how = {"short_side": short_side, "crf": crf, "gop": gop, "copy": copy, "shard": shard}
     if copy:
         how = {"short_side": 0, "crf": None, "gop": None, "copy": True, "shard": shard}

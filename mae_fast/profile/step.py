@@ -21,6 +21,7 @@ from mae_fast.bench.table import number, text_table
 from mae_fast.bench.timing import clock, interleave, spread
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
+from mae_fast.fields import positive
 from mae_fast.files import write as write_file
 from mae_fast.files import writing
 from mae_fast.ops.work import ADAMW_BYTES, Work
@@ -68,6 +69,7 @@ def profile(
         nvtx: only run five steps, their parts named for Nsight Systems and Compute (CUDA).
         json: print one JSON document, and nothing else on stdout.
     """
+    positive(batch=batch)
     setting = Setting(device, precision, seed=0)
     cells = [Cell(model, strategy, ratio, name_of(e)) for e in (engine, against) if e]
     for cell in cells:

@@ -24,7 +24,7 @@ from mae_fast.bench.timing import ratio as times
 from mae_fast.bench.timing import spread
 from mae_fast.errors import ConfigError
 from mae_fast.figures import write_figure
-from mae_fast.files import not_an_input, write
+from mae_fast.files import check_output, write
 from mae_fast.page import Page
 from mae_fast.profile.pictures import memory, roofline
 from mae_fast.profile.step import PART_HEAD, part_rows
@@ -51,7 +51,7 @@ def report(
     if not results:
         raise ConfigError("report: name at least one file of records or a folder of them")
     files = records.files(results)
-    not_an_input(output, *files)
+    check_output(output, *files)
     found = [r for path in files for r in records.read(path)]
     found = [r for r in found if r.get("model") != "quick"] or found
     if not found:

@@ -18,8 +18,8 @@ from mae_fast.classifier import VideoClassifier
 from mae_fast.config_file import to_dict
 from mae_fast.data import VideoRow, read_index
 from mae_fast.errors import CheckpointError, ConfigError
-from mae_fast.fields import require
-from mae_fast.files import write, writing
+from mae_fast.fields import positive
+from mae_fast.files import check_output, write, writing
 from mae_fast.page import Page, said
 from mae_fast.tasks.clips import Views, normalised, numbers_of
 from mae_fast.tasks.config import FinetuneConfig, from_state, load
@@ -65,7 +65,9 @@ def test(
             cfg = replace(cfg, test=replace(cfg.test, short_side=short_side))
         test_ava(path, cfg, model, output, ema)
         return
-    require(batch_size > 0, "--batch-size must be positive", batch_size)
+    positive(batch_size=batch_size)
+    folder = Path(output or path.parent / "test")
+    check_output(folder / "results.json")
     rows = labelled(index or cfg.data.val_index)
     t = cfg.test
     temporal, spatial = temporal or t.temporal, spatial or t.spatial
@@ -86,7 +88,6 @@ def test(
         bad = [x for _, some in parts for x in some]
     finally:
         distributed.finish()
-    folder = Path(output or path.parent / "test")
     results = {
         "checkpoint": str(path),
         **({"weights": "averaged"} if ema else {}),

@@ -18,7 +18,7 @@ from mae_fast import checkpoint
 from mae_fast.config import ModelConfig, as_model
 from mae_fast.config_file import model_from_dict
 from mae_fast.errors import CheckpointError, ConfigError
-from mae_fast.files import not_an_input
+from mae_fast.files import check_output
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.weights.families import TARGET_ENCODER, identify, read, strip
 from mae_fast.weights.translate import Name, Report, Size, translate
@@ -88,7 +88,7 @@ def convert(
     """
     if Path(output).suffix != ".safetensors":
         raise ConfigError(f"the output is a .safetensors file, got {output}")
-    not_an_input(output, input)
+    check_output(output, input)
     cfg, state = _read(Path(input))
     frames = cfg.num_frames if cfg else 16
     frames = frames if source_num_frames is None else source_num_frames

@@ -271,3 +271,19 @@ def test_an_unknown_class_is_refused(tmp_path):
         save_file(table, tmp_path / f"{name}.safetensors", {"labels": json.dumps(labels)})
     with pytest.raises(DataError, match="no training video is of class 'z'"):
         probe.probe(str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"))
+
+
+def test_features_that_do_not_belong_together_are_refused(tmp_path, capsys):
+    """Of another width; of tokens and means `all` leaves out what needs tokens on both sides."""
+    shapes = {"tokens": (4, 1, 3, 8), "means": (4, 1, 8), "wide": (4, 1, 16)}
+    for name, shape in shapes.items():
+        labels = {"labels": json.dumps(list("abab"))}
+        save_file({"features": torch.randn(shape)}, tmp_path / name, labels)
+    tokens, means, wide = (str(tmp_path / name) for name in shapes)
+    assert cli.main(["probe", means, wide]) == 65
+    assert "features of 8 numbers" in capsys.readouterr().err
+    assert cli.main(["probe", tokens, means, "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "linear: " in out and "attentive" not in out
+    assert cli.main(["probe", tokens, means, "--kind", "attentive"]) == 65
+    assert f"{means} has no tokens" in capsys.readouterr().err
