@@ -198,7 +198,7 @@ def _preset(args: list[str]) -> tuple[str, list[str]]:
     try:
         known, rest = parser.parse_known_args(args)
     except argparse.ArgumentError as e:
-        raise ConfigError(f"pretrain: {e}") from None
+        raise ConfigError(str(e)) from None
     return known.preset, rest
 
 

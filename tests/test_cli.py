@@ -320,7 +320,7 @@ def test_arguments_are_refused_in_one_line(name, encoding, config, trained, monk
     assert not trained
 
 
-REFUSED = {
+IMPOSSIBLE = {
     "probe a b --epochs 0": "--epochs must be positive, got 0",
     "probe a b --seed 99999999999999999999": "seed must be in [0, 2^63), got 99999999999999999999",
     "masks --seed -1": "seed must be in [0, 2^63), got -1",
@@ -347,12 +347,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
+@pytest.mark.parametrize("words", IMPOSSIBLE)
 def test_a_value_that_cannot_be_is_refused_before_any_work(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert exit_code(words.split()) == 2
-    assert capsys.readouterr().err.startswith(f"error: {REFUSED[words]}")
+    assert capsys.readouterr().err.startswith(f"error: {IMPOSSIBLE[words]}")
     assert list(tmp_path.iterdir()) == []
 
 

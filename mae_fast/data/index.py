@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from mae_fast.files import check_output, write, writing
 
 _MOST = 2**31 - 1  # frames, pixels, frames a second: beyond it numbers overflow
 _MANY_PACKETS = 10**7
+_FORMATS = (".jsonl", ".parquet")
 _COUNTS = ("start", "frames", "fps", "duration", "width", "height", "bytes", "total", "gop")
 
 
@@ -232,7 +234,10 @@ def read_index(path: str | Path, broken: bool = False, checked: bool = True) -> 
             path = sound_index(folder)
         folder = folder.absolute()
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such index; make one with `mae-fast index FOLDER -o {path}`")
+        folder = str(path) if path.is_dir() else "FOLDER"
+        made = str(path) if path.suffix in _FORMATS else "index.jsonl"
+        how = shlex.join(["mae-fast", "index", folder, "-o", made])
+        raise DataError(f"{path}: no such index; make one with `{how}`")
     records = _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
     rows = [_checked(path, number, record, folder) for number, record in records]
     good = [r for r in rows if not r.error]
@@ -245,7 +250,7 @@ def read_index(path: str | Path, broken: bool = False, checked: bool = True) -> 
 
 def read_source(source: str | Path) -> list[VideoRow]:
     """The usable videos of a folder of them, which is indexed now, of an index or of a pack."""
-    if is_pack(source) or Path(source).suffix in (".jsonl", ".parquet"):
+    if is_pack(source) or Path(source).suffix in _FORMATS:
         return read_index(source)
     with tempfile.TemporaryDirectory() as scratch:
         build_index([source], Path(scratch) / "index.jsonl", progress=False)
@@ -281,7 +286,7 @@ def end_last_line(path: Path) -> None:
 
 
 def _check_format(out: Path) -> None:
-    if out.suffix not in (".jsonl", ".parquet"):
+    if out.suffix not in _FORMATS:
         raise DataError(f"{out}: an index is a .jsonl or .parquet file")
     if out.suffix == ".parquet":
         _pyarrow()

@@ -42,6 +42,15 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     return target.scatter_(1, labels[:, None], 1 - smoothing + low)
 
 
+def timms_mixup() -> type:
+    """timm's class. ConfigError without timm."""
+    try:
+        from timm.data.mixup import Mixup
+    except ImportError as e:
+        raise ConfigError(f"augment.mixup and cutmix are timm's (pip install timm): {e}") from e
+    return Mixup
+
+
 def mix(
     rng: np.random.Generator,
     video: Tensor,
@@ -59,12 +68,8 @@ def mix(
     not."""
     if not mixup and not cutmix:
         return smoothed(labels, classes, smoothing)
-    try:
-        from timm.data.mixup import Mixup
-    except ImportError as e:
-        raise ConfigError(f"augment.mixup and cutmix are timm's (pip install timm): {e}") from e
     names = dict(prob=probability, switch_prob=switch, label_smoothing=smoothing)
-    mixed = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, num_classes=classes, **names)
+    mixed = timms_mixup()(mixup_alpha=mixup, cutmix_alpha=cutmix, num_classes=classes, **names)
     with _numpy_drawing(rng):
         # It knows images: frames are as channels to it.
         _, target = mixed(video.flatten(1, 2), labels)

@@ -22,7 +22,7 @@ from mae_fast.optim import lr_at
 from mae_fast.run import Run
 from mae_fast.signals import Signals, Told
 from mae_fast.tasks import score
-from mae_fast.tasks.augment import erase, mix, soft_cross_entropy
+from mae_fast.tasks.augment import erase, mix, soft_cross_entropy, timms_mixup
 from mae_fast.tasks.clips import LabelledClips, Views, classes_of, normalised, numbers_of
 from mae_fast.tasks.config import FinetuneConfig
 from mae_fast.weights import classifier as weights
@@ -53,6 +53,8 @@ class FinetuneRun(Run):
 
     def _make_model(self) -> VideoClassifier:
         cfg = self.cfg
+        if cfg.augment.mixup or cfg.augment.cutmix:
+            timms_mixup()  # or it would be missed once all held-out videos are judged
         model = self.kind(cfg.classifier_of(len(self.classes)))
         scratch, begun = cfg.init == "scratch", bool(checkpoint.checkpoints(self.folder))
         if cfg.classifier.family != "mae_st":

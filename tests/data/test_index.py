@@ -322,8 +322,14 @@ def test_unreadable_indexes(tmp_path):
         with pytest.raises(DataError, match=match):
             read_index(tmp_path / name)
 
-    with pytest.raises(DataError, match="no such index; make one with"):
-        read_index(tmp_path / "nowhere.jsonl")
+    for name, how in {
+        "nowhere.jsonl": f"FOLDER -o {tmp_path}/nowhere.jsonl",
+        "nowhere": "FOLDER -o index.jsonl",  # an index has one of two names
+        "a folder": f"'{tmp_path}/a folder' -o index.jsonl",
+    }.items():
+        (tmp_path / "a folder").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match=f"no such index; make one with `mae-fast index {how}`"):
+            read_index(tmp_path / name)
     broken = dataclasses.asdict(VideoRow("a.mp4", error="empty: 0 bytes"))
     refused(json.dumps(broken), "no usable videos among 1 rows")
     pytest.importorskip("pyarrow")

@@ -76,6 +76,14 @@ def test_the_defaults_that_help_shows_are_the_recipes():
     assert from_dict({"recipe": "mae_st_k400"}) == FinetuneConfig()
 
 
+def test_want_of_timm_is_told_before_videos_are_judged(motions, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.data.mixup", None)
+    cfg = config(motions, tmp_path, augment={"mixup": 0.8}, data__val_index=str(motions.train))
+    with pytest.raises(ConfigError, match="pip install timm"):
+        finetune(cfg)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "videomae_ava"])
 def test_views_follow_the_side_of_the_model(recipe):
     """A view of a smaller model is the whole of the frame's height, not a piece of it."""
