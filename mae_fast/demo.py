@@ -23,6 +23,8 @@ from mae_fast.config import Config, DataConfig, TrainConfig, preset
 from mae_fast.data import VideoRow, build_index, read_index, write_index
 from mae_fast.data.packed import is_pack
 from mae_fast.errors import ConfigError, DataError, Interrupted
+from mae_fast.fields import positive
+from mae_fast.files import writing
 from mae_fast.ops import dispatch
 from mae_fast.page import Page
 from mae_fast.reconstruction import draw_panel, load_clip, save_movie, save_png
@@ -70,14 +72,19 @@ def demo(
         ava: make a small set in AVA's format (persons with actions in boxes), train on it from
             scratch and test it (needs torchvision, no footage).
     """
+    positive(minutes=minutes, steps=steps or None)
+    model = preset(
+        "vit_tiny", img_size=img_size, depth=6, decoder_depth=2, embed_dim=192, num_heads=3
+    )
+    output = output or f"runs/demo{'-ava' * ava or '-downstream' * downstream}"
+    folder = Path(output)
+    with writing(folder):
+        _make_room(folder)
     if ava:
         from mae_fast.tasks.ava.made import demo as ava_demo
 
-        ava_demo(Path(output or "runs/demo-ava"), steps)
+        ava_demo(folder, steps)
         return
-    output = output or ("runs/demo-downstream" if downstream else "runs/demo")
-    folder = Path(output)
-    _make_room(folder)
     source = videos or fetch_footage(folder / "videos")
     if downstream:
         from mae_fast.demo_downstream import demo as downstream_demo
@@ -85,9 +92,6 @@ def demo(
         downstream_demo(source, folder, minutes, steps)
         return
     train_rows, val_rows = split(source, folder)
-    model = preset(
-        "vit_tiny", img_size=img_size, depth=6, decoder_depth=2, embed_dim=192, num_heads=3
-    )
     data = DataConfig(
         index=str(folder / "train.jsonl"),
         sampling_rate=SAMPLING_RATE,

@@ -1,13 +1,14 @@
 """The demo, cut down: a few steps on videos of one's own."""
 
 import json
+import math
 
 import pytest
 
 from mae_fast import demo as demo_module
 from mae_fast.config import Config
 from mae_fast.demo import choose_steps, demo
-from mae_fast.errors import ConfigError, Interrupted
+from mae_fast.errors import ConfigError, Interrupted, WriteError
 
 
 def test_demo_leaves_a_page_with_everything(folder, tmp_path, capsys):
@@ -34,11 +35,30 @@ def test_demo_leaves_a_page_with_everything(folder, tmp_path, capsys):
     assert json.loads((out / "demo.json").read_text())["steps"] == 20
 
 
-def test_demo_does_not_touch_a_folder_of_something_else(folder, tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
+@pytest.mark.parametrize("kind", [{}, {"downstream": True}, {"ava": True}])
+def test_demo_does_not_touch_a_folder_of_something_else(kind, folder, tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/thesis.tex").write_text("mine")
     with pytest.raises(ConfigError, match="something other"):
-        demo(videos=str(folder), output=str(tmp_path), steps=20)
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
+        demo(videos=str(folder), output=str(tmp_path), steps=20, **kind)
+    assert (tmp_path / "test/thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "asked", [{"minutes": math.nan}, {"minutes": -1.0}, {"steps": -1}, {"img_size": 17}], ids=str
+)
+def test_an_earlier_demo_stays_where_a_value_is_refused(asked, folder, tmp_path):
+    for name in ("demo.json", "index.html"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=r"must be positive|not divisible"):
+        demo(videos=str(folder), output=str(tmp_path), **asked)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_demo_into_a_file_is_one_line(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="Not a directory"):
+        demo(videos=str(folder), output=str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ INPUTS = {
     "probe": ["probe", "b", "a.jsonl", "-o", "a.jsonl"],
     "reconstruct": ["reconstruct", "--checkpoint", "b", "--video", "v.mp4", "-o", "v.mp4"],
     "convert": ["convert", "w.safetensors", "--to", "mae_st", "-o", "link.safetensors"],
-    "report": ["report", ".", "-o", "a.jsonl"],
+    "report": ["report", "a.jsonl", "-o", "a.jsonl"],
     "bench data": ["bench", "data", "a.jsonl", "-o", "a.jsonl"],
     "pack": ["pack", "a.jsonl", "-o", "."],
 }

@@ -59,10 +59,14 @@ def find_videos(
     return list(found.values())
 
 
+def _unread(e: OSError) -> None:
+    raise DataError(f"{e.filename}: cannot be read: {e.strerror}")
+
+
 def _walk(root: Path) -> Iterator[str]:
     """Every visible video file under a folder, sorted; links are followed, each folder once."""
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_unread, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         if real in seen:

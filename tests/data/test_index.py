@@ -1,6 +1,7 @@
 """Indexing: layouts, labels, broken files, going on after a stop, both formats."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -79,6 +80,21 @@ def test_rows_and_summary(tmp_path, video, suffix):
     # Paths are kept relative: the whole folder may move.
     moved = root.rename(tmp_path / "moved")
     assert read_index(moved / out.name)[0].path == str(moved / "top.mkv")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    """Root may read everything, so the system's answer is given by hand."""
+    (tmp_path / "a").mkdir()
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("/a"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match="a: cannot be read: Permission denied"):
+        find_videos([tmp_path])
 
 
 def test_folder_labels_order_hidden_and_links(tmp_path):

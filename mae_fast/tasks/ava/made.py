@@ -22,6 +22,7 @@ from mae_fast.motion import write_clip
 from mae_fast.tasks.ava import score
 from mae_fast.tasks.ava.config import AvaConfig
 from mae_fast.tasks.ava.evaluate import iou
+from mae_fast.tasks.ava.model import roi_align
 from mae_fast.tasks.config import (
     AugmentConfig,
     ClipsConfig,
@@ -47,6 +48,7 @@ TRAIN_MOVIES, TEST_MOVIES, SECONDS = 6, 2, 40
 def demo(folder: Path, steps: int = 0, seed: int = 0) -> dict[str, Any]:
     """Make the set, train on it from scratch, test before and after; what results.json holds."""
     began = time.perf_counter()
+    roi_align()  # or torchvision would be missed once the set is made
     for name in ("set", "run", "test"):
         shutil.rmtree(folder / name, ignore_errors=True)
     a = make(folder / "set", seed)
