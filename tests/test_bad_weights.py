@@ -115,6 +115,21 @@ def test_weights_of_odd_shapes_are_refused_by_name(name, value):
             translate(state, to, size=SIZE)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"path": "a.mp4"}', 'recipe = "mae_st"', "", "\0" * 99],
+    ids=["index", "toml", "empty", "zeros"],
+)
+def test_a_file_of_something_else_is_named_as_that(text, tmp_path, capsys):
+    """torch asks for weights_only=False there, which nobody can give, nor should."""
+    (tmp_path / "index.jsonl").write_text(text)
+    command = ["convert", str(tmp_path / "index.jsonl"), "--to", "mae_st", "-o", "out.safetensors"]
+    assert cli.main(command) == 73
+    said = capsys.readouterr().err
+    assert "index.jsonl: not a whole file of torch.save: " in said
+    assert said.count("\n") == 1 and "weights_only" not in said
+
+
 def test_tables_that_are_no_weights_are_refused(tmp_path):
     state = make("mae_st").state_dict()
     for tree in ({}, {"model": {}}, {**state, 3: torch.ones(1)}, {**state, "x": 3}, [state], 3):

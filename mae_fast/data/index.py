@@ -171,8 +171,8 @@ def build_index(
     Rows are kept in `<out>.partial` as they come: a second call goes on from there, and takes over
     the good rows of `out` whose file has the same size and time. A file that takes longer than
     `timeout` seconds (a large one has more), or kills its process, becomes a row with an error.
-    verify decodes all of every video, and counts its damaged frames. Raises DataError, and
-    WriteError where `out` cannot be written.
+    verify decodes all of every video, and counts its damaged frames. Raises DataError, ConfigError
+    where `out` is one of the sources, and WriteError where it cannot be written.
     """
     out = Path(out)
     _check_format(out)
@@ -361,9 +361,10 @@ def _earlier(path: Path) -> list[VideoRow]:
     return rows
 
 
-def write_index(rows: list[VideoRow], out: Path) -> None:
+def write_index(rows: list[VideoRow], out: str | Path) -> None:
     """Write all rows at once or not at all; paths under the index's folder become relative. Raises
     WriteError."""
+    out = Path(out)
     folder = out.absolute().parent
     records = []
     for row in rows:

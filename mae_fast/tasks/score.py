@@ -56,6 +56,8 @@ def test(
         ema: test the averaged weights (train.ema).
     """
     path, cfg, model, classes = load_run(run, ema)
+    folder = Path(output or path.parent / "test")
+    check_output(folder / "results.json")
     if cfg.task == "ava":
         from mae_fast.tasks.ava.score import test as test_ava
 
@@ -66,8 +68,6 @@ def test(
         test_ava(path, cfg, model, output, ema)
         return
     positive(batch_size=batch_size)
-    folder = Path(output or path.parent / "test")
-    check_output(folder / "results.json")
     rows = labelled(index or cfg.data.val_index)
     t = cfg.test
     temporal, spatial = temporal or t.temporal, spatial or t.spatial

@@ -178,9 +178,10 @@ def _read(path: Path) -> tuple[ModelConfig | None, dict[str, Tensor]]:
                 f"you trust it: weights = torch.load({path.name!r}, weights_only=False)['model']; "
                 f"safetensors.torch.save_file(weights, 'weights.safetensors'); and convert that"
             ) from e
-        raise CheckpointError(
-            f"cannot read {path}: {said.partition(chr(10))[0] or type(e).__name__}"
-        ) from e
+        # What torch says before this is of its own options.
+        said = said.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        what = "" if isinstance(e, OSError) else "not a whole file of torch.save: "
+        raise CheckpointError(f"cannot read {path}: {what}{said or type(e).__name__}") from e
     for key in _TABLES:
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]

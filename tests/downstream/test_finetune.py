@@ -31,7 +31,7 @@ from mae_fast.data import (
     write_index,
 )
 from mae_fast.data.pack import pack
-from mae_fast.errors import ConfigError, DataError, Interrupted
+from mae_fast.errors import ConfigError, DataError, Interrupted, WriteError
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops.adamw import clipped_adamw
 from mae_fast.step import WARMUP, Step
@@ -74,6 +74,14 @@ def config(motions, output, **changes):
 
 def test_the_defaults_that_help_shows_are_the_recipes():
     assert from_dict({"recipe": "mae_st_k400"}) == FinetuneConfig()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_test(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    run = tmp_path / "checkpoint", FinetuneConfig(), None, ("a",)
+    monkeypatch.setattr(score, "load_run", lambda *args: run)
+    with pytest.raises(WriteError, match="Not a directory"):
+        score.test("run", output=str(tmp_path / "file/out"))
 
 
 def test_want_of_timm_is_told_before_videos_are_judged(motions, tmp_path, monkeypatch):
