@@ -230,8 +230,9 @@ def test_what_else_lies_in_a_folder_is_passed_over(folder):
     (folder / "in/run/metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     (folder / "in/index.jsonl").write_text('{"path": "a.mp4"}\n')
     assert "vit_base" in page(folder, str(folder / "in"))
-    (folder / "in/more.jsonl").write_text('{"kind": "none"}\n')
-    assert cli.main(["report", str(folder / "in"), "-o", str(folder / "r.html")]) == 2
+    for damaged in ('{"kind": "none"}\n', '"steps", "model": "vit_base"}\n'):
+        (folder / "in/more.jsonl").write_text(damaged)
+        assert cli.main(["report", str(folder / "in"), "-o", str(folder / "r.html")]) == 2
 
 
 def test_nothing_to_report_is_refused(tmp_path, capsys):

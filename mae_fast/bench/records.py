@@ -12,6 +12,7 @@ A record says what was timed, under which conditions, and keeps every sample:
 Those of `make gpu` also tell their stage, item and status.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable
@@ -88,10 +89,13 @@ def files(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def _holds_records(path: Path) -> bool:
+    """Whether a file begins with a record, or is so damaged that `read` is to tell."""
     if not path.is_file() or path.name == "samples.jsonl":  # what records of `bench ratio` are of
         return False
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return '"kind"' in f.readline()
+    with open(path, "rb") as f, contextlib.suppress(ValueError):
+        first = json.loads(f.readline())
+        return not isinstance(first, dict) or "kind" in first
+    return True
 
 
 def read(path: str | Path) -> list[Record]:
