@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is not installed
 
 from benchmarks import markdown, tables
+from benchmarks.gpu import tables as gpu_tables
 from mae_fast import backends
 from mae_fast.bench import ours, records, timing
 from mae_fast.bench.baselines import OfficialMAE, normalise
@@ -188,6 +189,13 @@ def test_ratio_is_taken_round_by_round():
     """A machine that slows down by 10 halfway changes medians, and not the ratio."""
     assert timing.ratio([2, 20, 2.2], [1, 10, 1]) == 2
     assert timing.spread([1.0, 2.0, 4.0]) == 1.5
+
+
+def test_an_engine_of_a_gpu_that_took_fewer_clips_is_compared_by_clips():
+    engines = {"mae_fast": {"clips": 64}, "official_sdpa": {"clips": 32}}
+    seconds = {"mae_fast": [2.0, 2.0], "official_sdpa": [3.0, 3.0]}
+    record = {"engine": "official_sdpa", "engines": engines, "seconds": seconds}
+    assert gpu_tables.faster(record) == 3.0
 
 
 def test_share_of_the_limit_that_bounds():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_runs import at, command, config, poison, same, saved, toml, wait_for, weights, with_data
 
-from mae_fast import checkpoint, distributed, metrics, step, train
+from mae_fast import checkpoint, distributed, endings, metrics, step, train
 from mae_fast.data import VideoReader, build_index
 from mae_fast.distributed import PeerLost, World
 from mae_fast.errors import (
@@ -419,3 +419,13 @@ def test_a_lost_rank_takes_no_row_along(where, index, tmp_path, monkeypatch):
     pretrain(config(index, tmp_path / "whole"))
     whole = metrics.read(tmp_path / "whole" / "metrics.jsonl")
     assert [r["loss"] for r in rows[:2]] == [r["loss"] for r in whole[:2]]
+
+
+def test_what_is_not_saved_goes_on_from_what_is(tmp_path):
+    said = str(endings.interrupted(tmp_path, 3, 0, "rank 1 is gone", saved=False))
+    start = "goes on from the start: there is no checkpoint yet"
+    assert said == f"rank 1 is gone after step 3, and the same command {start}"
+    (tmp_path / "checkpoint-00000002.safetensors").touch()
+    said = str(endings.interrupted(tmp_path, 3, 15, "", saved=False))
+    assert said.startswith("stopped by SIGTERM after step 3, and the same command goes on from ")
+    assert said.endswith("checkpoint-00000002.safetensors")

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,3 +261,19 @@ def test_weights_that_are_not_finite_stop_the_run_and_leave_the_good(index, tmp_
     with pytest.raises(NonFiniteError, match=r"not finite after step 20.*00000010"):
         pretrain(config(index, tmp_path / "run", keep=1, max_nonfinite=100))
     assert saved(tmp_path / "run") == 10
+
+
+def test_what_is_left_is_told_in_minutes():
+    row = dict(loss=1.0, lr=1e-3, grad_norm=2.0, clips_per_s=3.0, data_wait=0.25, memory_mb=4.0)
+    words = "loss 1.0000  lr 1.00e-03  norm 2  3.00 clips/s  data 25%  4 MB  1.5 min left"
+    assert metrics._line(row | {"seconds_left": 90.0}) == words
+
+
+def test_tensorboard_has_each_number_at_its_step(tmp_path, monkeypatch):
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *row: written.append(row), close=None)
+    fake = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    add, _ = metrics._tensorboard(tmp_path)
+    add({"step": 20, "loss": 0.5, "lr": 0.1})
+    assert written == [("loss", 0.5, 20), ("lr", 0.1, 20)]

@@ -1,6 +1,8 @@
 """`bench data`: a clip's time by stage."""
 
+import os
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -44,3 +46,24 @@ def test_each_stage_is_without_those_within_it(taken, stages, monkeypatch):
     found = data._stages(None, 0)
     assert found == stages
     assert sum(found.values()) == sum(EITHER.values())
+
+
+def test_a_core_s_rate_is_by_processor_time_of_all_processes(monkeypatch):
+    times = iter(
+        (os.times_result((1, 1, 1, 1, 5.0)), os.times_result((1.5, 1.25, 1.75, 1.5, 15.0)))
+    )
+    monkeypatch.setattr(data.os, "times", lambda: next(times))
+    monkeypatch.setattr(data, "make_loader", lambda *args, **how: [[0] * 3, [0] * 2])
+    found = data._round([], data.DataConfig(), 2, 0)
+    assert (found["clips"], found["clips_per_s"], found["clips_per_s_core"]) == (5, 0.5, 2.5)
+
+
+def test_stages_are_of_a_clip(monkeypatch):
+    """Of the least round, over the clips of each video."""
+    dataset = MagicMock(cfg=SimpleNamespace(repeat_aug=4))
+    rounds, videos = iter((6.0, 3.0, 9.0)), data._STAGED // 4
+    monkeypatch.setattr(data, "_stages", lambda dataset, videos: {"decode": next(rounds)})
+    monkeypatch.setattr(data, "join", lambda batches: MagicMock())
+    monkeypatch.setattr(data, "cpu_time", lambda function: 1.0)
+    found = data.stages(dataset)
+    assert found == pytest.approx({"decode": 3000 / videos / 4, "patches": 1000 / videos / 4})

@@ -56,3 +56,9 @@ def test_the_official_loop_has_the_official_optimizer():
     cfg = finetune.ClassifierConfig(finetune.config_of("quick"), num_classes=5)
     built = finetune.Theirs("official_sdpa", cfg, torch.full((1, 5), 0.2)).build(cfg.model)
     assert built.optimizer.defaults["foreach"] and not built.optimizer.defaults["fused"]
+
+
+def test_an_engine_is_told_as_times_the_first():
+    seconds = {"mae_fast": [1.0, 1.0], "official_sdpa": [3.0, 3.0]}
+    first, other = finetune.tell({"baseline": "mae_fast", "seconds": seconds}).splitlines()
+    assert first.endswith("1.00 times mae_fast's") and other.endswith("3.00 times mae_fast's")

@@ -179,3 +179,28 @@ def test_a_limit_is_what_it_moves_or_computes():
         with FlopCounterMode(display=False) as counter:
             product.run()
         assert (product.unit, product.amount) == ("flop", counter.get_total_flops())
+
+
+@pytest.mark.parametrize("direction", ops.DIRECTIONS)
+def test_the_work_of_a_record_is_of_its_direction(direction):
+    call = Call("layer_norm", (torch.randn(4, 16), torch.ones(16), torch.zeros(16), 1e-6))
+    fields = ops.ready_call(QUICK, call, call, direction, {}).fields
+    forward, backward = call.work()
+    assert fields["bytes"] == forward.bytes + (direction != "forward") * backward.bytes
+
+
+def test_of_each_op_in_each_phase_the_most_work_is_timed():
+    every = calls(config_of(QUICK.model), QUICK.clips, QUICK.ratio, torch.float32)
+    *most, _ = (call for call, _ in QUICK.cases())
+    assert {(c.phase, c.op) for c in most} == {(c.phase, c.op) for c in every}
+    for one in most:
+        same = (c for c in every if (c.phase, c.op) == (one.phase, one.op))
+        assert ops._amount(one) == max(map(ops._amount, same))
+
+
+def test_caches_are_cold_but_in_a_quick_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "clock", lambda device, cold: asked.append(cold) or (lambda f: 1.0))
+    for model in ("vit_base", QUICK.model):
+        ops.measure(Plan(model=model), ops.Ready({"a": lambda: None}, {}), machine.limits(True))
+    assert asked == [True, False]

@@ -115,6 +115,12 @@ def test_a_baseline_s_norm_moves_what_a_norm_does():
         assert found[Where("encoder", "layer_norm", way)] == work * 5
 
 
+def test_the_state_of_adamw_is_weights_and_two_moments():
+    _, built, _ = built_step("mae_fast")
+    weights = sum(p.numel() for p in built.model.parameters())
+    assert step_module.state_mb(built) == pytest.approx(3 * 4 * weights / 2**20, rel=1e-3)
+
+
 def test_limits():
     assert Work(flop=100, bytes=10).seconds(10, 10) == 10
     assert Work(flop=10, bytes=100).seconds(10, 10) == 10
