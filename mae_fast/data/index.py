@@ -174,6 +174,7 @@ def build_index(
     verify decodes all of every video, and counts its damaged frames. Raises DataError, ConfigError
     where `out` is one of the sources, and WriteError where it cannot be written.
     """
+    require(not isinstance(sources, str), "sources must be a list of paths", sources)
     out = Path(out)
     _check_format(out)
     check_output(out, *sources)

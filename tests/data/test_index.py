@@ -15,7 +15,7 @@ import pytest
 from mae_fast.data import helpers, index
 from mae_fast.data.index import VideoRow, build_index, read_index
 from mae_fast.data.sources import find_videos
-from mae_fast.errors import DataError
+from mae_fast.errors import ConfigError, DataError
 
 
 def build(sources, out, **options):
@@ -95,6 +95,11 @@ def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match="a: cannot be read: Permission denied"):
         find_videos([tmp_path])
+
+
+def test_one_path_is_not_a_list_of_its_letters(tmp_path):
+    with pytest.raises(ConfigError, match="sources must be a list of paths, got 'videos'"):
+        build_index("videos", tmp_path / "i.jsonl")
 
 
 def test_folder_labels_order_hidden_and_links(tmp_path):
