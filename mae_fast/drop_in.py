@@ -343,6 +343,8 @@ def _transformed() -> str | None:
     """What the operators of the fused forward have no rule for (None: nothing)."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func (grad, jvp, vmap ...) calls it"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace records it"
     return "forward-mode AD is on" if forward_ad._current_level >= 0 else None
 
 

@@ -92,6 +92,18 @@ def test_forward_mode_is_the_own_forwards(tiny_cfg):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.filterwarnings("ignore")  # that a trace holds constants, and is of the past
+@pytest.mark.parametrize("pair", ["mae_st", "videomae"], indirect=True)
+def test_a_trace_is_of_the_own_forward(pair):
+    model, own, args = pair
+    traced = torch.jit.trace(model, args, check_trace=False)
+    found = []
+    for each in (traced, own):
+        torch.manual_seed(3)
+        found.append([t.detach() for t in _tensors(each(*args))])
+    assert all(map(torch.equal, *found))
+
+
 def test_what_counts_passes_through(tiny_cfg):
     model, video = make(tiny_cfg), clips(tiny_cfg)
     mae_fast.accelerate(model)

@@ -197,16 +197,12 @@ def _attend_scores(p: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def needs_order(modules: Iterable[nn.Module], blocks: Iterable[Block | OwnBlock]) -> bool:
-    """Some block must have all tokens, and in the model's order: its hooks see them, or its random
-    numbers are drawn for them."""
-    for module, found in zip(modules, blocks, strict=True):
-        if isinstance(found, Block):
-            needs = not found.is_plain() and draws(module)
-        else:
-            needs = found.func is _itself or draws(module)
-        if needs:
-            return True
-    return False
+    """Some block must have all tokens, and in the model's order: its hooks see them, its random
+    numbers are drawn for them, or a layer of another's rounds by the greatest of them."""
+    return any(
+        not found.is_plain() if isinstance(found, Block) else found.func is _itself or draws(module)
+        for module, found in zip(modules, blocks, strict=True)
+    )
 
 
 def draws(module: nn.Module) -> bool:

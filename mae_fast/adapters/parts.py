@@ -151,8 +151,7 @@ class Parts:
         layer = self.model.get_submodule(part)
         if parametrize.is_parametrized(layer):  # to read it may write: spectral_norm does
             layer = copy.deepcopy(layer)
-        weight = getattr(layer, "weight", None)
-        shape = () if weight is None else tuple(weight.shape)
+        shape = tuple(getattr(getattr(layer, "weight", None), "shape", ()))
         return self.need(part, shape == (columns, rows), f"has a weight {list(shape)}")
 
     def drops(self, part: str, *names: str) -> bool:

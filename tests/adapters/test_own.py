@@ -320,6 +320,22 @@ def test_a_layer_that_is_more_than_linear_is_called(family, change, attentions):
     assert len(attentions) > 0
 
 
+class Scaled(nn.Linear):
+    """By all tokens of its input, as int8 with dynamic ranges."""
+
+    def forward(self, x):
+        return super().forward(x / x.square().mean())
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_layer_that_scales_by_all_tokens_sees_them_all(family):
+    model, _, decoder = MODELS[family]()
+    for layer in decoder[-1].modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Scaled
+    assert_own_where_used(model)
+
+
 def test_a_head_with_dropout_is_the_models_own(caplog):
     model, *_ = mae_st()
     model.decoder_pred = LowRank(model.decoder_pred, 0.3)
