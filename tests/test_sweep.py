@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from statistics import stdev
 
 import pytest
@@ -239,7 +241,9 @@ def test_the_paper_s_22_arms_are_planned(capsys):
     assert cli.main(["sweep", "paper", *options]) == 0
     first, *arms = capsys.readouterr().out.splitlines()
     assert first.startswith("17 runs (22 arms, 5 of which are the run of another), predicted ")
-    assert "on 8 x h100" in first and "at 2.5 an hour" in first
+    assert "on 8 x h100" in first
+    of_devices, paid = re.search(r": (\S+) hours of a device, (\d+) at 2.5 an hour", first).groups()
+    assert float(paid) == pytest.approx(2.5 * float(of_devices), rel=0.01)
     hours = [float(line.split(" h a run")[0].split()[-1]) for line in arms if " h a run" in line]
     assert (len(arms), len(hours)) == (22, 17)
     assert float(first.split("predicted ")[1].split()[0]) == pytest.approx(sum(hours), rel=0.01)
@@ -314,6 +318,44 @@ def test_the_paper_s_accuracies_stand_apart_in_the_picture(made):
         [10.0, 83.2], [20.0, 83.6], [40.0, 84.4], [80.0, 84.3],
     ]  # fmt: skip
     assert len(sweep_page.trade_off(rows[:1], judge, lambda arm: 1.0).axes) == 1
+
+
+def test_every_arm_is_held_against_the_first(made):
+    found = sweep.read(made("[arms.a]\n[arms.b]\n'mask.ratio' = 0.6\n[arms.c]\n'mask.ratio' = 0.7"))
+    judge = sweep.sweep_judge.read({}, found.config(None, 0))
+    same = {"loss": 1.0, "train_seconds": 1.0, "step_seconds": 1.0}
+    judged = {"a": 1.0, "b": 2.0, "c": 4.0}
+    results = {(arm, 0): same | {"judged": {"loss": x}} for arm, x in judged.items()}
+    rows = sweep.table(found, results, judge)
+    assert [row["against_first"].get("loss", (None,))[0] for row in rows] == [None, 1.0, 3.0]
+
+
+def test_seconds_of_training_are_of_every_step(made, monkeypatch):
+    """Of a run that tells of its second and its fifth."""
+    cfg = sweep.read(made("[arms.a]")).config("a", 0)
+    judge = sweep.sweep_judge.read({}, cfg)
+    rows = [dict(step=2, loss=1.0, step_seconds=1.0), dict(step=5, loss=1.0, step_seconds=2.0)]
+
+    def trained(cfg):
+        folder = Path(cfg.output)
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(sweep, "pretrain", trained)
+    monkeypatch.setattr(sweep, "checkpoints", lambda folder: [folder])
+    monkeypatch.setattr(sweep.sweep_judge, "judged", lambda *given: {"loss": 1.0})
+    sweep._run(cfg, judge)
+    assert sweep._result(cfg, judge)["train_seconds"] == 2 * 1.0 + 3 * 2.0
+
+
+def test_hours_are_of_every_mask_and_micro_step(made):
+    """Predicted: twice as many clips, of one clip or of a step, take twice as long."""
+    one, two = (sweep._hours(sweep.Arm({"mask": {"per_clip": n}})) for n in (1, 2))
+    assert two == pytest.approx(2 * one)
+    found = sweep.read(made("[arms.a]\n[arms.b]\n'train.accum_steps' = 2\n"))
+    said = sweep._prediction(found, found.configs(), "h100", 1, "k400", 0.0).splitlines()[1:]
+    one, two = (float(line.split(" h a run")[0].split()[-1]) for line in said)
+    assert two == pytest.approx(2 * one, rel=0.01)
 
 
 def test_intervals_are_student_s():
