@@ -192,18 +192,25 @@ def _params(model: nn.Module) -> Params:
     apart = model.sep_pos_embed_decoder
     decoder_pos, decoder_cls = _pos(model, "decoder_pos_embed", "dec_pos_embed", apart)
     read = functools.partial(block_of, twice=True)
+
+    def shaped(block: nn.Module):  # the model calls block(x, thw) -> (x, thw), as hooks see
+        return lambda x: block(x, list(model.patch_dims))[0]
+
     proj, (*decoder_blocks, decoder_norm) = model.patch_embed.proj, model.pred_head.transforms[0]
     return Params(
         patch_embed=Affine(proj.weight.flatten(1), proj.bias),
         pos=pos,
         cls=None if cls is None else model.cls_token[0, 0] + cls,
-        blocks=[own.block(block, read) for block in model.blocks],
+        blocks=[own.block(block, read, shaped(block)) for block in model.blocks],
         norm=Norm.of(model.norm),
         decoder_embed=own.linear(model.decoder_embed),
         mask_token=model.mask_token[0, 0],
         decoder_pos=decoder_pos,
         decoder_cls=decoder_cls,
-        decoder_blocks=[own.block(block, read) for block in decoder_blocks],
+        decoder_blocks=[
+            own.block(block, read, None if own.is_wrapper(block) else shaped(block))
+            for block in decoder_blocks
+        ],
         decoder_norm=Norm.of(decoder_norm),
         head=own.linear(model.pred_head.projections[0]),
     )

@@ -65,9 +65,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, ratio, drops_twice=not apart)
         self.gamma_1 = self.gamma_2 = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, thw: list[int] | None = None) -> Tensor | tuple[Tensor, list[int]]:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return (x, thw) if thw else x  # PySlowFast's: with the shape of its tokens
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
@@ -278,15 +279,18 @@ class MaskMViT(nn.Module):
         x = (x + pos[:, s:]).gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
         if s:
             x = torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        thw = self.patch_dims
         for block in self.blocks:
-            x = block(x)
+            x, thw = block(x, thw)
         x = self.decoder_embed(self.norm(x))
         hidden = self.mask_token.expand(len(x), shuffle.shape[1] + s - x.shape[1], -1)
         tokens = torch.cat([x[:, s:], hidden], dim=1)
         order = shuffle.argsort(dim=1)[..., None].expand(-1, -1, x.shape[-1])
         x = torch.cat([x[:, :s], tokens.gather(1, order)], dim=1)
         x = x + self._pos("decoder_pos_embed", "dec_pos_embed", self.sep_pos_embed_decoder)
-        x = self.pred_head.transforms[0](x)[:, s:]
+        for block in self.pred_head.transforms[0]:
+            x, thw = block(x, thw) if isinstance(block, Block) else (block(x), thw)
+        x = x[:, s:]
         pred = self.pred_head.projections[0](x if self.cfg.VIS_MASK.ENABLE else x[mask])
         self.counter += 1
         if self.pred_hog_wt:

@@ -17,6 +17,7 @@ import mae_fast
 import mae_fast.forward as fused
 from mae_fast import ModelConfig, adapters
 from mae_fast.bench.baselines import official
+from mae_fast.drop_in import _tensors
 from mae_fast.ops.attention import attention
 
 CFG = ModelConfig(
@@ -230,13 +231,13 @@ def test_a_block_with_a_hook_runs_itself(family, kind, where, attentions):
         KINDS[kind](pick(hooked), seen)
     model = model.double()
     plain = copy.deepcopy(model)  # with the same hooks, on the same list
-    want, theirs = results(plain, run), [t.detach() for x in seen for t in x if t is not None]
+    want, theirs = results(plain, run), [t.detach() for t in _tensors(seen)]
     mae_fast.accelerate(model, verify=False)
     seen.clear()
     attentions.clear()
     found = differences(results(model, run), want)
     assert max(found.values()) <= 1e-10, summary(found)
-    ours = [t.detach() for x in seen for t in x if t is not None]
+    ours = [t.detach() for t in _tensors(seen)]
     assert len(theirs) > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     assert len(attentions) == len(encoder) + len(decoder) - 3
@@ -254,7 +255,7 @@ def test_a_block_with_a_forward_of_its_own_runs_itself(family):
     model, encoder, decoder = MODELS[family]()
     model = model.double()
     for block in (encoder[0], decoder[1]):
-        block.forward = lambda x, *_, block=block: 2 * type(block).forward(block, x)
+        block.forward = lambda x, *thw, block=block: type(block).forward(block, 2 * x, *thw)
     want = results(model, run)
     found = differences(results(mae_fast.accelerate(model), run), want)
     assert max(found.values()) <= 1e-10, summary(found)

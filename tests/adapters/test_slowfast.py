@@ -186,6 +186,20 @@ def test_calls_that_are_left_to_the_own_forward(caplog):
     assert "its own forward runs: the mask leaves 0 tokens" in caplog.text
 
 
+@pytest.mark.parametrize("make", [stand_in, official])
+def test_hooks_of_blocks_see_the_shape_of_tokens(make):
+    """Given and returned beside them: out[0] is the tokens, not the first clip's."""
+    model, seen = make(), []
+    for block in (model.blocks[0], model.pred_head.transforms[0][0]):
+        block.register_forward_hook(lambda _, args, out: seen.append((*args, *out)))
+    run_with(*batch(model))(model)
+    theirs = [(x.shape, thw, y.shape, shape) for x, thw, y, shape in seen]
+    fast = mae_fast.accelerate(model, verify=False)
+    seen.clear()
+    run_with(*batch(model))(fast)
+    assert [(x.shape, thw, y.shape, shape) for x, thw, y, shape in seen] == theirs
+
+
 def test_a_mask_of_fewer_tokens_is_no_mask_of_the_first_of_them():
     model = stand_in(random_mask=False)
     clip, mask = batch(model)[0].float(), loader_mask(model, count=40)
