@@ -276,11 +276,19 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return float(right.double().mean())
 
 
+def _decoded(x: Tensor) -> Tensor:
+    """bool [N]: which training videos [N, ...] there are features of. DataError where of none."""
+    good = x.flatten(1).isfinite().all(dim=1)
+    if not good.any():
+        raise DataError("a probe has nothing to learn from: no training video decodes")
+    return good
+
+
 def knn(x: Tensor, labels: Tensor, y: Tensor, classes: int, k: int) -> Tensor:
     """DINO's: scores [N, C] of y [N, V, D], its k nearest of x by cosine voting with
     exp(similarity / TEMPERATURE). Of each video the last view, the middle one."""
     x, y = (F.normalize(t[:, -1].float(), dim=-1) for t in (x, y))
-    good = x.isfinite().all(dim=1)
+    good = _decoded(x)
     x, labels, found = x[good], labels[good], []
     for part in y.split(256):  # of Kinetics, all similarities at once would be 19 GB
         near, at = (part @ x.T).topk(min(k, len(x)), dim=1)
@@ -307,7 +315,7 @@ def linear(
 ) -> dict[str, Any]:
     """MAE's linear probe of pooled features [N, V, D]: batch norm without affine (eps 1e-6, by the
     training videos), and one linear layer. Views are samples in training, their mean the score."""
-    flat = x[x.isfinite().all(dim=2)].float()
+    flat = x[_decoded(x)].flatten(0, 1).float()
     mean, std = flat.mean(0), (flat.var(0, correction=0) + 1e-6).sqrt()
     x, y = (x.float() - mean) / std, (y.float() - mean) / std
     grid = [(rate, decay) for rate in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2) for decay in (0.0, 1e-2, 1e-1)]
@@ -395,7 +403,7 @@ def best(
 ) -> tuple[float, float, float]:
     """(test accuracy, rate, decay) of the head whose rate and decay did best on HELD_OUT of the
     training videos, trained again on all of them."""
-    good = x.flatten(1).isfinite().all(dim=1)
+    good = _decoded(x)
     x, a = x[good], a[good]
     part = held_out(a, seed)
     if 0 < int(part.sum()) < len(a):

@@ -187,6 +187,13 @@ class FinetuneConfig:
         ):  # fmt: skip
             value = getattr(getattr(self, section), name)
             require(not value, f'{section}.{name} must be off with task = "ava"', value)
+        for section, name, only in (
+            ("data", "sampling", "seconds"), ("data", "crop_area", ClipsConfig.crop_area),
+            ("data", "crop_aspect", ClipsConfig.crop_aspect), ("test", "temporal", 1),
+            ("test", "spatial", 1),
+        ):  # fmt: skip
+            value, words = getattr(getattr(self, section), name), 'with task = "ava": see [ava]'
+            require(value == only, f"{section}.{name} must be {only} {words}", value)
         least, size = self.ava.short_sides[0], self.model.img_size
         require(least >= size, f"ava.short_sides must be model.img_size {size} or more", least)
 

@@ -94,6 +94,11 @@ def test_the_recipe_is_videomae_s_published_one():
     [
         ({"augment": {"mixup": 0.5}}, "augment.mixup must be off with task"),
         ({"train": {"mask_ratio": 0.5}}, "train.mask_ratio must be off with task"),
+        ({"data": {"sampling": "frames"}}, "data.sampling must be seconds with task"),
+        ({"data": {"crop_area": (0.5, 1.0)}}, "data.crop_area must be .0.08, 1.0. with task"),
+        ({"data": {"crop_aspect": (1.0, 1.0)}}, "data.crop_aspect must be .* with task"),
+        ({"test": {"temporal": 2}}, "test.temporal must be 1 with task"),
+        ({"test": {"spatial": 3}}, "test.spatial must be 1 with task"),
         (
             {"ava": {"short_sides": (200, 256)}},
             "ava.short_sides must be model.img_size 224 or",

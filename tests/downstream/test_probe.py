@@ -86,6 +86,19 @@ def test_probes_find_what_is_there_and_count_bad_videos_as_wrong():
     assert found["attentive_chosen"] == "rate 0.01, decay 0.01"
 
 
+def test_a_probe_without_anything_to_learn_from_is_refused():
+    x, y = torch.full((4, 1, 8), torch.nan), torch.randn(2, 1, 8)
+    labels = torch.tensor([0, 1, 0, 1])
+    asked = [
+        lambda: probe.knn(x, labels, y, 2, k=1),
+        lambda: probe.linear(x, y, labels, labels[:2], 2, epochs=1),
+        lambda: probe.attentive(x[:, :, None], y[:, :, None], labels, labels[:2], 2, epochs=1),
+    ]
+    for one in asked:
+        with pytest.raises(DataError, match="no training video decodes"):
+            one()
+
+
 def test_nearest_neighbours_vote_a_few_videos_at_a_time(largest):
     """Of Kinetics, the similarities of all would be 19 GB."""
     generator = torch.Generator().manual_seed(0)
