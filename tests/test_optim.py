@@ -106,3 +106,15 @@ def test_the_optimizer_is_torch_s_fused_one_with_the_settings_given():
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["lr"]) == ((0.5, 0.75), 1e-3, 0.125)
         assert group["fused"] is True and group["capturable"] is False
+
+
+def test_a_group_s_rate_is_its_scale_of_the_step_s():
+    """Layer decay: AdamW's first step is of the rate."""
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    groups = [{"params": [params[0]], "lr_scale": 0.25}, {"params": [params[1]]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+    for p in params:
+        p.grad = torch.ones(3)
+    clipped_step(optimizer, 0.1, 0.0)
+    for p, moved in zip(params, (0.025, 0.1), strict=True):
+        torch.testing.assert_close(p.detach(), torch.full((3,), -moved))
