@@ -30,6 +30,8 @@ def check_output(output: str | Path, *inputs: str | Path) -> None:
     with writing(output):
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():  # a device, a pipe
+            return
         above = next(p for p in target.parents if p.exists())
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))

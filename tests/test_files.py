@@ -137,6 +137,11 @@ def test_what_cannot_be_written_is_told_before_the_work(words, tmp_path, capsys)
     refusal(words.split(), tmp_path / "file" / "out", capsys)
 
 
+def test_a_device_is_written_where_its_folder_is_not(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    files.check_output(os.devnull)
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_folder_or_a_file_in_the_way_is_one_line(name, commands, tmp_path, capsys):
     if name == "index.parquet":
