@@ -545,6 +545,22 @@ def test_a_test_takes_what_its_toml_file_says_now(motions, tmp_path):
     assert results["views"] == "1 x 1" and results["videos"] == 8
 
 
+def test_a_test_takes_what_its_options_say(motions, tmp_path, monkeypatch):
+    changes = dict(train__steps=1, train__precision="bf16", data__val_index=str(motions.val))
+    finetune(config(motions, tmp_path / "run", **changes))
+    seen = []
+
+    def recorded(model, views, numbers, precision="", size=0):
+        seen.append((views.temporal, views.spatial, views.short_side, precision, size))
+        return torch.zeros(len(numbers), len(views), 4), []
+
+    monkeypatch.setattr(score, "logits_of", recorded)
+    options = "--temporal 3 --spatial 1 --short-side 40 --batch-size 5".split()
+    for more in ([], options):
+        assert cli.main(["test", str(tmp_path / "run"), *more]) == 0
+    assert seen == [(2, 3, 32, "bf16", 8), (3, 1, 40, "bf16", 5)]
+
+
 def test_views_that_there_are_not_are_refused(motions, tmp_path, capsys):
     rows = read_index(motions.val)
     for sampling, temporal, spatial in (("uniform", 3, 1), ("seconds", 1, 2), ("frames", 0, 3)):
