@@ -277,3 +277,11 @@ def test_tensorboard_has_each_number_at_its_step(tmp_path, monkeypatch):
     add, _ = metrics._tensorboard(tmp_path)
     add({"step": 20, "loss": 0.5, "lr": 0.1})
     assert written == [("loss", 0.5, 20), ("lr", 0.1, 20)]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(3, [0, 1, 2, 3]), (0, [])])
+def test_rows_of_steps_that_come_again_are_dropped(step, kept, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(6)))
+    with metrics.Metrics(Config(output=str(tmp_path)), 9, step):
+        assert [row["step"] for row in metrics.read(path)] == kept
