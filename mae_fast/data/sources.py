@@ -1,6 +1,7 @@
 """Where the videos of an index come from: folders, lists, and the files of known datasets."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -11,6 +12,8 @@ from typing import NamedTuple
 from mae_fast.data.lists import VIDEO_SUFFIXES, Entry, read_list
 from mae_fast.errors import ConfigError, DataError
 from mae_fast.fields import shown
+
+log = logging.getLogger("mae_fast")
 
 
 class Source(NamedTuple):
@@ -59,14 +62,17 @@ def find_videos(
     return list(found.values())
 
 
-def _unread(e: OSError) -> None:
-    raise DataError(f"{e.filename}: cannot be read: {e.strerror}")
-
-
 def _walk(root: Path) -> Iterator[str]:
-    """Every visible video file under a folder, sorted; links are followed, each folder once."""
+    """Every visible video file under a folder, sorted; links are followed, each folder once. What
+    belongs to others below it (lost+found) is said; DataError for a folder that fails otherwise."""
     seen = set()
-    for folder, folders, files in os.walk(root, onerror=_unread, followlinks=True):
+
+    def unread(e: OSError) -> None:
+        if not isinstance(e, PermissionError) or e.filename == str(root):
+            raise DataError(f"{e.filename}: cannot be read: {e.strerror}")
+        log.warning("%s: cannot be read, passed over: %s", e.filename, e.strerror)
+
+    for folder, folders, files in os.walk(root, onerror=unread, followlinks=True):
         real = os.path.realpath(folder)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         if real in seen:

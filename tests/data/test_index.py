@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import struct
 import sys
@@ -82,19 +83,28 @@ def test_rows_and_summary(tmp_path, video, suffix):
     assert read_index(moved / out.name)[0].path == str(moved / "top.mkv")
 
 
-def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
-    """Root may read everything, so the system's answer is given by hand."""
-    (tmp_path / "a").mkdir()
+@pytest.mark.parametrize(
+    "at, code", [("", errno.EACCES), ("/lost+found", errno.EACCES), ("/lost+found", errno.EIO)]
+)
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog, at, code):
+    """One of others' below is passed over. Root may read everything, so the system's answer is
+    given by hand."""
+    touch(tmp_path, "a/1.mp4", "lost+found/2.mp4")
     scan = os.scandir
 
     def refused(path):
-        if str(path).endswith("/a"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
+        if str(path) == f"{tmp_path}{at}":
+            raise OSError(code, os.strerror(code), path)
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    with pytest.raises(DataError, match="a: cannot be read: Permission denied"):
-        find_videos([tmp_path])
+    words = f"{tmp_path}{at}: cannot be read"
+    if at and code == errno.EACCES:
+        assert [os.path.basename(v.path) for v in find_videos([tmp_path])] == ["1.mp4"]
+        assert words in caplog.text
+    else:
+        with pytest.raises(DataError, match=re.escape(words)):
+            find_videos([tmp_path])
 
 
 def test_one_path_is_not_a_list_of_its_letters(tmp_path):
