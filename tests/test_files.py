@@ -127,6 +127,15 @@ def test_what_is_read_is_not_written_over(name, commands, tmp_path, capsys, monk
     assert {path: path.read_bytes() for path in Path().iterdir()} == before
 
 
+@pytest.mark.parametrize("verb", ["ops --quick", "step --steps 2", "finetune --model quick"])
+def test_a_file_of_something_else_gets_no_record(verb, tmp_path, capsys):
+    path = tmp_path / "config.toml"
+    path.write_text("recipe = 'mae_st'\n")
+    assert cli.main(["bench", *verb.split(), "--out", str(path)]) == ConfigError.exit_code
+    assert f"{path}:1: not JSON" in capsys.readouterr().err
+    assert path.read_text() == "recipe = 'mae_st'\n"
+
+
 @pytest.mark.parametrize(
     "words", ["features a b -o", "probe a b -o", "bench data a -o", "bench ops --out",
               "bench step --out", "bench finetune --out", "bench ratio --quick --out"],

@@ -19,13 +19,12 @@ from mae_fast.bench.baselines.official_classifier import OfficialClassifier
 from mae_fast.bench.baselines.training import Baseline, LossOf
 from mae_fast.bench.baselines.transformers_videomae import encoder_settings
 from mae_fast.bench.engines import config_of
-from mae_fast.bench.records import append, conditions
+from mae_fast.bench.records import append, check_appends, conditions
 from mae_fast.bench.timing import interleave, ratio, spread
 from mae_fast.classifier import ClassifierConfig, VideoClassifier, param_groups
 from mae_fast.config import ModelConfig
 from mae_fast.errors import ConfigError, MaeFastError
 from mae_fast.fields import positive, require
-from mae_fast.files import check_output
 from mae_fast.masking import draw_ids
 from mae_fast.step import Step
 from mae_fast.tasks.augment import smoothed, soft_cross_entropy
@@ -62,8 +61,7 @@ def finetune(
     unknown = [name for name in engines if name not in ENGINES]
     require(not unknown, f"--engines must be of {', '.join(ENGINES)}", unknown)
     positive(batch=batch, classes=classes)
-    if out:
-        check_output(out)
+    check_appends(out)
     require(rounds >= 2, "--rounds must be 2 or more", rounds)
     if "transformers" in engines and not find_spec("transformers"):
         raise ConfigError("the engine transformers needs `pip install transformers`")

@@ -23,7 +23,7 @@ from mae_fast.bench.baselines import training
 from mae_fast.bench.baselines.ops import baseline
 from mae_fast.bench.calls import Call, Run, calls, check
 from mae_fast.bench.engines import QUICK, config_of
-from mae_fast.bench.records import append, conditions
+from mae_fast.bench.records import append, check_appends, conditions
 from mae_fast.bench.table import text_table
 from mae_fast.bench.timing import Timer, clock, interleave, ratio, share, spread
 from mae_fast.config import ModelConfig, TrainConfig
@@ -31,7 +31,6 @@ from mae_fast.distributed import check_device
 from mae_fast.environment import environment
 from mae_fast.errors import BackendError, ConfigError
 from mae_fast.fields import positive
-from mae_fast.files import check_output
 from mae_fast.model import MaskedAutoencoder
 from mae_fast.ops import OPS, dispatch
 from mae_fast.ops.work import ADAMW_BYTES
@@ -143,8 +142,7 @@ def ops(
     unknown = sorted(set(ops) - set(OPS))
     if unknown:
         raise ConfigError(f"unknown op {unknown[0]!r} (known: {', '.join(OPS)})")
-    if out:
-        check_output(out)
+    check_appends(out)
     model, rounds = (QUICK, 2) if quick else (model, rounds)
     plan = Plan(ops, model, batch, ratio, precision, device, rounds)
     limits, found, wrong = machine.limits(quick, device, plan.dtype), [], []

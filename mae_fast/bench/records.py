@@ -15,13 +15,14 @@ Those of `make gpu` also tell their stage, item and status.
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mae_fast.environment import environment
 from mae_fast.errors import ConfigError
-from mae_fast.files import writing
+from mae_fast.files import check_output, writing
 
 Record = dict[str, Any]
 ENVIRONMENT = ("mae_fast", "python", "torch", "cpu", "commit")
@@ -62,6 +63,15 @@ def conditions(
     """What every record of a model's steps, or of their ops, says beside its times."""
     said = {"model": model, "batch_clips": clips, "ratio": ratio, "precision": precision}
     return {**said, "device": device, "environment": environment()}
+
+
+def check_appends(path: str) -> None:
+    """Before what is measured, so that it is not lost: WriteError where a file cannot be written,
+    ConfigError where it holds something else. None is named by an empty path."""
+    if path:
+        check_output(path)
+        if os.path.isfile(path):
+            read(path)
 
 
 def append(path: str | Path, record: Record) -> None:

@@ -15,12 +15,11 @@ from mae_fast import metrics
 from mae_fast.bench.cell import Setting
 from mae_fast.bench.ratio import Run
 from mae_fast.bench.ratio_table import print_tables
-from mae_fast.bench.records import append, conditions
+from mae_fast.bench.records import append, check_appends, conditions
 from mae_fast.bench.timing import spread
 from mae_fast.config import Config, DataConfig, MaskConfig, TrainConfig, Variant
 from mae_fast.config import preset as make_preset
 from mae_fast.fields import positive, require
-from mae_fast.files import check_output
 from mae_fast.train import pretrain
 
 
@@ -56,8 +55,7 @@ def step(
     positive(batch=batch)
     require(steps >= 2, "--steps must be 2 or more", steps)
     require(warmup >= 0, "--warmup must not be negative", warmup)
-    if out:
-        check_output(out)
+    check_appends(out)
     if not index:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Setting(device, precision, seed=0), batch, steps, Path(folder))

@@ -24,6 +24,7 @@ from mae_fast.data.sampling import clip_indices, crop_box, draw, order, weights_
 from mae_fast.data.timeline import Access
 from mae_fast.data.workers import produce
 from mae_fast.errors import DataError
+from mae_fast.fields import require
 from mae_fast.ops.crop_resize_patchify_gather import crop_resized
 from mae_fast.ops.source import (
     BOX_HEIGHT,
@@ -340,8 +341,9 @@ def make_loader(
     Step s of rank r holds the global draws from (s * world + r) * batch_size on, so a run that
     starts in mid-epoch, or is split over ranks, draws the same samples. cfg.workers processes.
     `waiting` is called while a batch is waited for, ten times a second; it may raise. `clips` makes
-    the dataset.
+    the dataset. Raises ConfigError for a rank that there is not.
     """
+    require(0 <= rank < world, f"the rank must be in [0, {world})", rank)
     # A range, not a list: a bench asks for a thousand million steps.
     stride = world * batch_size
     first = start * stride + rank * batch_size

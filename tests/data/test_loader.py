@@ -210,6 +210,8 @@ def test_two_ranks_draw_what_one_draws(rows):
     one = load(rows, batch_size=4)
     two = [load(rows, batch_size=2, rank=rank, world=2) for rank in (0, 1)]
     assert clips(one) == clips([b for pair in zip(*two, strict=True) for b in pair])
+    with pytest.raises(ConfigError, match=r"the rank must be in \[0, 2\), got 2"):
+        load(rows, rank=2, world=2)
 
 
 def test_drawing_leaves_torch_s_generator_alone(rows):
