@@ -67,3 +67,18 @@ def test_stages_are_of_a_clip(monkeypatch):
     monkeypatch.setattr(data, "cpu_time", lambda function: 1.0)
     found = data.stages(dataset)
     assert found == pytest.approx({"decode": 3000 / videos / 4, "patches": 1000 / videos / 4})
+
+
+def test_bytes_are_those_of_a_clip(monkeypatch):
+    """Of the videos that were read, over the clips of each."""
+    read = iter((1000, 9000))
+    monkeypatch.setattr(data, "_bytes_read", lambda: next(read))
+    seconds = iter((0.0, 0.0, 0.5, 1.0, 1.0))
+    monkeypatch.setattr(data.time, "process_time", lambda: next(seconds))
+    monkeypatch.setattr(data, "ClipDataset", lambda *args, **how: MagicMock())
+    one = {"clips_per_s_core": 2.0, "clips_per_s": 1.0, "clips": 8, "memory_mb": 1.0}
+    monkeypatch.setattr(data, "_round", lambda *args: one)
+    monkeypatch.setattr(data, "_forget", lambda rows: False)
+    monkeypatch.setattr(data, "stages", lambda dataset: {})
+    found = data.measure([], data.DataConfig(repeat_aug=4), 1.0, 1)
+    assert found["bytes_a_clip"] == 8000 / 2 / 4
