@@ -28,11 +28,11 @@ def draw(
 
     Args:
         output: the picture; its name's end is its format (.png, .pdf, .svg). Needs matplotlib.
-        grid: time steps, rows and columns of patches.
+        grid: time steps, rows and columns of patches, 64 at the most.
         ratio: masked share, in [0, 1).
         seed: of the masks.
     """
-    require(min(grid) > 0, "--grid must be three positive numbers", grid)
+    require(0 < min(grid) and max(grid) <= 64, "--grid must be three numbers in [1, 64]", grid)
     check_seed(seed)
     rows = []
     for strategy in STRATEGIES:

@@ -451,9 +451,16 @@ def test_convert_refuses_what_it_cannot_write(tmp_path, capsys):
     torch.save(make("mae_st").state_dict(), tmp_path / "mae.pth")
     command = ["convert", str(tmp_path / "mae.pth"), "--to", "mae_st", "-o"]
     assert cli.main([*command, str(tmp_path / "out.pth")]) == 2
-    assert cli.main([*command, str(tmp_path / "nowhere" / "out.safetensors")]) == 73
+    assert cli.main([*command, str(tmp_path / "mae.pth" / "out.safetensors")]) == 73
     assert "cannot write" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["mae.pth"]
+
+
+def test_convert_makes_the_folder_of_its_output(tmp_path):
+    torch.save(make("mae_st").state_dict(), tmp_path / "mae.pth")
+    out = tmp_path / "new" / "folder" / "out.safetensors"
+    assert cli.main(["convert", str(tmp_path / "mae.pth"), "--to", "mae_st", "-o", str(out)]) == 0
+    assert out.is_file()
 
 
 def test_a_pickle_that_needs_more_is_refused_with_the_way_out(tmp_path):

@@ -302,3 +302,10 @@ def test_the_picture_of_masks_has_them_all(tmp_path, capsys):
     assert (tmp_path / "masks.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert all(f"{s} " in said for s in STRATEGIES) and "masks.png" in said
+
+
+@pytest.mark.parametrize("grid", [(0, 4, 4), (65, 1, 1), (1, 10**6, 1)])
+def test_a_grid_that_no_picture_holds_is_refused_before_it_is_drawn(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr("mae_fast.mask_pictures.num_keep", None)  # the first thing that it does
+    with pytest.raises(ConfigError, match="--grid must be"):
+        draw(output=str(tmp_path / "masks.png"), grid=grid)

@@ -67,7 +67,8 @@ def pack(
         crf: x264's quality, 0 to 51: lower is better and larger.
         gop: frames from one keyframe to the next; above 1 is smaller, and slower to read.
         copy: keep the videos' packets as they are; only where they lie is written down. Nothing is
-            scaled or turned; what cannot be copied is listed.
+            scaled or turned, whatever --short-side, --crf and --gop say; what cannot be copied is
+            listed.
         shard: videos a tar.
         workers: processes that encode; by default one a core.
         shots: cut videos where PySceneDetect sees another scene begin (pip install

@@ -220,6 +220,7 @@ def _save(path: Path, state: dict[str, Tensor], report: Report) -> None:
     # Copies: a pickle's tensors may share memory, which the format cannot say.
     tensors = {k: v.clone() for k, v in state.items()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_tensors(path, tensors, metadata)
     except OSError as e:
         raise CheckpointError(f"cannot write {path}: {e}") from e

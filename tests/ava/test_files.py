@@ -119,6 +119,11 @@ def test_missing_movies_are_counted_by_keyframe_and_listed():
         files.movies_of(frames, {}, LeftOut())
 
 
+def test_seconds_that_none_are_left_of_are_no_missing_movies():
+    with pytest.raises(DataError, match=r"no keyframe is left by .* ava\.val_every"):
+        files.movies_of({}, {"a": movie()}, LeftOut())
+
+
 def test_a_clip_lies_around_its_second():
     thirty = movie(frames=30 * 901, fps=30.0, duration=901.0, total=0)
     # SlowFast: range(centre - 32, centre + 32, 4), centre (902 - 900) * 30.

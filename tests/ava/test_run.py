@@ -112,6 +112,14 @@ def test_what_does_not_go_together_is_refused(tree, words):
         from_dict({"task": "ava"} | tree)
 
 
+@needs_torchvision
+@pytest.mark.parametrize("name", ["val_csv", "val_detections", "excluded"])
+def test_files_of_the_test_are_missed_before_training(small, tmp_path, name):
+    with pytest.raises(DataError, match=f"ava.{name}: there is no gone.csv"):
+        finetune(config(small, tmp_path / "run", **{f"ava__{name}": "gone.csv"}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_clip_is_read_from_its_packets_alone(small, monkeypatch):
     """Of a movie in a pack no frame is decoded before its keyframe, or after the clip."""
     cfg = config(small)

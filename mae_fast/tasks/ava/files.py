@@ -185,7 +185,8 @@ def movies_of(
         reason = (row.error or "no frames") if row else "not in the index"
         left.add(movie, f"keyframes of missing movies: {count} of them, {reason}", count)
     if not found:
-        raise DataError(f"no keyframe has its movie{_first(left)}")
+        none_left = "is left by classes, ava.score, ava.val_every and the excluded seconds"
+        raise DataError(f"no keyframe {f'has its movie{_first(left)}' if missing else none_left}")
     return found
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_fast.data import Batch, Loader, VideoRow
-from mae_fast.errors import ConfigError
+from mae_fast.errors import ConfigError, DataError
 from mae_fast.files import write
 from mae_fast.run import Run
 from mae_fast.signals import Told
@@ -22,6 +23,7 @@ from mae_fast.tasks.ava.clips import (
     read_movies,
     training_video,
 )
+from mae_fast.tasks.ava.config import FILES
 from mae_fast.tasks.ava.files import (
     LeftOut,
     people,
@@ -77,6 +79,9 @@ class AvaRun(FinetuneRun):
             raise ConfigError("data.val_index is for videos with labels: see ava.val_every")
         if not cfg.ava.labels:
             raise ConfigError("ava.labels is empty: the classes that count, a .pbtxt")
+        for name in FILES:  # those of the test too, which comes days later
+            if (path := getattr(cfg.ava, name)) and not os.path.exists(path):
+                raise DataError(f"ava.{name}: there is no {path}")
         self.names = read_classes(cfg.ava.labels)
         if max(self.names) > cfg.ava.num_classes:
             raise ConfigError(
