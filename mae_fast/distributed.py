@@ -51,9 +51,9 @@ class World(NamedTuple):
 _watch: Watch | None = None  # of this process's group
 
 
-def check_device(device: str) -> None:
+def check_device(device: str, option: str = "device") -> None:
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no CUDA device")
+        raise ConfigError(f"{option} is cuda, but torch sees no CUDA device")
 
 
 def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
@@ -63,7 +63,7 @@ def start(device: str = "auto", give_up: float = GIVE_UP) -> World:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
+    check_device(device, "train.device")
     os.environ.update(srun(os.environ))
     size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda":

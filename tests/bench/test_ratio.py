@@ -124,7 +124,7 @@ def test_a_run_tells_every_cell(here, tmp_path, capsys):
     assert cells.keys() == {(r, e) for r in (0.0, 0.75) for e in (OURS, OFFICIAL)}
     ours = cells[0.75, OURS]
     assert ours["samples"] == 2 and ours["seconds_a_step"] > 0 and ours["peak_memory_mb"] > 0
-    assert 0 < ours["share_of_product_rate"] < 1
+    assert ours["share_of_product_rate"] > 0  # above 1 where others held up so short a product
     assert cells[0.0, OURS]["against_itself_at_0"] == {"times": 1.0, "apart": False}
     assert ours["lost"].keys() == {"decoder", "patch embedding", "optimizer", "overhead"}
     assert sum(ours["parts_a_clip"].values()) == pytest.approx(ours["seconds_a_clip"])
