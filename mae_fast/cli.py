@@ -91,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(e, Interrupted) and e.lost:
             os._exit(code)  # gloo does not end by itself when the other end of it is gone
         return code
+    except ModuleNotFoundError as e:
+        if (e.name or "mae_fast").partition(".")[0] in ("mae_fast", "kernels", "benchmarks"):
+            raise
+        return _ended(f"error: {e} (pip install {e.name})", ConfigError.exit_code)
     except KeyboardInterrupt:
         return _ended("interrupted", 130)
     except BrokenPipeError:

@@ -15,10 +15,12 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
     """(a figure, its panels [rows, columns]; of one the panel itself). ConfigError where there is
     no matplotlib."""
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ConfigError(f"nothing is drawn: {e} (pip install matplotlib)") from e
     made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)  # it draws on what `made.canvas` then is
     return made, made.subplots(rows, columns, squeeze=rows * columns == 1)
 
 

@@ -166,8 +166,6 @@ def save_png(panels: list[Panel], output: str, model: MaskedAutoencoder, name: s
 
 def save_movie(panels: list[Panel], output: str, model: MaskedAutoencoder, name: str) -> None:
     """The four pictures side by side, one line a ratio, as a .gif or .mp4 of 6 frames a second."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     drawn = []
     for t in range(panels[0].rows.shape[1]):
         figure, axes = new_figure(9.6, 2.6 * len(panels) + 0.4, len(panels), len(ROWS))
@@ -177,9 +175,8 @@ def save_movie(panels: list[Panel], output: str, model: MaskedAutoencoder, name:
                 axis.imshow(row[t])
                 axis.set_title(title, fontsize=8)
                 axis.axis("off")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        image = np.asarray(canvas.buffer_rgba())[..., :3]
+        figure.canvas.draw()
+        image = np.asarray(figure.canvas.buffer_rgba())[..., :3]
         drawn.append(np.ascontiguousarray(image[: image.shape[0] // 2 * 2]))
     content = io.BytesIO()
     if output.endswith(".gif"):

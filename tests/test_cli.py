@@ -14,6 +14,7 @@ from mae_fast import cli, errors, info
 from mae_fast.config import Config, preset
 
 COMMAND = [sys.executable, "-m", "mae_fast"]
+NO_RICH = ModuleNotFoundError("No module named 'rich'", name="rich")
 
 
 def exit_code(argv: list[str]) -> int:
@@ -178,9 +179,10 @@ def test_index_passes_its_arguments(monkeypatch):
     [
         (errors.DataError("no videos"), 65, "error: no videos\n"),
         (errors.CheckpointError("cut"), 73, "error: cut\n"),
+        (NO_RICH, 2, "error: No module named 'rich' (pip install rich)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
-    ids=["data", "checkpoint", "ctrl-c"],
+    ids=["data", "checkpoint", "no_package", "ctrl-c"],
 )
 def test_errors_are_one_line_and_an_exit_code(error, code, said, monkeypatch, capsys):
     def fail(json: bool = False) -> None:
@@ -194,6 +196,9 @@ def test_errors_are_one_line_and_an_exit_code(error, code, said, monkeypatch, ca
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(info, "info", lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
+        cli.main(["info"])
+    monkeypatch.setitem(sys.modules, "mae_fast.info", None)
+    with pytest.raises(ModuleNotFoundError, match=r"mae_fast\.info"):
         cli.main(["info"])
 
 

@@ -1,5 +1,7 @@
 """Pictures: the right pixels in the right rows, and every kind of file."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,14 @@ def test_clip_is_the_centre_of_official_frames(trained, video, tmp_path):
     path = video.write(tmp_path / "v.mp4", 64, rate=30)
     clip = load_clip(str(path), trained[1], at=0.0, sampling_rate=4)
     assert clip.shape == (1, 3, 16, 32, 32)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif"])
+def test_without_matplotlib_it_is_asked_for(trained, folder, tmp_path, monkeypatch, suffix):
+    for name in [n for n in sys.modules if n.startswith("matplotlib")] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
+        reconstruct(trained[0], str(folder / "v0.mp4"), str(tmp_path / f"picture{suffix}"))
 
 
 def test_what_cannot_be_drawn_is_said(trained, folder, tmp_path):

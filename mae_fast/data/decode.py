@@ -90,8 +90,7 @@ class VideoReader:
         # auto is PyAV. Against torchcodec 0.13 (medians of 10, one thread): four clips of 16 from
         # 640x272 in 126 and 137 ms, one clip in 55 and 55; from 1280x720 230 and 307, 183 and 221.
         name = "pyav" if decoder == "auto" else decoder
-        if reason := _unusable(name):
-            raise ConfigError(f"decoder {name}: {reason}")
+        check_decoder(name)
         self.path, self.strict = os.fspath(path), strict
         if is_remote(self.path):
             self.path = fetch_video(self.path)
@@ -264,6 +263,12 @@ class VideoReader:
                 yield from zip(chunk, planes.images(found), strict=True)
             else:
                 yield from zip(chunk, batch.data, strict=True)
+
+
+def check_decoder(name: str) -> None:
+    """Raises ConfigError where a decoder cannot be used here."""
+    if reason := _unusable(name):
+        raise ConfigError(f"decoder {name}: {reason}")
 
 
 def _unusable(name: str) -> str | None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mae_fast.data.decode import check_decoder
 from mae_fast.data.helpers import answers
 from mae_fast.data.packed import INDEX, fetch, folder_of, here, is_pack, sound_index
 from mae_fast.data.remote import is_remote
@@ -175,6 +176,7 @@ def build_index(
     where `out` is one of the sources, and WriteError where it cannot be written.
     """
     require(not isinstance(sources, str), "sources must be a list of paths", sources)
+    check_decoder("pyav")
     out = Path(out)
     _check_format(out)
     check_output(out, *sources)

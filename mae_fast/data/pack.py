@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 
 from mae_fast.data import filters
+from mae_fast.data.decode import check_decoder
 from mae_fast.data.encode import CODING, PRESET, SCALER, even_size
 from mae_fast.data.helpers import answers
 from mae_fast.data.index import VideoRow, progress_bar, read_index, write_index
@@ -117,6 +118,7 @@ def check_pack(folder: str | Path) -> str:
 def write_pack(source: str | Path, out: str | Path, how: dict[str, Any], workers: int) -> str:
     """Pack the videos of an index into the folder `out`; returns what there is to say of it.
     Raises DataError, ConfigError and WriteError."""
+    check_decoder("pyav")
     rows = read_index(source, broken=True)
     if any(r.at >= 0 for r in rows):
         raise ConfigError(f"{source} is of a pack already")

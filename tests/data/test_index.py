@@ -15,6 +15,7 @@ import pytest
 
 from mae_fast.data import helpers, index
 from mae_fast.data.index import VideoRow, build_index, read_index
+from mae_fast.data.pack import write_pack
 from mae_fast.data.sources import find_videos
 from mae_fast.errors import ConfigError, DataError
 
@@ -213,6 +214,16 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(helpers._Helper, "ask", spy)
     return names
+
+
+def test_without_a_decoder_no_video_is_called_broken(tmp_path, one, monkeypatch):
+    build_index([one], tmp_path / "i.jsonl", progress=False, workers=1)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match="decoder pyav: not installed"):
+        build_index([one], tmp_path / "new.jsonl", progress=False, workers=1)
+    with pytest.raises(ConfigError, match="decoder pyav: not installed"):
+        write_pack(tmp_path / "i.jsonl", tmp_path / "pack", {}, 1)
+    assert not (tmp_path / "pack").exists() and not (tmp_path / "new.jsonl").exists()
 
 
 def test_second_run_probes_what_changed(tmp_path, video, asked):
