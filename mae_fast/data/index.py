@@ -177,7 +177,7 @@ def build_index(
     """
     require(not isinstance(sources, str), "sources must be a list of paths", sources)
     check_decoder("pyav")
-    out = Path(out)
+    sources, out = list(sources), Path(out)
     _check_format(out)
     check_output(out, *sources)
     found = find_videos(sources, root, weights)

@@ -108,6 +108,12 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch, caplog, at,
             find_videos([tmp_path])
 
 
+def test_sources_are_read_once(tmp_path):
+    touch(tmp_path, "a.mp4")
+    found = build_index(iter([tmp_path / "a.mp4"]), tmp_path / "i.jsonl", progress=False)
+    assert sum(found.broken.values()) == 1
+
+
 def test_one_path_is_not_a_list_of_its_letters(tmp_path):
     with pytest.raises(ConfigError, match="sources must be a list of paths, got 'videos'"):
         build_index("videos", tmp_path / "i.jsonl")
