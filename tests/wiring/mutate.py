@@ -40,6 +40,7 @@ FILES = {  # file: its tests, those that see most first
     "mae_fast/distributed.py": ("tests/test_distributed.py", *WIRING, *RUNS),
     "mae_fast/resume.py": (*WIRING, "tests/test_resume.py", "tests/test_scale.py"),
     "mae_fast/data/loader.py": (*WIRING, "tests/data/test_loader.py", "tests/test_train.py"),
+    "mae_fast/data/workers.py": (*WIRING, "tests/data/test_workers.py"),
     "mae_fast/data/sampling.py": ("tests/data/test_sampling.py", *WIRING),
     "mae_fast/evaluate.py": (*WIRING,),
     "mae_fast/config.py": CONFIG,
