@@ -55,26 +55,28 @@ class Stage:
 
 STAGES = (
     Stage("smoke", 95, "golden figures, equal bits: 20 s, then what goes on beside"),
-    Stage("steps", 120, "training steps of B and L at 64 clips, against the bar"),
-    Stage("profile", 25, "one step, kernel by kernel"),
+    Stage("tune", 45, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
     Stage(
         "attention",
-        40,
+        15,
         "attention by every backend -> kernels/measured_backends.json",
         True,
         "kernels:items_of_attention",
     ),
-    Stage("tune", 50, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
-    Stage("checks", 75, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
+    Stage("kernels", 20, "each op against its limit and against torch, libraries", True),
+    Stage("steps", 75, "training steps of B and L at 64 clips, against the bar"),
+    Stage("profile", 20, "one step, kernel by kernel"),
+    Stage("accelerate", 40, "other people's models, before and after"),
+    Stage("ratios", 60, "masking ratios from 0 to 95%", where="steps:items_by_ratio"),
     Stage("rungs", 30, "training steps of the other rungs and sizes", where="steps:items_of_rungs"),
-    Stage("kernels", 20, "each op against its limit and against torch, inductor, libraries", True),
-    Stage("ratios", 15, "masking ratios from 0 to 95%", where="steps:items_by_ratio"),
+    Stage("checks", 70, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
 )
 # Beside the smoke, where nothing is timed: train.py, the CUDA library, and the bar's torch.compile
 # into torch's cache on disk.
 BESIDE = (
     Stage("train", 95, "train.py: a CUDA graph, resume, NCCL"),
-    Stage("compile", 95, "the CUDA library; torch.compile of the bar"),
+    Stage("compile", 95, "the CUDA library; torch.compile of the bar, ViT-L"),
+    Stage("compile_base", 95, "ViT-B's", where="compile:items_of_base"),
 )
 REHEARSAL_SECONDS = 900.0  # a CPU has no hurry, and must reach everything
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.records import Records, open_records
 from mae_fast.bench import machine
+from mae_fast.bench.engines import config_of
 from mae_fast.bench.machine import Limit
 from mae_fast.bench.timing import Timer, clock
 from mae_fast.config import ModelConfig, preset
@@ -38,8 +39,8 @@ SMI_FIELDS += ("power.limit", "temperature.gpu", "clocks_throttle_reasons.active
 
 
 def model_of(name: str) -> ModelConfig:
-    """A preset by name. vit_huge16 has patches of 16: 1,568 tokens as the others, not 2,048."""
-    return preset("vit_huge", patch_size=16) if name == "vit_huge16" else preset(name)
+    """As `bench` knows it; vit_huge16 has patches of 16: 1,568 tokens as the others, not 2,048."""
+    return preset("vit_huge", patch_size=16) if name == "vit_huge16" else config_of(name)
 
 
 def smi() -> dict[str, str]:
