@@ -59,6 +59,7 @@ def measure(setting: Setting, family: str, variable: str, model: str, asked: int
     found = interleave(runs, setting.rounds(ROUNDS), setting.clock())
     seconds = {n: [s / STEPS_A_SAMPLE / fits[n][0] for s in of] for n, of in found.items()}
     times = {n: ratio(seconds[BEFORE], of) for n, of in seconds.items()}
+    words = (f"{n} {1 / min(seconds[n]):.0f} clips/s {x:.2f}x" for n, x in times.items())
     once = {n: several(e, clips[:2], noise[:2], steps=1) for n, e in made.items()}
     return {
         "kind": "accelerate",
@@ -70,9 +71,7 @@ def measure(setting: Setting, family: str, variable: str, model: str, asked: int
         "launches": {name: count_launches(one) for name, one in once.items()},
         "losses": losses,
         "conditions": [before, smi()],
-        "told": ", ".join(
-            f"{n} {1 / min(seconds[n]):.0f} clips/s {x:.2f}x" for n, x in times.items()
-        ),
+        "told": ", ".join(words),
     }
 
 
