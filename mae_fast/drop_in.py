@@ -33,6 +33,7 @@ from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all, state, w
 from mae_fast.ops.dispatch import autocast_dtype
 from mae_fast.ops.dispatch import backends as forced
 from mae_fast.remade import keeping
+from mae_fast.replays import Replays, replaying
 
 log = logging.getLogger("mae_fast")
 _ONE_THREAD = threading.RLock()
@@ -56,6 +57,7 @@ def accelerate(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     keep: bool = False,
+    cuda_graph: bool = True,
 ) -> nn.Module:
     """The same model, its forward fused from now on; `restore` undoes it, twice is once.
 
@@ -65,8 +67,10 @@ def accelerate(
     were exchanged, in the parameters' dtype; not under torch.compile. With `mean` and `std`, a
     number or one a channel, uint8 clips are taken too: (x / 255 - mean) / std. `keep` keeps
     for backward the norms and activations that are else made again there: faster on a GPU, of more
-    memory (what the rest of a program needs of it, only its author knows). Raises AccelerateError
-    with the parts that do not fit (`explain` prints them all).
+    memory (what the rest of a program needs of it, only its author knows). On a GPU, from the
+    fourth call of one shape on, forward and backward are each a CUDA graph (mae_fast/replays.py),
+    but with `cuda_graph=False`. Raises AccelerateError with the parts that do not fit (`explain`
+    prints them all).
     """
     family, findings = _examine(model, strict)
     refused = [f for f in findings if f.why_not]
@@ -75,7 +79,8 @@ def accelerate(
     if (mean is None) != (std is None):
         raise AccelerateError("mean and std go together")
     pixels = None if mean is None else Pixels(_numbers(mean), _numbers(std))
-    fused = Fused(model, family.FAMILY, dict(backends or {}), strict, verify, pixels, keep)
+    how = strict, verify, pixels, keep, cuda_graph
+    fused = Fused(model, family.FAMILY, dict(backends or {}), *how)
     fused.guard.examined()
     known = wrapped.find(model)
     if known is not None:  # twice is once, inside of whatever was wrapped around it since
@@ -97,7 +102,7 @@ def restore(model: nn.Module) -> nn.Module:
         if forward is not None:
             raise AccelerateError(f"model.forward is {forward!r}, which accelerate did not set")
         return model
-    fused.on = False
+    fused.on, fused.replays = False, None
     if fused in (forward, getattr(forward, "__func__", None)):
         del model.forward
     vars(model).pop("_replicate_for_data_parallel", None)
@@ -124,13 +129,20 @@ class Fused:
         verify: bool,
         pixels: Pixels | None,
         keep: bool,
+        cuda_graph: bool,
     ) -> None:
         self.model, self.family, self.backends = model, family, backends
         self.strict, self.verify, self.pixels, self.keep = strict, verify, pixels, keep
+        self.cuda_graph = cuda_graph
         self.on = True
         self.said: set[str] = set()
         self.replica_of: nn.Module | None = None
-        self.guard = Guard(self._examine, self._prepare)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a copy has of its own."""
+        self.guard = Guard(self._examine, self._prepare)  # compared anew
+        self.replays = Replays(self.model) if self.cuda_graph else None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -142,11 +154,11 @@ class Fused:
         return type(self).__call__.__code__
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "guard"}
+        return {k: v for k, v in vars(self).items() if k not in ("guard", "replays")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {"keep": False} | state  # which older pickles lack
-        vars(self).update(state, guard=Guard(self._examine, self._prepare))  # compared anew
+        vars(self).update({"keep": False, "cuda_graph": True} | state)  # which older pickles lack
+        self._begin()
 
     def __call__(self, *args, **kwargs):
         if args and isinstance(args[0], nn.Module):  # others hold it as a function of the model
@@ -164,7 +176,7 @@ class Fused:
             own = self._prepared(args, kwargs)
         if own is None:
             try:
-                return self._fused(args, kwargs)
+                return self._fused(args, kwargs, graphs=True)
             except Unfused as e:
                 own = e  # not its words: torch.compile cannot ask for them before torch 2.13
         if torch.compiler.is_compiling():
@@ -236,13 +248,14 @@ class Fused:
         written = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
         snapshot = Snapshot(self.model, written)
         snapshot.bare = frozenset(filter(is_bare, snapshot.modules))
+        snapshot.sharded = snapshot.hooked or _has_views(self.model)
         own = tuple(f.part for f in findings if f.own)
         hooked = [f for f in _hooked(self.model) if not _is_in(f.part, own)]
         if hooked:  # strict=False
             snapshot.own = f"{hooked[0].part} has hooks"
         return snapshot
 
-    def _fused(self, args: tuple, kwargs: dict):
+    def _fused(self, args: tuple, kwargs: dict, graphs: bool = False):
         if self.pixels is None and any(map(_is_uint8_clip, _tensors([args, kwargs]))):
             raise AccelerateError("uint8 clips need accelerate(model, mean=..., std=...)")
         forward = adapters.FAMILIES[self.family].forward
@@ -250,8 +263,14 @@ class Fused:
         with backends, keeping(self.keep):
             if torch.compiler.is_compiling() or not self.guard.known:  # traced; a replica
                 return forward(self.model, self.pixels, *args, **kwargs)
-            with known_bare(self.guard.known[0].bare):
+            replays = self.replays if graphs and self._is_whole() else None
+            with known_bare(self.guard.known[0].bare), replaying(replays):
                 return forward(self.model, self.pixels, *args, **kwargs)
+
+    def _is_whole(self) -> bool:
+        """Its parameters stay where they are from forward to backward: no hook gathers them."""
+        snapshot = self.guard.known[0]
+        return not snapshot.sharded and not any(vars(self.model)[kind] for kind in HOOKS)
 
     def _own(self, reason: str, args: tuple, kwargs: dict):
         if reason not in self.said:

@@ -30,6 +30,7 @@ from mae_fast.ops.mlp import mlp
 from mae_fast.ops.patch_embed import patch_embed
 from mae_fast.ops.source import Source
 from mae_fast.remade import keeping, kept, remade
+from mae_fast.replays import replayed
 from mae_fast.spans import spanned
 
 # What the official code computes and this does not, by name; `without` switches one off.
@@ -144,6 +145,7 @@ class Spec(NamedTuple):
     hog: bool = False
 
 
+@replayed
 def forward(
     params: Params,
     spec: Spec,
@@ -211,9 +213,10 @@ def _encode(
     return _norm(x, y, params.norm)[1]
 
 
-encode = spanned("encoder")(_encode)
+encode = replayed(spanned("encoder")(_encode))
 
 
+@replayed
 @spanned("decoder")
 def decode(
     params: Params,

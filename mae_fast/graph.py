@@ -161,13 +161,17 @@ class Tape(TorchDispatchMode):
             self.done = False
             return
         for operator, args, kwargs, out in self.calls:
-            again = operator(*args, **kwargs)
+            written = tree_leaves((args, kwargs)) if operator._schema.is_mutable else []
+            written = tuple(t for t in written if torch.is_tensor(t))
+            # A graph's writing is no change that a backward would refuse.
+            with torch.autograd._unsafe_preserve_version_counter(written):
+                again = operator(*args, **kwargs)
             if operator.namespace == "c10d":  # a collective, with its work
                 again[-1].wait()
             for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
                 # A view, or what was written in place, is where it was.
                 if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+                    old.data.copy_(new)
 
 
 def waits(operator: torch._ops.OpOverload, args: tuple) -> bool:

@@ -52,6 +52,7 @@ class Snapshot:
         self.modules = list(model.modules())
         self.number, self.verified = 0, set()  # of Guard, and under which conditions by verify
         self.own: str | None = None  # why the model's own forward runs
+        self.sharded = False  # parameters may be elsewhere between forward and backward
         self.bare: frozenset[nn.Module] = frozenset()  # without hooks inside, of adapters.own
         self.types = [type(m) for m in self.modules]
         self.skipped = _ROOT | set(written)

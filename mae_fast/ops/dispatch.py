@@ -347,9 +347,11 @@ def refuse_second_derivative() -> None:
 def once_differentiable(backward: Callable) -> Callable:
     """A backward that refuses to be differentiated, whatever its gradients are."""
 
+    once = torch.autograd.function.once_differentiable(backward)  # within it gradients are off
+
     @functools.wraps(backward)
     def refusing(ctx, *grads):
         refuse_second_derivative()
-        return backward(ctx, *grads)
+        return once(ctx, *grads)
 
-    return torch.autograd.function.once_differentiable(refusing)
+    return refusing

@@ -1,12 +1,14 @@
 """Other people's models, in the step of their own loop (benchmarks/families.py): as they are, after
-mae_fast.accelerate, and with what backward needs kept. A checkout is named by a variable, as the
-tests name it; mae_fast's own step of the same model stands beside them.
+mae_fast.accelerate, and so without its CUDA graphs or with what backward needs kept. A checkout is
+named by a variable, as the tests name it; mae_fast's own step of the same model stands beside them.
 """
 
 import importlib.util
 import os
 from collections.abc import Iterator
 from functools import partial
+
+from torch import Tensor
 
 import mae_fast
 from benchmarks.families import AFTER as AFTER_NAME
@@ -28,8 +30,11 @@ PLAN = (
     ("videomae_v2", "VIDEOMAE_V2_REPOSITORY", "videomae_base", 64),
     ("videomae", "VIDEOMAE_REPOSITORY", "videomae_base", 64),
 )
-BEFORE, AFTER, KEPT = "before", "accelerated", "accelerated, keep=True"
+BEFORE, AFTER = "before", "accelerated"
+HOW = {AFTER: {}, "keep=True": {"keep": True}, "cuda_graph=False": {"cuda_graph": False}}
 ROUNDS = 8
+STEPS = 6  # until all graphs are captured, and once more
+SAME = 1e-3  # of the last loss, with graphs and without
 
 
 def items(setting: Setting) -> Iterator[Item]:
@@ -48,12 +53,18 @@ def measure(setting: Setting, family: str, variable: str, model: str, asked: int
     cfg = setting.cfg(model)
     clips, noise = setting.inputs(cfg, setting.batch(asked))
     own = build(OURS, cfg, setting)
-    made = {name: built(setting, family, name, cfg, path) for name in (BEFORE, AFTER, KEPT)}
+    made = {name: built(setting, family, name, cfg, path) for name in (BEFORE, *HOW)}
     state = {key: t.clone() for key, t in made[BEFORE].model.state_dict().items()}
     losses = first_losses(made, clips[:2], noise[:2], state)
+    later = {
+        n: [float(e.step(clips[:2], noise[:2])) for _ in range(STEPS)] for n, e in made.items()
+    }
+    last = [later[name][-1] for name in HOW]
+    assert max(last) - min(last) <= SAME * min(last), f"losses differ: {later}"
     every = {**made, OURS: own}
     fits = {name: warmed(setting, engine, clips, noise) for name, engine in every.items()}
-    several(own, clips, noise)()  # its graphs are captured
+    for name, engine in every.items():
+        several(engine, clips[: fits[name][0]], noise[: fits[name][0]], STEPS)()
     runs = {n: several(e, clips[: fits[n][0]], noise[: fits[n][0]]) for n, e in every.items()}
     before = smi()
     found = interleave(runs, setting.rounds(ROUNDS), setting.clock())
@@ -70,15 +81,20 @@ def measure(setting: Setting, family: str, variable: str, model: str, asked: int
         "times": times,
         "launches": {name: count_launches(one) for name, one in once.items()},
         "losses": losses,
+        "later_losses": later,
         "conditions": [before, smi()],
         "told": ", ".join(words),
     }
+
+
+def several_losses(engine: Built, clips: Tensor, noise: Tensor) -> list[float]:
+    return [float(engine.step(clips, noise)) for _ in range(STEPS)]
 
 
 def built(setting: Setting, family: str, name: str, cfg: ModelConfig, path: str) -> Built:
     """A family's engine in bf16 autocast, before or after the one line."""
     of = f"benchmarks.families:{family}{AFTER_NAME * (name != BEFORE)}" + f"@{path}" * bool(path)
     engine = named.build(of, cfg, setting.device, "bf16")
-    if name == KEPT:
-        mae_fast.accelerate(engine.model, keep=True)
+    if how := HOW.get(name):
+        mae_fast.accelerate(engine.model, **how)
     return engine

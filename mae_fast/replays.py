@@ -1,0 +1,290 @@
+"""The fused forward as CUDA graphs within somebody else's training loop: forward is one graph,
+backward another, both one launch each for the host.
+
+    with replaying(replays):        # a `Replays`, kept with the model
+        loss, pred = forward(...)   # any function of forward.py that is `replayed`
+    loss.backward()
+
+A step of a B takes hundreds of launches, and the host 100 us and more for each where Python makes
+it: with few clips the GPU waits. (mae_fast/step.py has the whole step as graphs, which wants a loop
+of its own.) The loop around sees tensors as before: outputs and gradients are copies, and what it
+changes in place between two calls is read where it lies. What does not fit a graph runs as it does
+without: a kind of call that comes seldom, a second forward before the first one's backward, layers
+of others.
+"""
+
+import contextlib
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mae_fast import graph
+from mae_fast.ops import dispatch
+from mae_fast.remade import kept
+
+log = logging.getLogger("mae_fast")
+
+WARMUP = 3  # calls of a kind before its capture: all kernels and workspaces exist by then
+KINDS = 8  # of calls that are remembered
+MEMORY = 0.9  # of the device's, in which what has been in use must fit twice
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
+_replays: ContextVar["Replays | None"] = ContextVar("replays", default=None)
+
+
+@contextlib.contextmanager
+def replaying(replays: "Replays | None") -> Iterator[None]:
+    """Inside, in this thread, what is `replayed` is so by these."""
+    token = _replays.set(replays)
+    try:
+        yield
+    finally:
+        _replays.reset(token)
+
+
+def replayed(function: Callable) -> Callable:
+    """A function of tensors and constants, in tuples and lists, that draws no random numbers."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if torch.compiler.is_compiling() or (replays := _replays.get()) is None:
+            return function(*args, **kwargs)
+        with replaying(None):
+            return replays(function, args, kwargs)
+
+    return run
+
+
+class Replays:
+    """The graphs of a model, by kind of call: function, constants, shapes, precision."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.known: list[_Replay] = []
+        self.side: graph.Side | None = None
+        self.failed = False
+        self.one_thread = threading.Lock()
+
+    def __call__(self, function: Callable, args: tuple, kwargs: dict):
+        leaves, tree = tree_flatten((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        others = [(None, True) if isinstance(t, Tensor) else (t, False) for t in leaves]
+        if self.failed or not _fits(tensors, others) or not self.one_thread.acquire(blocking=False):
+            return function(*args, **kwargs)
+        try:
+            kind = (function, others, [_kind(t) for t in tensors], _conditions(tensors[0]), tree)
+            replay = self._of(kind, tensors)
+            if not replay.is_due(tensors):
+                last = replay.calls == WARMUP  # on the stream of the capture
+                with self.side.beside() if last else contextlib.nullcontext():
+                    return function(*args, **kwargs)
+            if not self._captured(replay, tensors):
+                return function(*args, **kwargs)
+            return replay(tensors)
+        finally:
+            self.one_thread.release()
+
+    def _of(self, kind: tuple, tensors: list[Tensor]) -> "_Replay":
+        """That of a kind of call; a new one takes the place of the one that is out of use."""
+        found = next((r for r in self.known if r.kind == kind), None)
+        if found is None:
+            if self.side is None:
+                self.side = graph.Side(tensors[0].device)
+            own = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers())}
+            found = _Replay(kind, self.side, [_storage(t) in own for t in tensors])
+        self.known = [found, *(r for r in self.known if r is not found)][:KINDS]
+        return found
+
+    def _captured(self, replay: "_Replay", tensors: list[Tensor]) -> bool:
+        """False where it cannot be, now and later."""
+        reason = None if replay.forward else _no_room(self.side.device)
+        if reason is None:
+            try:
+                with dispatch.on(self.side.device):
+                    replay.capture(tensors)
+                return True
+            except RuntimeError as e:  # what failed first is the context of what ends the capture
+                reason = str(e.__context__ or e).strip().splitlines()[0]
+        self.failed, self.known = True, []
+        log.warning("forward and backward run without CUDA graphs: %s", reason)
+        return False
+
+
+class _Replay:
+    """One kind of call. `fixed`: which of the tensors lie in the model's own memory; what the
+    others hold is copied into the graphs' memory."""
+
+    def __init__(self, kind: tuple, side: graph.Side, fixed: list[bool]) -> None:
+        self.kind, self.side, self.fixed = kind, side, fixed
+        self.calls, self.places = 0, []
+        self.forget()
+
+    def forget(self) -> None:
+        self.forward = self.backward = self.tree = None
+        self.leaves: list[Tensor] = []  # the tensors, as the graphs read them
+        self.outputs: list[Tensor] = []
+        self.of: tuple[bool, ...] = ()  # the outputs whose gradients backward was given last
+        self.captured_of: tuple[bool, ...] = ()  # and those of the graph
+        self.given: list[Tensor] = []  # their gradients, as the graph reads them
+        self.grads: list[Tensor | None] = []
+        self.number = 0
+        self.last: Callable[[], _Use | None] = lambda: None
+
+    def is_due(self, tensors: list[Tensor]) -> bool:
+        """Whether this call can be a replay; else it is one more as it is without."""
+        places = [t.data_ptr() for t, fixed in zip(tensors, self.fixed, strict=True) if fixed]
+        if places != self.places:  # the first; or parameters were exchanged
+            self.forget()
+            self.calls, self.places = 0, places
+        self.calls += 1
+        use = self.last()
+        return self.calls > WARMUP and (use is None or use.done)
+
+    def capture(self, tensors: list[Tensor]) -> None:
+        """What is not captured yet: forward, and backward once it is known of which outputs."""
+        function, others, _, _, tree = self.kind
+        if self.forward is None:
+            # Not t.detach(), whose count of changes is the parameter's: an optimizer's are allowed.
+            self.leaves = [
+                (t.data if fixed else t.detach().clone()).requires_grad_(t.requires_grad)
+                for t, fixed in zip(tensors, self.fixed, strict=True)
+            ]
+            leaves = iter(self.leaves)
+            args, kwargs = tree_unflatten(
+                [next(leaves) if is_tensor else o for o, is_tensor in others], tree
+            )
+            self.forward, out = self._graph(lambda: function(*args, **kwargs))
+            self.outputs, self.tree = tree_flatten(out)
+        if any(self.of) and self.backward is None:
+            pairs = zip(self.outputs, self.of, strict=True)
+            self.given = [torch.zeros_like(t) for t, has in pairs if has]
+            self.backward, self.grads = self._graph(lambda: self._gradients(self.of, self.given))
+            self.captured_of = self.of
+
+    def _graph(self, work: Callable[[], Any]) -> tuple[Any, Any]:
+        """The work as a graph, and where its results will be."""
+        made, block = self.side.capture()
+        cast = dispatch.autocast_dtype(self.side.device.type)
+        how = dict(dtype=cast, enabled=cast is not None, cache_enabled=False)
+        with block, torch.autocast(self.side.device.type, **how):
+            out = work()
+        if isinstance(made, graph.Tape):
+            made.done = False  # its inputs come yet
+        return made, out
+
+    def _gradients(self, of: tuple[bool, ...], douts: list[Tensor]) -> list[Tensor | None]:
+        """Of every tensor, from those of some outputs; by what forward has saved last."""
+        outputs = [t for t, has in zip(self.outputs, of, strict=True) if has]
+        asked = [t for t in self.leaves if t.requires_grad]
+        found = iter(
+            torch.autograd.grad(outputs, asked, douts, retain_graph=True, allow_unused=True)
+        )
+        return [next(found) if t.requires_grad else None for t in self.leaves]
+
+    def __call__(self, tensors: list[Tensor]):
+        with torch.no_grad():
+            for leaf, t, fixed in zip(self.leaves, tensors, self.fixed, strict=True):
+                if not fixed:
+                    leaf.data.copy_(t)
+        return tree_unflatten(list(_Replayed.apply(self, *tensors)), self.tree)
+
+    def gradients(self, douts: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        """As `_gradients`, by the graph where it is one of these outputs: copies."""
+        self.of = tuple(d is not None for d in douts)
+        given = [d for d in douts if d is not None]
+        if not given:
+            return [None] * len(self.leaves)
+        if self.backward is None or self.of != self.captured_of:
+            return self._gradients(self.of, given)
+        for place, d in zip(self.given, given, strict=True):
+            place.copy_(d)
+        self.backward.replay()
+        return [None if g is None else g.clone() for g in self.grads]
+
+
+class _Use:
+    """A forward whose backward may come yet, as long as somebody holds it."""
+
+    done = False
+
+
+class _Replayed(torch.autograd.Function):
+    """A replay of both graphs. What lies in the model's memory is saved, so that torch finds it
+    changed before its backward; the rest of what backward needs is in the graphs' memory, until
+    the next forward."""
+
+    @staticmethod
+    def forward(ctx, replay: _Replay, *tensors: Tensor) -> tuple[Tensor, ...]:
+        replay.forward.replay()
+        replay.number += 1
+        ctx.replay, ctx.number, ctx.use = replay, replay.number, _Use()
+        replay.last = weakref.ref(ctx.use)
+        ctx.save_for_backward(*(t for t, f in zip(tensors, replay.fixed, strict=True) if f))
+        ctx.set_materialize_grads(False)
+        found = [t.detach().clone() for t in replay.outputs]
+        pairs = zip(found, replay.outputs, strict=True)
+        ctx.mark_non_differentiable(*(t for t, of in pairs if not of.requires_grad))
+        return tuple(found)
+
+    @staticmethod
+    @dispatch.once_differentiable
+    def backward(ctx, *douts: Tensor | None):
+        _ = ctx.saved_tensors  # raises where one was changed in place
+        if ctx.number != ctx.replay.number:
+            raise RuntimeError(
+                "a second backward (retain_graph=True) comes after a later forward, which has"
+                " written over what it needs: mae_fast.accelerate(model, cuda_graph=False)"
+            )
+        ctx.use.done = True
+        return None, *ctx.replay.gradients(douts)
+
+
+def _fits(tensors: list[Tensor], others: list) -> bool:
+    """Plain tensors on a device with graphs, constants, gradients, and nobody who looks on."""
+    device = tensors[0].device
+    return (
+        torch.is_grad_enabled()
+        and graph.why_not(device) is None
+        and any(t.requires_grad for t in tensors)
+        and all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in tensors)
+        and all(type(o) in _CONSTANTS for o, _ in others)
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and _get_current_dispatch_mode() is None
+        and not torch.is_anomaly_enabled()
+        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _kind(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.requires_grad
+
+
+def _conditions(t: Tensor) -> tuple:
+    """What else the work of a call depends on."""
+    cast, forced = dispatch.autocast_dtype(t.device.type), dict(dispatch._forced)
+    precision = torch.backends.cuda.matmul.fp32_precision
+    exact = torch.are_deterministic_algorithms_enabled()
+    return t.device, cast, forced, kept(), precision, exact, torch.get_default_dtype()
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _no_room(device: torch.device) -> str | None:
+    """The graphs' memory is theirs alone: other calls of the same size want as much beside it."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    most, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+    if 2 * most <= MEMORY * (free + held):
+        return None
+    return f"{most >> 20} MiB have been in use, and twice as much must fit into {free + held >> 20}"

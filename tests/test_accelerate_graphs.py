@@ -1,0 +1,347 @@
+"""An accelerated model's CUDA graphs: whatever the loop around does, it sees what it sees without.
+
+As a CPU rehearses them (mae_fast/graph.py); MAE_FAST_TEST_DEVICE=cuda captures them.
+"""
+
+import copy
+import gc
+import os
+import pickle
+import weakref
+from contextlib import nullcontext
+
+import families
+import foreign
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mae_fast
+from mae_fast import graph, replays
+from mae_fast.drop_in import _tensors
+
+DEVICE = os.environ.get("MAE_FAST_TEST_DEVICE", "cpu")
+CALLS = replays.WARMUP + 4  # the last three replay forward, and the last two backward as well
+
+
+@pytest.fixture(autouse=True)
+def rehearsed(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(graph, "why_not", lambda device: None)
+
+
+def clips(cfg, n: int = 2) -> Tensor:
+    return foreign.clips(cfg, n).to(DEVICE)
+
+
+def family_of(name: str, cfg) -> tuple[nn.Module, tuple]:
+    model, args = families.FAMILIES[name](cfg)
+    given = [[t.to(DEVICE) for t in a] if isinstance(a, list) else a.to(DEVICE) for a in args]
+    return model.to(DEVICE), tuple(given)
+
+
+@pytest.fixture
+def pair(tiny_cfg):
+    """(an accelerated model, the same without graphs)."""
+    return both(foreign.make(tiny_cfg).to(DEVICE))
+
+
+def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    other = copy.deepcopy(model)
+    return mae_fast.accelerate(model), mae_fast.accelerate(other, cuda_graph=False)
+
+
+def known(model: nn.Module) -> list:
+    return model.forward.replays.known
+
+
+def loss_of(model: nn.Module, args: tuple, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    out = _tensors(model(*args))
+    return out[0] if out[0].dim() == 0 else out[0].square().mean()
+
+
+def step(model: nn.Module, args: tuple, seed: int = 0) -> tuple[float, list[Tensor]]:
+    """(loss, gradients that a step adds up in two calls)."""
+    model.zero_grad(set_to_none=bool(seed % 2))
+    total = 0.0
+    for k in range(2):
+        loss = loss_of(model, args, 2 * seed + k)
+        loss.backward()
+        total += float(loss.detach())
+    return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def same(a, b) -> None:
+    """A GPU adds up some gradients of torch's in an order that changes."""
+    how = dict(rtol=0, atol=0) if DEVICE == "cpu" else dict(rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(a, b, **how)
+
+
+def warm(model: nn.Module, video: Tensor, calls: int = CALLS) -> None:
+    for _ in range(calls):
+        loss_of(model, (video,)).backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_training_has_the_same_bits(family, cast, keep, tiny_cfg):
+    """Clips that change, gradients that add up, an optimizer that writes into the weights."""
+    model, args = family_of(family, tiny_cfg)
+    found = []
+    for each, how in ((copy.deepcopy(model), False), (model, True)):
+        mae_fast.accelerate(each, cuda_graph=how, keep=keep)
+        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-2)
+        rows = []
+        for k in range(CALLS):
+            torch.manual_seed(k)
+            clip = args[0]
+            new = [torch.randn_like(clip[0])] if isinstance(clip, list) else torch.randn_like(clip)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
+                rows += step(each, (new, *args[1:]), k)
+            optimizer.step()
+        found.append(rows)
+    same(*found)
+    made = known(model)
+    assert made and all(r.forward and r.backward for r in made), "nothing was replayed"
+
+
+def test_outputs_and_gradients_are_not_written_again(pair, tiny_cfg):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    out = model(video)
+    out[0].backward()
+    held = [*out, *(p.grad for p in model.parameters())]
+    before = [t.clone() for t in held]
+    model.zero_grad()
+    loss_of(model, (video + 1,), 5).backward()
+    same([t.detach() for t in held], [t.detach() for t in before])
+
+
+@pytest.mark.parametrize("of", ["pred", "both", "none"])
+def test_backward_is_of_any_outputs(of, pair, tiny_cfg):
+    """After a graph of the loss alone."""
+    video, found = clips(tiny_cfg), []
+    for model in pair:
+        warm(model, video)
+        grads = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            loss, pred, _ = model(video)
+            if of != "none":
+                (pred.square().mean() + (loss if of == "both" else 0)).backward()
+            loss_of(model, (video,)).backward()
+            grads += [p.grad.clone() for p in model.parameters()]
+        found.append(grads)
+    same(*found)
+
+
+def test_two_forwards_before_a_backward(pair, tiny_cfg):
+    """The second may not write over what the first one's backward needs."""
+    video, found = clips(tiny_cfg), []
+    for model in pair:
+        warm(model, video)
+        (loss_of(model, (video,), 1) * loss_of(model, (2 * video,), 2)).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)  # added up in another order
+    assert pair[0].forward.replays.known[0].number
+
+
+def test_a_forward_that_nobody_holds_is_no_hindrance(pair, tiny_cfg):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    before = known(model)[0].number
+    for _ in range(3):
+        model(video)
+    assert known(model)[0].number == before + 3
+
+
+def test_a_second_backward(pair, tiny_cfg):
+    """At once, it is right; after a later forward it is refused."""
+    video, found = clips(tiny_cfg), []
+    for model in pair:
+        warm(model, video)
+        loss = loss_of(model, (video,))
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        found.append([p.grad.clone() for p in model.parameters()])
+    same(*found)
+    loss = loss_of(pair[0], (video,))
+    loss.backward(retain_graph=True)
+    loss_of(pair[0], (video,))
+    with pytest.raises(RuntimeError, match="cuda_graph=False"):
+        loss.backward()
+
+
+def test_weights_that_change_before_backward_are_found(pair, tiny_cfg):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    loss = loss_of(model, (video,))
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ["data", "assign", "freeze", "copy_", "double"])
+def test_parameters_that_are_exchanged(how, pair, tiny_cfg):
+    video, found = clips(tiny_cfg), []
+    for model in pair:
+        warm(model, video)
+        p = model.blocks[0].mlp.fc1.weight
+        if how == "data":
+            p.data = p.data * 2
+        elif how == "assign":
+            state = {k: t.clone() * 2 for k, t in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
+        elif how == "freeze":
+            p.requires_grad_(False)
+        elif how == "double":
+            model.double()
+        else:
+            p.data.copy_(p.data * 2)
+        given = video.double() if how == "double" else video
+        found.append([step(model, (given,), k) for k in range(CALLS)])
+    same(*found)
+
+
+def test_each_shape_has_its_own(pair, tiny_cfg):
+    """The last batch of an epoch is smaller."""
+    found = []
+    for model in pair:
+        sizes = [4] * CALLS + [2, 4, 4, 2] + [4] * 2
+        found.append([step(model, (clips(tiny_cfg, n),), k) for k, n in enumerate(sizes)])
+    same(*found)
+    assert sorted(r.forward is not None for r in known(pair[0])) == [True, True]
+
+
+def test_kinds_are_forgotten(pair, tiny_cfg):
+    for k in range(replays.KINDS + 3):
+        loss_of(pair[0], (clips(tiny_cfg), 0.3 + 0.05 * k)).backward()
+    assert len(known(pair[0])) == replays.KINDS
+
+
+def test_precision_and_backends_are_not_mixed_up(pair, tiny_cfg):
+    video, found = clips(tiny_cfg), []
+    blocks = [
+        nullcontext,
+        lambda: torch.autocast(DEVICE, torch.bfloat16),
+        lambda: mae_fast.backends(layer_norm="reference", attention="reference"),
+    ]
+    for model in pair:
+        rows = []
+        for k in range(3 * CALLS):
+            with blocks[k % 3]():
+                rows.append(step(model, (video,), k))
+        found.append(rows)
+    same(*found)
+    assert len(known(pair[0])) == 3
+
+
+def _no_grad(model, video):
+    with torch.no_grad():
+        model(video)
+
+
+def _saved_on_cpu(model, video):
+    with torch.autograd.graph.save_on_cpu():
+        loss_of(model, (video,)).backward()
+
+
+def _checkpointed(model, video):
+    def run(video):
+        return model(video)[0]
+
+    torch.utils.checkpoint.checkpoint(run, video, use_reentrant=False).backward()
+
+
+def _anomaly(model, video):
+    with torch.autograd.detect_anomaly(check_nan=False):
+        loss_of(model, (video,)).backward()
+
+
+def _hooked(model, video):
+    handle = model.register_forward_hook(lambda *args: None)
+    loss_of(model, (video,)).backward()
+    handle.remove()
+
+
+def _own_layer(model, video):
+    class Lora(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x.mean()
+
+    layer = model.blocks[0].mlp.fc1
+    model.blocks[0].mlp.fc1 = Lora(layer.in_features, layer.out_features, device=DEVICE)
+    loss_of(model, (video,)).backward()
+    model.blocks[0].mlp.fc1 = layer
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize(
+    "call", [_no_grad, _saved_on_cpu, _checkpointed, _anomaly, _hooked, _own_layer]
+)
+def test_what_does_not_fit_runs_without(call, pair, tiny_cfg):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    before = known(model)[0].number
+    for _ in range(CALLS):
+        call(model, video)
+    assert [r.number for r in known(model)] == [before]
+
+
+def test_a_copy_has_graphs_of_its_own(pair, tiny_cfg):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    expected = step(model, (video,))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not known(other)
+        for _ in range(CALLS):
+            same(step(other, (video,)), expected)
+        assert known(other)[0].number
+        with torch.no_grad():
+            for p in other.parameters():
+                p.zero_()
+    same(step(model, (video,)), expected)
+
+
+def test_restore_and_the_models_end_let_go_of_them(pair, tiny_cfg):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    found = weakref.ref(known(model)[0])
+    mae_fast.restore(model)
+    gc.collect()
+    assert found() is None
+    warm(mae_fast.accelerate(model), video)
+    found = weakref.ref(known(model)[0])
+    del model, pair
+    gc.collect()
+
+
+def test_a_capture_that_fails_is_said_once(pair, tiny_cfg, monkeypatch, caplog):
+    def fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph.Side, "capture", fail)
+    video = clips(tiny_cfg)
+    found = [[step(model, (video,), k) for k in range(CALLS)] for model in pair]
+    same(*found)
+    said = [r.message for r in caplog.records if "without CUDA graphs" in r.message]
+    assert said == ["forward and backward run without CUDA graphs: CUDA out of memory"]
+
+
+@pytest.mark.parametrize("most", [40, 60])
+def test_the_graphs_memory_must_fit_beside(most, monkeypatch):
+    """What has been in use, twice, in 90% of the 100 MiB that are free or held."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 << 20, 200 << 20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: most << 20)
+    reason = replays._no_room(torch.device("cuda"))
+    assert (reason is None) == (most == 40)
+
+
+def test_without_graphs(pair, tiny_cfg):
+    warm(pair[1], clips(tiny_cfg))
+    assert pair[1].forward.replays is None
