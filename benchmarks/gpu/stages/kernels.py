@@ -41,8 +41,8 @@ def items(setting: Setting) -> Iterator[Item]:
     limits = setting.limits()
     found = [case for case in cases(setting, MODELS, BATCH) if case.call.op != "attention"]
     yield from items_of(setting, found, limits)
-    yield from items_of(setting, setting.some(found, 2), limits, inductor=True)
     setting.write_table("measured_backends.json", rows(setting.records.all()))
+    yield from items_of(setting, setting.some(found, 2), limits, inductor=True)
 
 
 def items_of_attention(setting: Setting) -> Iterator[Item]:
