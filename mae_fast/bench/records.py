@@ -9,7 +9,8 @@ A record says what was timed, under which conditions, and keeps every sample:
     baseline     one of the names, where others are held against it
     limits       as mae_fast.bench.machine.as_record, timed in the same rounds
 
-Those of `make gpu` also tell their stage, item and status.
+Those of `make gpu` also tell their stage, item and status, and one of a stage that was
+killed has no environment.
 """
 
 import contextlib
@@ -48,11 +49,14 @@ KINDS = {
     "call": "op seconds",
     # Losses step by step, by how they were computed.
     "losses": "model precision losses",
+    # Another's model in its own loop, before and after the one line (`make gpu`).
+    "accelerate": "family model engines seconds_a_clip times launches",
     # Something that holds or does not.
     "check": "",
 }
 GPU = "item status sources at"  # beside these
 TYPES = dict.fromkeys(("environment", "engines", "seconds", "losses"), dict)  # others are str
+TYPES |= dict.fromkeys(("seconds_a_clip", "times", "launches"), dict)
 TYPES |= {"batch_clips": int, "ratio": int | float}
 TYPES |= dict.fromkeys(("flop_limit", "product_rate", "copy_rate"), float)
 
@@ -138,9 +142,9 @@ def problems(record: Any) -> list[str]:
     kind = record.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         return [f"kind must be one of {', '.join(KINDS)}, got {kind!r:.60}"]
-    fields = f"environment what {GPU if 'stage' in record else ''}".split()
-    if record.get("status", "measured") == "measured":
-        fields += KINDS[kind].split()
+    fields = f"what {GPU if 'stage' in record else ''}".split()
+    if measured(record):
+        fields += ["environment", *KINDS[kind].split()]
     types = {field: TYPES.get(field, str) for field in fields}
     found = [
         f"{field} must be {getattr(of, '__name__', of)}, got {record.get(field)!r:.60}"
@@ -149,11 +153,12 @@ def problems(record: Any) -> list[str]:
     ]
     if found:
         return found
-    lacking = [key for key in ENVIRONMENT if key not in record["environment"]]
+    lacking = [key for key in ENVIRONMENT if key not in record.get("environment", ENVIRONMENT)]
     if lacking:
         found.append(f"environment lacks {', '.join(lacking)}")
-    samples = record["seconds"] if "seconds" in fields else {}
-    if "seconds" in fields and not samples:
+    timed = [field for field in fields if field.startswith("seconds")]
+    samples = {name: s for field in timed for name, s in record[field].items()}
+    if timed and not samples:
         found.append("it has no samples")
     for series, values in samples.items():
         times = (isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values)
@@ -162,6 +167,10 @@ def problems(record: Any) -> list[str]:
     if "baseline" in record and record["baseline"] not in samples:
         found.append(f"baseline {record['baseline']} is none of {', '.join(samples)}")
     return found
+
+
+def measured(record: Record) -> bool:
+    return record.get("status", "measured") == "measured"
 
 
 def ours(record: Record) -> tuple[int, list[float]] | None:

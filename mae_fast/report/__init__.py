@@ -52,7 +52,7 @@ def report(
         raise ConfigError("report: name at least one file of records or a folder of them")
     files = records.files(results)
     check_output(output, *files)
-    found = [r for path in files for r in records.read(path)]
+    found = [r for path in files for r in records.read(path) if records.measured(r)]
     found = [r for r in found if r.get("model") != "quick"] or found
     if not found:
         raise ConfigError(f"{', '.join(results)}: no records")

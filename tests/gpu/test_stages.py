@@ -25,9 +25,9 @@ def rehearsing(folder: Path) -> Setting:
     return Setting("cpu", records.Records(folder / "a.jsonl", "sources"), True, math.inf)
 
 
-def test_what_decides_comes_first():
+def test_tables_are_written_before_the_steps_that_use_them():
     names = [s.name for s in gpu.STAGES]
-    assert names[:5] == ["smoke", "steps", "profile", "attention", "tune"]
+    assert names[:5] == ["smoke", "tune", "attention", "kernels", "steps"]
     first = [(m, b, e) for m, b, engines in steps.PLAN for e in engines]
     assert [e for m, b, e in first if (m, b) == ("vit_large", 64)] == list(steps.FIRST)
     assert "official_sdpa_compile" in steps.FIRST
@@ -66,6 +66,17 @@ def test_tables_say_how_much_faster_ours_is():
     record["seconds"]["mae_fast"] = [1.0, 2.0]
     record["engines"] = {"official_bf16": {"clips": 32}, "mae_fast": {"clips": 64}}
     assert tables.faster(record) == 6.0
+
+
+def test_what_was_not_reached_hides_nothing_that_was_measured(tmp_path):
+    found = records.Records(tmp_path / "a GPU/a.jsonl", "sources")
+    environment = {"environment": {"commit": "0"}}
+    found.add("tune", "an op", records.MEASURED, value=1, **environment)
+    for n, status in enumerate((records.MEASURED, records.NOT_REACHED, records.FAILED)):
+        found.add("steps", "a step", status, value=status, at=str(n), **environment)
+    found.add("steps", "the stage", records.NOT_REACHED)
+    ((_, rows),) = tables.devices(tmp_path)
+    assert [(r["item"], r["value"]) for r in rows] == [("an op", 1), ("a step", "measured")]
 
 
 def test_what_was_not_reached_is_run_next_time(tmp_path):
