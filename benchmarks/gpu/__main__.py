@@ -54,29 +54,29 @@ class Stage:
 
 
 STAGES = (
-    Stage("smoke", 95, "golden figures, equal bits: 20 s, then what goes on beside"),
-    Stage("tune", 45, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
+    Stage("smoke", 90, "golden figures, equal bits: 20 s, then what goes on beside"),
+    Stage("tune", 60, "the sizes of every kernel, and AdamW -> kernels/measured.json", True),
     Stage(
         "attention",
-        15,
+        25,
         "attention by every backend -> kernels/measured_backends.json",
         True,
         "kernels:items_of_attention",
     ),
-    Stage("kernels", 20, "each op against its limit and against torch, libraries", True),
-    Stage("steps", 75, "training steps of B and L at 64 clips, against the bar"),
+    Stage("kernels", 35, "each op against its limit and against torch, libraries", True),
+    Stage("steps", 70, "training steps of B and L at 64 clips, against the bar"),
     Stage("profile", 20, "one step, kernel by kernel"),
-    Stage("accelerate", 40, "other people's models, before and after"),
-    Stage("ratios", 60, "masking ratios from 0 to 95%", where="steps:items_by_ratio"),
-    Stage("rungs", 30, "training steps of the other rungs and sizes", where="steps:items_of_rungs"),
-    Stage("checks", 70, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
+    Stage("accelerate", 60, "other people's models, before and after"),
+    Stage("ratios", 50, "masking ratios from 0 to 95%", where="steps:items_by_ratio"),
+    Stage("rungs", 25, "training steps of the other rungs and sizes", where="steps:items_of_rungs"),
+    Stage("checks", 35, "tests of the ops, CUDA graphs of them, compute-sanitizer", True),
 )
 # Beside the smoke, where nothing is timed: train.py, the CUDA library, and the bar's torch.compile
 # into torch's cache on disk.
 BESIDE = (
-    Stage("train", 95, "train.py: a CUDA graph, resume, NCCL"),
-    Stage("compile", 95, "the CUDA library; torch.compile of the bar, ViT-L"),
-    Stage("compile_base", 95, "ViT-B's", where="compile:items_of_base"),
+    Stage("train", 90, "train.py: a CUDA graph, resume, NCCL"),
+    Stage("compile", 90, "the CUDA library; torch.compile of the bar, ViT-L"),
+    Stage("compile_base", 90, "ViT-B's", where="compile:items_of_base"),
 )
 REHEARSAL_SECONDS = 900.0  # a CPU has no hurry, and must reach everything
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import engines, records
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages import checks
+from benchmarks.gpu.stages import accelerate, checks
 from mae_fast.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,13 +34,15 @@ ABSENT = (
 )
 BLOCKER = f"""
 import sys
+from importlib.machinery import PathFinder
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {ABSENT!r}:
-            raise ModuleNotFoundError(f"{{name}} is not on this machine", name=name)
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = name.split(".")[0] in {ABSENT!r}
+        return None if absent else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Blocker())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 
@@ -122,6 +124,7 @@ def test_every_item_of_the_real_plans_reaches_the_device(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(BLOCKER)
     command = [sys.executable, "tests/gpu/reach.py", str(tmp_path / "records.jsonl")]
+    checkouts = [name for _, name, *_ in accelerate.PLAN if name]
     run = subprocess.run(
         command,
         cwd=bare_checkout(tmp_path / "checkout"),
@@ -129,6 +132,7 @@ def test_every_item_of_the_real_plans_reaches_the_device(tmp_path):
             **os.environ,
             "PYTHONPATH": str(tmp_path / "site"),
             "PATH": os.path.dirname(sys.executable),
+            **dict.fromkeys(checkouts, ""),
         },
         capture_output=True,
         text=True,
@@ -142,6 +146,8 @@ def test_every_item_of_the_real_plans_reaches_the_device(tmp_path):
     others = {
         ("compile", "Declined: it is not started"): 1,
         ("tune", "StartedError: -m benchmarks.gpu.stages.tune 0"): 1,
+        ("accelerate", "Declined: transformers is not installed"): 2,
+        **{("accelerate", f"Declined: {name} names no checkout"): 1 for name in checkouts},
         ("checks", "StartedError: -m pytest -q"): 1,
         ("checks", "Declined: compute-sanitizer is not installed"): 1,
     }
