@@ -82,7 +82,7 @@ Clocks that an SM of sm_90 needs for 4,096 scores in a kernel's loop, by unit
 (`tests/kernels/clocks.py`), at ViT-B's shapes: a bound, the largest of a row, and no speed. An H200
 takes more: there kernels wait, larger tiles with fewer clocks were slower, and so was a backward of
 one pass ([gpu.md](gpu.md)). With BY_FMA=1 one exponential of eight is a polynomial: candidates that
-`make gpu` times beside what is chosen; no GPU has timed them yet.
+were 6 to 41% slower there.
 
 | kernel | sizes | Triton | {units} | bound |
 |---|---|---|{rules}|---|
