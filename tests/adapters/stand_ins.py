@@ -262,12 +262,14 @@ class MaskMViT(nn.Module):
             noise = given.flatten(1)
             ratio = sum(noise.flatten()) / noise.numel()
         elif self.cfg.AUG.MASK_TUBE:
-            noise = torch.rand(batch, 1, self.H * self.W).repeat(1, self.T, 1).reshape(batch, -1)
+            noise = torch.rand(batch, 1, self.H * self.W, device=x.device)
+            noise = noise.repeat(1, self.T, 1).reshape(batch, -1)
         else:
-            noise = torch.rand(batch, length)
+            noise = torch.rand(batch, length, device=x.device)
         shuffle = noise.argsort(dim=1)
         keep = int(length * (1 - ratio))
-        mask = torch.ones(batch, length, dtype=torch.bool).scatter(1, shuffle[:, :keep], False)
+        mask = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        mask = mask.scatter(1, shuffle[:, :keep], False)
         return shuffle[:, :keep], shuffle, mask
 
     def forward(self, x: list[Tensor], return_all: bool = False):

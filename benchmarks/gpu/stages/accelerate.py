@@ -32,7 +32,7 @@ PLAN = (
 )
 BEFORE, AFTER = "before", "accelerated"
 HOW = {AFTER: {}, "keep=True": {"keep": True}, "cuda_graph=False": {"cuda_graph": False}}
-ROUNDS = 8
+ROUNDS = 6
 STEPS = 6  # until all graphs are captured, and once more
 SAME = 1e-3  # of the last loss, with graphs and without
 
