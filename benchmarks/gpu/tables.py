@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu.engines import BAR, ENGINES, OURS
 from benchmarks.gpu.records import MEASURED, RESULTS
+from benchmarks.gpu.stages.accelerate import BEFORE, HOW
 from benchmarks.markdown import read, section, where
 from mae_fast.bench.table import grouped
 from mae_fast.bench.timing import ratio, spread
@@ -123,6 +124,18 @@ def profile_cells(r: dict) -> list[str]:
     return [r["model"], str(r["batch_clips"]), f"{r['microseconds'] / 1e3:.1f}", shares, *launches]
 
 
+def accelerate_cells(r: dict) -> list[str]:
+    engines, seconds = r["engines"], r["seconds_a_clip"]
+    batches = dict.fromkeys(str(e["clips"]) for e in engines.values())
+    cells = [f"{r['family']}, {r['model']}", ", ".join(batches)]
+    for name in (BEFORE, *HOW, OURS):
+        rate = 1 / statistics.median(seconds[name]) if name in seconds else None
+        cells.append(f"{rate:.0f}, {r['times'][name]:.2f}x" if rate else "-")
+    launches = (str(sum(of.values())) for of in r["launches"].values())
+    gigabytes = (f"{e['peak_memory_mb'] / 1024:.1f}" for e in engines.values())
+    return [*cells, ", ".join(launches), ", ".join(gigabytes)]
+
+
 class Kind(NamedTuple):
     """A table: of which stages, what is said above it, its columns, a record's cells or None."""
 
@@ -144,6 +157,16 @@ TABLES = (
         "mae_fast is faster|peak GB|spread",
         step_cells,
         steps,
+    ),
+    Kind(
+        ("accelerate",),
+        "**accelerate on a GPU**: other people's models, 90% masked, bf16 autocast, in the step of "
+        "their own loop, uint8 clips on the device. Clips/s as they are, after the one line with "
+        "its options, and of mae_fast's own step, and how many times that is of before, round by "
+        "round. In the same order: what the host launches in a step, and peak GB of one without "
+        "graphs, the weights and optimizers of all in each.",
+        "|".join(["family, model", "clips", "as it is", *HOW, "`mae_fast`", "launches", "peak GB"]),
+        accelerate_cells,
     ),
     Kind(
         ("ratios",),

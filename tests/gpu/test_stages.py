@@ -14,8 +14,9 @@ import torch
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import engines, predict, records, tables
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.stages import compile, kernels, profile, steps, tune
+from benchmarks.gpu.stages import accelerate, compile, kernels, profile, steps, tune
 from mae_fast import cost
+from mae_fast.bench.records import problems
 from mae_fast.kernels import configs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,35 @@ def test_tables_say_how_much_faster_ours_is():
     record["seconds"]["mae_fast"] = [1.0, 2.0]
     record["engines"] = {"official_bf16": {"clips": 32}, "mae_fast": {"clips": 64}}
     assert tables.faster(record) == 6.0
+
+
+def test_other_peoples_models_are_timed_before_and_after(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    setting, built, made = rehearsing(tmp_path / "a GPU"), accelerate.built, {}
+
+    def seen(*args):
+        engine = made[args[2]] = built(*args)
+        return engine
+
+    monkeypatch.setattr(accelerate, "built", seen)
+    records.work("accelerate", accelerate.items(setting), setting.records, math.inf)
+    ((_, (row,)),) = tables.devices(tmp_path)
+    assert problems(row) == []
+    ways = {name: vars(engine.model).get("forward") for name, engine in made.items()}
+    assert ways.pop(accelerate.BEFORE) is None
+    how = {name: (way.keep, way.cuda_graph) for name, way in ways.items()}
+    assert how == {
+        "accelerated": (False, True),
+        "keep=True": (True, True),
+        "cuda_graph=False": (False, False),
+    }
+    assert len({id(engine.model) for engine in made.values()}) == len(made)
+    samples = {name: len(s) for name, s in row["seconds_a_clip"].items()}
+    assert samples == dict.fromkeys([*made, "mae_fast"], setting.rounds(10))
+    (text,) = tables.tables(tmp_path)
+    head, _, cells, *_ = (line.split(" | ") for line in text.splitlines() if line[:1] == "|")
+    assert len(head) == len(cells) and "-" not in cells
+    assert cells[2].endswith(", 1.00x")
 
 
 def test_what_was_not_reached_hides_nothing_that_was_measured(tmp_path):

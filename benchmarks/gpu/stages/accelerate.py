@@ -56,9 +56,7 @@ def measure(setting: Setting, family: str, variable: str, model: str, asked: int
     made = {name: built(setting, family, name, cfg, path) for name in (BEFORE, *HOW)}
     state = {key: t.clone() for key, t in made[BEFORE].model.state_dict().items()}
     losses = first_losses(made, clips[:2], noise[:2], state)
-    later = {
-        n: [float(e.step(clips[:2], noise[:2])) for _ in range(STEPS)] for n, e in made.items()
-    }
+    later = {n: several_losses(e, clips[:2], noise[:2]) for n, e in made.items()}
     last = [later[name][-1] for name in HOW]
     assert max(last) - min(last) <= SAME * min(last), f"losses differ: {later}"
     every = {**made, OURS: own}
