@@ -1,4 +1,4 @@
-"""`make gpu`: the stages, the most valuable first, each in a process of its own.
+"""`make gpu`: the stages, tables before the steps that use them, each in a process of its own.
 
     python -m benchmarks.gpu                       # all that is not recorded yet, in 8 minutes
     python -m benchmarks.gpu --rehearse            # the same lines on a CPU, with tiny shapes

@@ -34,6 +34,13 @@ def test_tables_are_written_before_the_steps_that_use_them():
     assert "official_sdpa_compile" in steps.FIRST
 
 
+def test_the_document_has_every_stage_in_its_order():
+    text = predict.DOC.read_text().split("## The budget")[0]
+    first, *others = gpu.STAGES
+    stages = [(s.name, f"{s.seconds}") for s in (first, *gpu.BESIDE, *others)]
+    assert re.findall(r"^\| (\w+) \| (\d+)", text, re.M) == stages
+
+
 def test_an_item_that_fails_does_not_lose_the_others(tmp_path):
     def fail():
         raise ValueError("wrong\nat length")
