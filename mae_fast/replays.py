@@ -35,7 +35,7 @@ log = logging.getLogger("mae_fast")
 
 WARMUP = 3  # calls of a kind before its capture: all kernels and workspaces exist by then
 KINDS = 8  # of calls that are remembered
-MEMORY = 0.9  # of the device's, in which what has been in use must fit twice
+MEMORY = 0.9  # of what is free, which the graphs may take
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 _replays: ContextVar["Replays | None"] = ContextVar("replays", default=None)
 
@@ -69,7 +69,7 @@ class Replays:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.known: list[_Replay] = []
-        self.side: graph.Side | None = None
+        self.sides: dict[torch.device, graph.Side] = {}
         self.failed = False
         self.one_thread = threading.Lock()
 
@@ -83,9 +83,7 @@ class Replays:
             kind = (function, others, [_kind(t) for t in tensors], _conditions(tensors[0]), tree)
             replay = self._of(kind, tensors)
             if not replay.is_due(tensors):
-                last = replay.calls == WARMUP  # on the stream of the capture
-                with self.side.beside() if last else contextlib.nullcontext():
-                    return function(*args, **kwargs)
+                return replay.warm_up(args, kwargs)
             if not self._captured(replay, tensors):
                 return function(*args, **kwargs)
             return replay(tensors)
@@ -96,19 +94,20 @@ class Replays:
         """That of a kind of call; a new one takes the place of the one that is out of use."""
         found = next((r for r in self.known if r.kind == kind), None)
         if found is None:
-            if self.side is None:
-                self.side = graph.Side(tensors[0].device)
+            device = tensors[0].device
+            if device not in self.sides:
+                self.sides[device] = graph.Side(device)
             own = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers())}
-            found = _Replay(kind, self.side, [_storage(t) in own for t in tensors])
+            found = _Replay(kind, self.sides[device], [_storage(t) in own for t in tensors])
         self.known = [found, *(r for r in self.known if r is not found)][:KINDS]
         return found
 
     def _captured(self, replay: "_Replay", tensors: list[Tensor]) -> bool:
         """False where it cannot be, now and later."""
-        reason = None if replay.forward else _no_room(self.side.device)
+        reason = None if replay.forward else replay.no_room(tensors)
         if reason is None:
             try:
-                with dispatch.on(self.side.device):
+                with dispatch.on(tensors[0].device):
                     replay.capture(tensors)
                 return True
             except RuntimeError as e:  # what failed first is the context of what ends the capture
@@ -125,6 +124,7 @@ class _Replay:
     def __init__(self, kind: tuple, side: graph.Side, fixed: list[bool]) -> None:
         self.kind, self.side, self.fixed = kind, side, fixed
         self.calls, self.places = 0, []
+        self.held = 0  # bytes that a call leaves in use until its backward
         self.forget()
 
     def forget(self) -> None:
@@ -147,6 +147,30 @@ class _Replay:
         self.calls += 1
         use = self.last()
         return self.calls > WARMUP and (use is None or use.done)
+
+    def warm_up(self, args: tuple, kwargs: dict):
+        """The call as it is without; the last of these on the stream of the capture."""
+        function = self.kind[0]
+        if self.calls != WARMUP:
+            return function(*args, **kwargs)
+        with self.side.beside():
+            before = _in_use(self.side.device)
+            out = function(*args, **kwargs)
+            self.held = _in_use(self.side.device) - before
+        return out
+
+    def no_room(self, tensors: list[Tensor]) -> str | None:
+        """The graphs' memory is theirs alone: as much as a call holds, for backward as much again,
+        gradients; and calls that do not fit them want the same beside it."""
+        device = self.side.device
+        if device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - _in_use(device)
+        wanted = 3 * self.held + sum(t.nbytes for t in tensors)
+        if wanted <= MEMORY * free:
+            return None
+        return f"they want {wanted >> 20} MiB, and {free >> 20} are free"
 
     def capture(self, tensors: list[Tensor]) -> None:
         """What is not captured yet: forward, and backward once it is known of which outputs."""
@@ -279,12 +303,5 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _no_room(device: torch.device) -> str | None:
-    """The graphs' memory is theirs alone: other calls of the same size want as much beside it."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    most, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
-    if 2 * most <= MEMORY * (free + held):
-        return None
-    return f"{most >> 20} MiB have been in use, and twice as much must fit into {free + held >> 20}"
+def _in_use(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -25,7 +25,7 @@ from mae_fast.graph import count_launches
 # (family, the variable that names its checkout, mae_fast's model of its sizes, clips)
 PLAN = (
     ("transformers_sdpa", "", "videomae_base", 64),
-    ("mae_st", "MAE_ST_REPOSITORY", "vit_base", 64),
+    ("mae_st", "MAE_ST_REPOSITORY", "vit_base", 32),
     ("transformers_sdpa", "", "videomae_base", 8),
     ("videomae_v2", "VIDEOMAE_V2_REPOSITORY", "videomae_base", 64),
     ("videomae", "VIDEOMAE_REPOSITORY", "videomae_base", 64),
