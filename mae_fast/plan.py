@@ -253,7 +253,7 @@ def measured(folder: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 
     here, rows = devices()["cpu"], []
     known = (r for f in records.files([folder]) if f.is_file() for r in records.read(f))
-    for record in known:
+    for record in filter(records.measured, known):
         where = records.where(record)
         same = where == here if found["device"] == "this" else found["device"].upper() in where
         if not same or record.get("precision", "bf16") != found["precision"]:
