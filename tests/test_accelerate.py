@@ -17,7 +17,7 @@ from foreign import Parallel, assert_close, clips, make, process, relative, run,
 from torch import nn
 
 import mae_fast
-from mae_fast import ModelConfig
+from mae_fast import ModelConfig, drop_in
 from mae_fast.adapters import mae_st
 from mae_fast.adapters.parts import Unfused
 from mae_fast.errors import AccelerateError, ConfigError
@@ -403,3 +403,26 @@ def test_a_clip_of_another_size_is_refused(model, video):
     mae_fast.accelerate(model)
     with pytest.raises(ValueError, match=r"imgs must be \[N, 3, 8, 16, 16\]"):
         model(video[..., :8])
+
+
+def test_gradients_of_fp32_that_differ_are_compared_in_double(model, video, monkeypatch):
+    """Rounding may keep a sum over many tokens apart, a model of another kind stays refused."""
+    compare, seen = drop_in._gradients_differ, []
+
+    def rounded(ours, theirs, limit):
+        dtype = next(g.dtype for g in theirs.values() if g is not None)
+        seen.append(dtype)
+        return "mask_token" if dtype == torch.float32 else compare(ours, theirs, limit)
+
+    monkeypatch.setattr(drop_in, "_gradients_differ", rounded)
+    run(mae_fast.accelerate(copy.deepcopy(model)), video)
+    assert seen == [torch.float32, torch.float64]
+
+    class Slow(type(model)):
+        def forward(self, imgs, mask_ratio=0.75):
+            loss, *others = super().forward(imgs, mask_ratio)
+            return loss + 1e-3 * (self.norm.bias - self.norm.bias.detach()).sum(), *others
+
+    model.__class__ = Slow
+    with pytest.raises(AccelerateError, match=r"gradient of"):
+        run(mae_fast.accelerate(model), video)
