@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from benchmarks.gpu.engines import BAR, ENGINES, OURS
 from benchmarks.gpu.records import MEASURED, RESULTS
-from benchmarks.gpu.stages.accelerate import BEFORE, HOW
+from benchmarks.gpu.stages.accelerate import AFTER, BEFORE, HOW
 from benchmarks.markdown import read, section, where
 from mae_fast.bench.table import grouped
 from mae_fast.bench.timing import ratio, spread
@@ -124,10 +124,13 @@ def profile_cells(r: dict) -> list[str]:
     return [r["model"], str(r["batch_clips"]), f"{r['microseconds'] / 1e3:.1f}", shares, *launches]
 
 
+def clips_of(record: dict) -> set[int]:
+    return {engine["clips"] for engine in record["engines"].values()}
+
+
 def accelerate_cells(r: dict) -> list[str]:
     engines, seconds = r["engines"], r["seconds_a_clip"]
-    batches = dict.fromkeys(str(e["clips"]) for e in engines.values())
-    cells = [f"{r['family']}, {r['model']}", ", ".join(batches)]
+    cells = [f"{r['family']}, {r['model']}", ", ".join(map(str, sorted(clips_of(r))))]
     for name in (BEFORE, *HOW, OURS):
         rate = 1 / statistics.median(seconds[name]) if name in seconds else None
         cells.append(f"{rate:.0f}, {r['times'][name]:.2f}x" if rate else "-")
@@ -213,9 +216,13 @@ def headline(folder: Path) -> str:
                 text = f"{name} **{ours['clips_per_second'][OURS]:.0f} clips/s**"
                 parts.append(text + (f", {faster(bar):.2f}x" if bar else ""))
         if parts:
+            others = [r for r in records if r["kind"] == "accelerate"]
+            times = {r["family"]: r["times"][AFTER] for r in others if clips_of(r) == {64}}
+            words = ", ".join(f"`{family}` **{x:.2f}x**" for family, x in sorted(times.items()))
             return (
                 "**On one GPU** (64 clips of 16 frames, 90% masked, bf16, clips on the device):\n"
-                f"{', '.join(parts)},\nagainst the official code with SDPA and torch.compile in "
-                f"the same rounds\n({where(used)})."
+                f"{', '.join(parts)}, against the official code with SDPA and torch.compile\n"
+                f"in the same rounds ({where(used)})."
+                + (f"\n`accelerate`, B size, in their own loops: {words}." if words else "")
             )
     return "On a GPU: **unmeasured**."
