@@ -135,7 +135,8 @@ def accelerate_cells(r: dict) -> list[str]:
         rate = 1 / statistics.median(seconds[name]) if name in seconds else None
         cells.append(f"{rate:.0f}, {r['times'][name]:.2f}x" if rate else "-")
     launches = (str(sum(of.values())) for of in r["launches"].values())
-    gigabytes = (f"{e['peak_memory_mb'] / 1024:.1f}" for e in engines.values())
+    peaks = (engines[name]["peak_memory_mb"] / 1024 for name in (BEFORE, *HOW, OURS))
+    gigabytes = (f"{peak:.1f}" for peak in peaks)
     return [*cells, ", ".join(launches), ", ".join(gigabytes)]
 
 
