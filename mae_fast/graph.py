@@ -50,9 +50,9 @@ class Side:
     """Where graphs that belong together are captured: a stream, as libraries keep a workspace for
     every stream, and a pool of memory, which they use one after another as they were captured."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self.device, on_gpu = device, device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.stream = stream or torch.cuda.Stream(device) if on_gpu else None
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ of others.
 
 import contextlib
 import functools
+import gc
 import logging
 import threading
 import weakref
@@ -69,7 +70,7 @@ class Replays:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.known: list[_Replay] = []
-        self.sides: dict[torch.device, graph.Side] = {}
+        self.streams: dict[torch.device, torch.cuda.Stream | None] = {}
         self.failed = False
         self.one_thread = threading.Lock()
 
@@ -82,7 +83,7 @@ class Replays:
         try:
             kind = (function, others, [_kind(t) for t in tensors], _conditions(tensors[0]), tree)
             replay = self._of(kind, tensors)
-            if not replay.is_due(tensors):
+            if not replay.is_due():
                 return replay.warm_up(args, kwargs)
             if not self._captured(replay, tensors):
                 return function(*args, **kwargs)
@@ -91,15 +92,20 @@ class Replays:
             self.one_thread.release()
 
     def _of(self, kind: tuple, tensors: list[Tensor]) -> "_Replay":
-        """That of a kind of call; a new one takes the place of the one that is out of use."""
+        """That of a kind of call; a new one takes the place of the one that is out of use, or of
+        one whose parameters were exchanged."""
         found = next((r for r in self.known if r.kind == kind), None)
-        if found is None:
+        rest = [r for r in self.known if r is not found]
+        if found is None or found.places != _places(tensors, found.fixed):
+            if not self.known:
+                gc.collect()  # models of before hold their graphs' memory until then
             device = tensors[0].device
-            if device not in self.sides:
-                self.sides[device] = graph.Side(device)
+            # A pool of memory for each: two kinds may be between forward and backward.
+            side = graph.Side(device, self.streams.get(device))
+            self.streams[device] = side.stream
             own = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers())}
-            found = _Replay(kind, self.sides[device], [_storage(t) in own for t in tensors])
-        self.known = [found, *(r for r in self.known if r is not found)][:KINDS]
+            found = _Replay(kind, side, tensors, [_storage(t) in own for t in tensors])
+        self.known = [found, *rest][:KINDS]
         return found
 
     def _captured(self, replay: "_Replay", tensors: list[Tensor]) -> bool:
@@ -121,13 +127,13 @@ class _Replay:
     """One kind of call. `fixed`: which of the tensors lie in the model's own memory; what the
     others hold is copied into the graphs' memory."""
 
-    def __init__(self, kind: tuple, side: graph.Side, fixed: list[bool]) -> None:
+    def __init__(
+        self, kind: tuple, side: graph.Side, tensors: list[Tensor], fixed: list[bool]
+    ) -> None:
         self.kind, self.side, self.fixed = kind, side, fixed
-        self.calls, self.places = 0, []
+        self.places = _places(tensors, fixed)
+        self.calls = 0
         self.held = 0  # bytes that a call leaves in use until its backward
-        self.forget()
-
-    def forget(self) -> None:
         self.forward = self.backward = self.tree = None
         self.leaves: list[Tensor] = []  # the tensors, as the graphs read them
         self.outputs: list[Tensor] = []
@@ -138,12 +144,8 @@ class _Replay:
         self.number = 0
         self.last: Callable[[], _Use | None] = lambda: None
 
-    def is_due(self, tensors: list[Tensor]) -> bool:
+    def is_due(self) -> bool:
         """Whether this call can be a replay; else it is one more as it is without."""
-        places = [t.data_ptr() for t, fixed in zip(tensors, self.fixed, strict=True) if fixed]
-        if places != self.places:  # the first; or parameters were exchanged
-            self.forget()
-            self.calls, self.places = 0, places
         self.calls += 1
         use = self.last()
         return self.calls > WARMUP and (use is None or use.done)
@@ -297,6 +299,10 @@ def _conditions(t: Tensor) -> tuple:
     precision = torch.backends.cuda.matmul.fp32_precision
     exact = torch.are_deterministic_algorithms_enabled()
     return t.device, cast, forced, kept(), precision, exact, torch.get_default_dtype()
+
+
+def _places(tensors: list[Tensor], fixed: list[bool]) -> list[int]:
+    return [t.data_ptr() for t, is_fixed in zip(tensors, fixed, strict=True) if is_fixed]
 
 
 def _storage(t: Tensor) -> int:

@@ -208,6 +208,40 @@ def test_parameters_that_are_exchanged(how, pair, tiny_cfg):
     same(*found)
 
 
+def test_parameters_that_are_exchanged_before_a_backward(pair, tiny_cfg):
+    """Two forwards of other weights each, as by functional_call: the first one's backward is to
+    come, by the first one's weights."""
+    video, found = clips(tiny_cfg), []
+    for model in pair:
+        warm(model, video)
+        loss = loss_of(model, (video,))
+        before = [p.data for p in model.parameters()]
+        for p in model.parameters():
+            p.data = 2 * p.data
+        other = loss_of(model, (video,), 1).detach()
+        for p, data in zip(model.parameters(), before, strict=True):
+            p.data = data
+        loss.backward()
+        found.append([other, *(p.grad for p in model.parameters())])
+    same(*found)
+
+
+def test_two_kinds_before_a_backward(pair, tiny_cfg):
+    """What the first one's backward needs is not where the second one's graphs write."""
+    found = []
+    for model in pair:
+        rows = []
+        for k in range(2 * CALLS):
+            model.zero_grad()
+            losses = [loss_of(model, (clips(tiny_cfg, n),), k) for n in (2, 3)]
+            sum(losses if k % 2 else losses[::-1]).backward()
+            rows.append([p.grad.clone() for p in model.parameters()])
+        found.append(rows)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)  # added up in another order
+    assert all(r.forward and r.backward for r in known(pair[0]))
+    assert len({id(r.side) for r in known(pair[0])}) == 2
+
+
 def test_each_shape_has_its_own(pair, tiny_cfg):
     """The last batch of an epoch is smaller."""
     found = []
@@ -321,6 +355,21 @@ def test_restore_and_the_models_end_let_go_of_them(pair, tiny_cfg):
     gc.collect()
 
 
+def test_a_model_that_was_let_go_of_does_not_keep_its_graphs(tiny_cfg):
+    """It is a cycle, with its forward; the next model's calls want the memory."""
+    video = clips(tiny_cfg)
+    model, other = (mae_fast.accelerate(foreign.make(tiny_cfg).to(DEVICE)) for _ in range(2))
+    warm(model, video)
+    found = weakref.ref(known(model)[0])
+    gc.disable()
+    try:
+        del model
+        warm(other, video)
+        assert found() is None
+    finally:
+        gc.enable()
+
+
 def test_a_capture_that_fails_is_said_once(pair, tiny_cfg, monkeypatch, caplog):
     def fail(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -340,7 +389,7 @@ def test_the_graphs_memory_must_fit_beside(held, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 << 20, 200 << 20))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70 << 20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 << 20)
-    replay = replays._Replay((), SimpleNamespace(device=torch.device("cuda")), [])
+    replay = replays._Replay((), SimpleNamespace(device=torch.device("cuda")), [], [])
     replay.held = held << 20
     assert (replay.no_room([torch.zeros(1 << 18)]) is None) == (held == 20)
 
