@@ -189,6 +189,7 @@ class _Replay:
             )
             self.forward, out = self._graph(lambda: function(*args, **kwargs))
             self.outputs, self.tree = tree_flatten(out)
+            self.backward = None
         if any(self.of) and self.backward is None:
             pairs = zip(self.outputs, self.of, strict=True)
             self.given = [torch.zeros_like(t) for t, has in pairs if has]
@@ -210,9 +211,12 @@ class _Replay:
         """Of every tensor, from those of some outputs; by what forward has saved last."""
         outputs = [t for t, has in zip(self.outputs, of, strict=True) if has]
         asked = [t for t in self.leaves if t.requires_grad]
+        # One that is broken off may leave what it has made again (remade.py) to the next.
+        forward, self.forward = self.forward, None
         found = iter(
             torch.autograd.grad(outputs, asked, douts, retain_graph=True, allow_unused=True)
         )
+        self.forward = forward
         return [next(found) if t.requires_grad else None for t in self.leaves]
 
     def __call__(self, tensors: list[Tensor]):
@@ -285,8 +289,16 @@ def _fits(tensors: list[Tensor], others: list) -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and _get_current_dispatch_mode() is None
         and not torch.is_anomaly_enabled()
-        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        and _in_order(device)
     )
+
+
+def _in_order(device: torch.device) -> bool:
+    """A call begins when the last one's backward has ended: on a stream of their own two may
+    overlap, or somebody captures them."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 def _kind(t: Tensor) -> tuple:

@@ -176,6 +176,36 @@ def test_a_second_backward(pair, tiny_cfg):
         loss.backward()
 
 
+@pytest.mark.parametrize("of", [0, 1])
+def test_a_backward_that_is_broken_off_leaves_nothing(of, pair, tiny_cfg, monkeypatch):
+    """By an interrupt, or out of memory, between two layers that read the same norm made again: the
+    first one's gradient is there, and the next call's norm is another. `of`: which output."""
+    video, found, grad = clips(tiny_cfg), [], torch.autograd.grad
+
+    def broken_off(outputs, inputs, *args, **kwargs):
+        weight = pair[0].blocks[-1].attn.k.weight
+        inputs = [t for t in inputs if t.data_ptr() == weight.data_ptr()]
+        grad(outputs, inputs, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    warm(pair[0], video, replays.WARMUP if of == 0 else CALLS)
+    out = pair[0](video)[of].sum()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.autograd, "grad", broken_off)
+        out.backward()
+    del out
+    for model in pair:
+        rows = []
+        for k, which in enumerate([of, of, of, 0]):
+            torch.manual_seed(k)
+            model.zero_grad()
+            model(torch.randn_like(video))[which].sum().backward()
+            rows.append([p.grad.clone() for p in model.parameters()])
+        found.append(rows)
+    same(*found)
+    assert known(pair[0])[0].forward
+
+
 def test_weights_that_change_before_backward_are_found(pair, tiny_cfg):
     model, video = pair[0], clips(tiny_cfg)
     warm(model, video)
@@ -392,6 +422,14 @@ def test_the_graphs_memory_must_fit_beside(held, monkeypatch):
     replay = replays._Replay((), SimpleNamespace(device=torch.device("cuda")), [], [])
     replay.held = held << 20
     assert (replay.no_room([torch.zeros(1 << 18)]) is None) == (held == 20)
+
+
+def test_streams_of_ones_own_run_without(monkeypatch):
+    """A forward there may overlap the backward of the last call, in the same memory."""
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    for stream in ("default", "own"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, stream=stream: stream)
+        assert replays._in_order(torch.device("cuda")) == (stream == "default")
 
 
 def test_without_graphs(pair, tiny_cfg):
