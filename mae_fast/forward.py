@@ -25,8 +25,6 @@ from mae_fast.ops.layer_norm import layer_norm
 from mae_fast.ops.linear import linear, linears
 from mae_fast.ops.masked_hog_mse import hog_patches, masked_hog_mse
 from mae_fast.ops.masked_mse import masked_mse, target_patches
-from mae_fast.ops.mlp import OP as MLP
-from mae_fast.ops.mlp import mlp
 from mae_fast.ops.patch_embed import patch_embed
 from mae_fast.ops.source import Source
 from mae_fast.remade import keeping, kept, remade
@@ -405,9 +403,6 @@ def transformer_block(
         qkv = _qkv(x, h, p, heads, first)
     a = _attend(p, qkv, first).flatten(2)  # [B, S - first, D]
     x, h = _norm(x[:, x.shape[1] - a.shape[1] :], apply_layer(a, p.proj), p.norm2)
-    if type(p.fc1) is type(p.fc2) is Affine and MLP.choose(h, *p.fc1, *p.fc2) != "apart":
-        with remade(h, layer_norm, x, *p.norm2, h.dtype):
-            return x, mlp(h, *p.fc1, *p.fc2, keep=kept())
     if type(p.fc1) is Affine:
         with remade(h, layer_norm, x, *p.norm2, h.dtype):
             activation = bias_gelu, linear(h, p.fc1.weight), p.fc1.bias

@@ -225,12 +225,7 @@ def test_info_gives_each_backend_a_reason():
     from mae_fast.ops import OPS
 
     found = info.collect()
-    backends = {b for op in OPS.values() for b in op.backends} - {
-        "apart",
-        "reference",
-        "sdpa",
-        "torch",
-    }
+    backends = {b for op in OPS.values() for b in op.backends} - {"reference", "sdpa", "torch"}
     assert backends | {"cpp", "triton", "flash_attn_3", "sdpa_cudnn"} <= set(found["backends"])
     if found["devices"].get("cuda", "").startswith("none"):
         assert "no CUDA device" in found["backends"]["triton"]

@@ -13,7 +13,6 @@ from torch import Tensor
 from mae_fast.bench.baselines.official import normed, normed_by_channel, patches
 from mae_fast.masking import mask_from_keep
 from mae_fast.ops.crop_resize_patchify_gather import crop_resize_patchify_gather_ref
-from mae_fast.ops.mlp import mlp_ref
 
 
 def same(*results: Tensor) -> tuple[Tensor, ...]:
@@ -166,7 +165,6 @@ TORCH: dict[str, Callable] = {
     "linear": F.linear,
     "layer_norm": _torch_layer_norm,
     "add_layer_norm": _torch_add_layer_norm,
-    "mlp": mlp_ref,
     "bias_gelu": lambda x, bias: F.gelu(x + bias),
 }
 OFFICIAL: dict[str, Callable[..., Baseline]] = {

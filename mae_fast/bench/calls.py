@@ -237,8 +237,8 @@ def _source(cfg: ModelConfig, clips: int) -> Source:
 
 
 def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> list[Call]:
-    """Each different call of one forward, whatever its phase, of HOG's loss, of the MLPs as one op,
-    and what the data path calls."""
+    """Each different call of one forward, whatever its phase, of HOG's loss, and what the data path
+    calls."""
     merged: dict[tuple, Call] = {}
     for call in step_calls(cfg, clips, ratio, dtype):
         key = call.op, call.shape
@@ -260,19 +260,7 @@ def calls(cfg: ModelConfig, clips: int, ratio: float, dtype: torch.dtype) -> lis
         "crop_resize_patchify_gather": (_source(cfg, clips), ids, *pixels),
     }
     loading = (Call(op, args, kept=kept, length=length) for op, args in data.items())
-    found = [*merged.values()]
-    return [*found, *(_mlp(cfg, c) for c in found if c.op == "bias_gelu"), *loading]
-
-
-def _mlp(cfg: ModelConfig, call: Call) -> Call:
-    """The MLP that a call of bias_gelu stands in."""
-    x, bias = call.args
-    widths = cfg.embed_dim, cfg.decoder_embed_dim
-    width = next(w for w in widths if int(w * cfg.mlp_ratio) == len(bias))
-    shapes = (len(bias), width), (len(bias),), (width, len(bias)), (width,)
-    inside = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device="meta")
-    weights = (torch.empty(shape, dtype=bias.dtype, device="meta") for shape in shapes)
-    return replace(call, op="mlp", args=(inside, *weights))
+    return [*merged.values(), *loading]
 
 
 def check(call: Call, function: Callable) -> None:

@@ -11,7 +11,6 @@ from mae_fast.ops import (  # noqa: F401  every op, so that dispatch.OPS is whol
     linear,
     masked_hog_mse,
     masked_mse,
-    mlp,
     patch_embed,
     patchify_gather,
 )

@@ -6,15 +6,19 @@ the CPU multiplies tiles, keep no scores: backward saves q, k, v, out and each r
 and computes them again.
 """
 
+import json
+import logging
 from collections.abc import Iterable
+from importlib import resources
 
 import torch
 from torch import Tensor
 
 from mae_fast.ops import attention_libraries as libraries
 from mae_fast.ops import dispatch
-from mae_fast.ops.measured import Measured, row
 from mae_fast.spans import spanned
+
+log = logging.getLogger("mae_fast")
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -145,15 +149,48 @@ def measured_key(width: int, keys: int, dtype: torch.dtype, gradients: bool) -> 
     """A row of the table: "d32-s2048-bfloat16-both" for 1,025 to 2,048 keys, forward and backward
     (without gradients "forward")."""
     length = 1 << max(keys - 1, 0).bit_length()
-    return row(f"d{width}-s{length}", dtype, gradients)
+    direction = "both" if gradients else "forward"
+    return f"d{width}-s{length}-{str(dtype).removeprefix('torch.')}-{direction}"
 
 
-class _Attention(Measured):
+def read_measured() -> dict[str, dict[str, dict[str, float]]]:
+    """The table that `make gpu` writes, kernels/measured_backends.json, or {}.
+
+    {architecture: {measured_key: {backend: milliseconds}}}, architectures as "90" for sm_90, the
+    times of a row taken side by side at the same shapes.
+    """
+    file = resources.files("mae_fast.kernels") / "measured_backends.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def orders(rows: dict[str, dict[str, float]]) -> dict[str, tuple[str, ...]]:
+    """{measured_key: backends, the fastest first}: as flat as torch.compile wants it."""
+    return {row: tuple(sorted(times, key=times.get)) for row, times in rows.items()}
+
+
+architecture = dispatch.constant(lambda: "{}{}".format(*torch.cuda.get_device_capability()))
+measured = dispatch.constant(lambda: orders(read_measured().get(architecture(), {})))
+_guessed: set[str] = set()
+
+
+class _Attention(dispatch.Op):
     def order(self, q: Tensor, k: Tensor, v: Tensor) -> Iterable[str]:
         if q.device.type != "cuda":
             return self.backends
         gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
         return self.by_table(measured_key(q.shape[-1], k.shape[1], q.dtype, gradients))
+
+    def by_table(self, row: str) -> Iterable[str]:
+        """The fastest first where the row was measured, then what it does not have."""
+        fastest = measured().get(row)
+        if fastest:
+            found = [name for name in fastest if name in self.backends]
+            return [*found, *(name for name in self.backends if name not in found)]
+        if not torch.compiler.is_compiling() and row not in _guessed:
+            _guessed.add(row)
+            where = f"sm_{architecture()}, {row}"
+            log.info("attention: the order of backends is a guess, %s was not measured", where)
+        return self.backends
 
 
 # The order without a measured table: ours, then libraries by age, then torch, which takes all.

@@ -128,10 +128,10 @@ class _HalfLinear(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         rows = [len(w) for w in weights]
         x16 = x.to(dtype)
-        weight = in_one(weights, rows, x16, x.shape[-1])
+        weight = _in_one(weights, rows, x16, x.shape[-1])
         bias = None
         if any(b is not None for b in biases):
-            bias = in_one(biases, rows, x16)
+            bias = _in_one(biases, rows, x16)
         ctx.save_for_backward(x16, weight)
         ctx.rows, ctx.dtype = rows, x.dtype
         return F.linear(x16, weight, bias)
@@ -182,7 +182,7 @@ class Copies:
 _copies: Copies | None = None
 
 
-def in_one(parts: Sequence[Tensor | None], rows: list[int], like: Tensor, *width: int) -> Tensor:
+def _in_one(parts: Sequence[Tensor | None], rows: list[int], like: Tensor, *width: int) -> Tensor:
     """A tensor as `like` whose rows are those of the parts, rounded; zeros where there is none."""
     key = *map(id, parts), *rows, like.dtype
     if _copies is not None and key in _copies.known:
@@ -204,7 +204,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def why_not_half(x: Tensor, weight: Tensor) -> str | None:
+def _why_not_half(x: Tensor, weight: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "a compiler makes its own"
     if dispatch.autocast_dtype(x.device.type) not in (torch.bfloat16, torch.float16):
@@ -241,7 +241,7 @@ dispatch.MACHINE["half"] = why_no_half
 OP = dispatch.Op(
     "linear",
     "products: fp32 by the faster CPU library, under autocast several in one",
-    {"onednn": _why_not_onednn, "half": why_not_half, "reference": dispatch.anything},
+    {"onednn": _why_not_onednn, "half": _why_not_half, "reference": dispatch.anything},
 )
 
 

@@ -44,9 +44,8 @@ def work(op: str, args: tuple, product: torch.dtype | None = None) -> Both:
 def outputs(op: str, args: tuple, product: torch.dtype | None = None) -> list[tuple]:
     """(shape, dtype) of what a call gives."""
     x = args[0]
-    if op in ("linear", "mlp"):
-        last = args[1] if op == "linear" else args[3]
-        return [((*x.shape[:-1], len(last)), product or x.dtype)]
+    if op == "linear":
+        return [((*x.shape[:-1], len(args[1])), product or x.dtype)]
     if op == "patch_embed":
         _, ids, weight, _, pos = args[:5]
         wide = torch.promote_types(product or weight.dtype, pos.dtype)
@@ -137,18 +136,6 @@ def _bias_gelu(product, x, bias) -> Both:
     return Work(0, 2 * _size(x)), Work(0, 3 * _size(x))
 
 
-def _mlp(product, x, fc1, bias1, fc2, bias2) -> Both:
-    """The hidden layer and its activation are written and read; in backward its gradient too."""
-    rows, p = x.numel() // x.shape[-1], (product or x.dtype).itemsize
-    flop = 2 * rows * (fc1.numel() + fc2.numel())
-    weights, hidden = p * (fc1.numel() + fc2.numel()), p * rows * len(fc1)
-    ends = p * (x.numel() + rows * len(fc2))
-    return (
-        Work(flop, ends + weights + 3 * hidden),
-        Work(2 * flop, ends + p * x.numel() + 2 * weights + 5 * hidden),
-    )
-
-
 WORK: dict[str, Callable[..., Both]] = {
     "linear": _linear,
     "attention": _attention,
@@ -161,7 +148,6 @@ WORK: dict[str, Callable[..., Both]] = {
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
     "bias_gelu": _bias_gelu,
-    "mlp": _mlp,
 }
 
 
@@ -192,8 +178,6 @@ def register() -> None:
         ),
         ops.attention_qkv_bwd: lambda dout, qkv, *_, **__: 2 * _attention_qkv_flop(dout, qkv),
         ops.linear_grads: lambda g, x, *_, **__: 2 * math.prod(g) * x[1],
-        ops.mlp_fwd: _product_flop,
-        ops.mlp_bwd: lambda dout, weight, *_, **__: 2 * math.prod(dout) * weight[1],
         ops.patch_embed_fwd: lambda video, ids, weight, *_, **__: (
             2 * math.prod(ids) * math.prod(weight)
         ),

@@ -183,16 +183,6 @@ def _linear(m: _Maker):
         yield name, Call("linear_sums", (m.floats(m.model.clips * tokens, width).detach(),))
 
 
-def _mlp(m: _Maker):
-    """In 16 bits alone; without autograd, as `linear`."""
-    for name, tokens, width in _stacks(m) if m.dtype != torch.float32 else ():
-        rows, hidden = m.model.clips * tokens, 4 * width
-        x, pre = m.floats(rows, width).detach(), m.floats(rows, hidden).detach()
-        weight, bias = m.floats(hidden, width).detach(), m.param(hidden).detach()
-        yield name, Call("mlp_fwd", (x, weight, bias))
-        yield name, Call("mlp_bwd", (x, weight.t().contiguous(), pre, bias))
-
-
 def _bias_gelu(m: _Maker):
     for name, tokens, width in _stacks(m):
         yield name, (m.floats(m.model.clips, tokens, 4 * width), m.param(4 * width))
@@ -260,7 +250,6 @@ CASES: dict[str, Callable[[_Maker], Any]] = {
     "linear": _linear,
     "masked_hog_mse": _masked_hog_mse,
     "masked_mse": _masked_mse,
-    "mlp": _mlp,
     "patch_embed": _patch_embed,
     "patchify_gather": _patchify_gather,
 }

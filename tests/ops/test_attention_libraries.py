@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mae_fast
 from mae_fast.errors import BackendError
+from mae_fast.ops import attention as home
 from mae_fast.ops import attention_libraries as libraries
-from mae_fast.ops import dispatch, measured
+from mae_fast.ops import dispatch
 from mae_fast.ops.attention import OP, attention, attention_ref, measured_key
 from mae_fast.ops.attention_libraries import LIBRARIES
 
@@ -384,11 +385,11 @@ def table(monkeypatch, tmp_path):
 
     def install(rows):
         (tmp_path / "measured_backends.json").write_text(json.dumps({"90": rows}))
-        monkeypatch.setattr(measured.resources, "files", lambda package: tmp_path)
-        found = measured.orders(measured.read_measured()["90"])
-        monkeypatch.setattr(measured, "measured", lambda: found)
-        monkeypatch.setattr(measured, "architecture", lambda: "90")
-        monkeypatch.setattr(measured, "_guessed", set())
+        monkeypatch.setattr(home.resources, "files", lambda package: tmp_path)
+        found = home.orders(home.read_measured()["90"])
+        monkeypatch.setattr(home, "measured", lambda: found)
+        monkeypatch.setattr(home, "architecture", lambda: "90")
+        monkeypatch.setattr(home, "_guessed", set())
 
     return install
 
@@ -425,15 +426,15 @@ def test_rows_and_the_place_of_the_table(table, tmp_path):
     assert measured_key(32, 2048, torch.bfloat16, True) == "d32-s2048-bfloat16-both"
     assert measured_key(32, 1, torch.bfloat16, True) == "d32-s1-bfloat16-both"
     table({"row": {"triton": 0.3, "sdpa": 0.1}})
-    assert measured.read_measured() == {"90": {"row": {"triton": 0.3, "sdpa": 0.1}}}
-    assert measured.measured() == {"row": ("sdpa", "triton")}
+    assert home.read_measured() == {"90": {"row": {"triton": 0.3, "sdpa": 0.1}}}
+    assert home.measured() == {"row": ("sdpa", "triton")}
     (tmp_path / "measured_backends.json").unlink()
-    assert measured.read_measured() == {}
+    assert home.read_measured() == {}
 
 
 def test_torch_compile_follows_the_table(monkeypatch):
     row = measured_key(32, 40, torch.float32, False)
-    monkeypatch.setattr(measured, "measured", dispatch.constant(lambda: {row: ("sdpa", "triton")}))
+    monkeypatch.setattr(home, "measured", dispatch.constant(lambda: {row: ("sdpa", "triton")}))
 
     def first(q):
         return q * len(OP.by_table(measured_key(q.shape[-1], q.shape[1], q.dtype, False))[0])

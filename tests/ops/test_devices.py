@@ -68,9 +68,6 @@ ARGUMENTS = {  # of every public function of an op
     "masked_mse": lambda: {
         "pred": ones(2, 3, 96), "frames": (0, 1, 2, 3), "norm_pix": "patch", **clip(), **PATCHES
     },
-    "mlp": lambda: {
-        "x": ones(2, 8), "fc1": ones(4, 8), "bias1": ones(4), "fc2": ones(8, 4), "bias2": ones(8)
-    },
     "patch_embed": lambda: {
         "weight": ones(8, 96), "bias": ones(8), "pos": ones(8, 8), **clip(), **PATCHES
     },

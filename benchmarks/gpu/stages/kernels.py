@@ -2,8 +2,7 @@
 what the device can do in the same rounds (mae_fast/bench/ops.py).
 
 Attention is a stage of its own: by every backend that is here, ours, libraries, each of torch's
-kernels. Its times and mlp's are kernels/measured_backends.json, by which the ops choose, also in
-`steps`.
+kernels. Its times are kernels/measured_backends.json, by which the op chooses, also in `steps`.
 """
 
 import statistics
@@ -21,8 +20,7 @@ from mae_fast.bench import ops
 from mae_fast.bench.calls import Call
 from mae_fast.bench.timing import share
 from mae_fast.kernels import configs
-from mae_fast.ops.attention import measured_key as attention_row
-from mae_fast.ops.mlp import measured_key as mlp_row
+from mae_fast.ops.attention import measured_key
 
 MODELS, BATCH, ROUNDS = ("vit_base", "vit_large"), 64, 10
 ATTENTION_MODELS = ("vit_large", "vit_base", "vit_huge16")
@@ -41,7 +39,6 @@ def items(setting: Setting) -> Iterator[Item]:
     limits = setting.limits()
     found = [case for case in cases(setting, MODELS, BATCH) if case.call.op != "attention"]
     yield from items_of(setting, found, limits)
-    setting.write_table("measured_backends.json", rows(setting.records.all()))
     yield from items_of(setting, setting.some(found, 2), limits, inductor=True)
 
 
@@ -98,13 +95,10 @@ def measure(setting: Setting, case: Case, direction: str, limits: dict, inductor
     how = plan(setting, case.model)
     ready = ops.ready_call(how, case.call, case.two, direction, others)
     record = told(ops.measure(how, ready, limits, setting.clock(cold=True)))
-    how = torch.bfloat16, direction != "forward"
     if case.call.op == "attention":
         width, keys = case.call.args[1].shape[-1], case.call.args[1].shape[1]
-        record |= {"width": width, "keys": keys, "row": attention_row(width, keys, *how)}
-    if case.call.op == "mlp" and not inductor:
-        record["row"] = mlp_row(case.call.args[1], *how)
-    if "row" in record:
+        row = measured_key(width, keys, torch.bfloat16, direction != "forward")
+        record |= {"width": width, "keys": keys, "row": row}
         record["architecture"] = configs.architecture()
     return record
 
