@@ -240,6 +240,5 @@ def test_op_refuses_a_second_gradient(case):
         pytest.skip(f"{case} has no backward of its own")
     function, args = _args(case)
     leaves = [a for a in args if a.requires_grad]
-    first = torch.autograd.grad(_sum(function(*args)), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(g.sum() for g in first).backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(_sum(function(*args)), leaves, create_graph=True)
