@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mae_fast import graph
 from mae_fast.ops import dispatch
-from mae_fast.remade import kept
 
 log = logging.getLogger("mae_fast")
 
@@ -285,6 +284,7 @@ def _fits(tensors: list[Tensor], others: list) -> bool:
         and graph.why_not(device) is None
         and any(t.requires_grad for t in tensors)
         and all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in tensors)
+        and not any(t.is_inference() for t in tensors)
         and all(type(o) in _CONSTANTS for o, _ in others)
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and _get_current_dispatch_mode() is None
@@ -310,7 +310,7 @@ def _conditions(t: Tensor) -> tuple:
     cast, forced = dispatch.autocast_dtype(t.device.type), dict(dispatch._forced)
     precision = torch.backends.cuda.matmul.fp32_precision
     exact = torch.are_deterministic_algorithms_enabled()
-    return t.device, cast, forced, kept(), precision, exact, torch.get_default_dtype()
+    return t.device, cast, forced, precision, exact, torch.get_default_dtype()
 
 
 def _places(tensors: list[Tensor], fixed: list[bool]) -> list[int]:

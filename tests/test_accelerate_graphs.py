@@ -16,6 +16,7 @@ import foreign
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mae_fast
 from mae_fast import graph, replays
@@ -216,19 +217,24 @@ def test_weights_that_change_before_backward_are_found(pair, tiny_cfg):
         loss.backward()
 
 
-@pytest.mark.parametrize("how", ["data", "assign", "freeze", "copy_", "double"])
+@pytest.mark.parametrize("how", ["data", "turned", "assign", "freeze", "thaw", "copy_", "double"])
 def test_parameters_that_are_exchanged(how, pair, tiny_cfg):
     video, found = clips(tiny_cfg), []
     for model in pair:
-        warm(model, video)
         p = model.blocks[0].mlp.fc1.weight
+        p.requires_grad_(how != "thaw")
+        warm(model, video)
         if how == "data":
             p.data = p.data * 2
+        elif how == "turned":
+            model.blocks[0].attn.proj.weight.data = model.blocks[0].attn.proj.weight.data.t()
         elif how == "assign":
             state = {k: t.clone() * 2 for k, t in model.state_dict().items()}
             model.load_state_dict(state, assign=True)
         elif how == "freeze":
             p.requires_grad_(False)
+        elif how == "thaw":
+            p.requires_grad_(True)
         elif how == "double":
             model.double()
         else:
@@ -272,6 +278,15 @@ def test_two_kinds_before_a_backward(pair, tiny_cfg):
     assert len({id(r.side) for r in known(pair[0])}) == 2
 
 
+def test_each_dtype_has_its_own(pair, tiny_cfg):
+    video, found = clips(tiny_cfg), []
+    pixels = (50 * video + 128).clamp(0, 255).byte()
+    for model, how in zip(pair, (True, False), strict=True):
+        mae_fast.accelerate(model, mean=0.45, std=0.225, cuda_graph=how)
+        found.append([step(model, (clip,), 1) for clip in [video] * CALLS + [pixels] * CALLS])
+    same(*found)
+
+
 def test_each_shape_has_its_own(pair, tiny_cfg):
     """The last batch of an epoch is smaller."""
     found = []
@@ -303,6 +318,27 @@ def test_precision_and_backends_are_not_mixed_up(pair, tiny_cfg):
         found.append(rows)
     same(*found)
     assert len(known(pair[0])) == 3
+
+
+@pytest.mark.parametrize(
+    "setting, values",
+    [
+        (torch.set_float32_matmul_precision, ("high", "highest")),
+        (torch.use_deterministic_algorithms, (True, False)),
+        (torch.set_default_dtype, (torch.float64, torch.float32)),
+    ],
+    ids=["tf32", "deterministic", "default_dtype"],
+)
+def test_a_setting_makes_another_kind(setting, values, pair, tiny_cfg):
+    """A graph has the kernels of its capture."""
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    try:
+        setting(values[0])
+        loss_of(model, (video,))
+    finally:
+        setting(values[1])
+    assert len(known(model)) == 2
 
 
 def _no_grad(model, video):
@@ -344,9 +380,45 @@ def _own_layer(model, video):
     model.blocks[0].mlp.fc1 = layer
 
 
+def _frozen(model, video):
+    model.requires_grad_(False)
+    model(video)
+    model.requires_grad_(True)
+
+
+def _counted(model, video):
+    with FlopCounterMode(display=False):
+        loss_of(model, (video,)).backward()
+
+
+def _of_a_class(model, video):
+    loss_of(model, (video.as_subclass(type("Video", (Tensor,), {})),)).backward()
+
+
+def _of_inference(model, video):
+    """torch cannot save it for a backward, which does not read it."""
+    layer, before = model.decoder_pred, model.decoder_pred.bias
+    with torch.inference_mode():
+        layer.bias = nn.Parameter(before.clone(), requires_grad=False)
+    loss_of(model, (video,)).backward()
+    layer.bias = before
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(
-    "call", [_no_grad, _saved_on_cpu, _checkpointed, _anomaly, _hooked, _own_layer]
+    "call",
+    [
+        _no_grad,
+        _saved_on_cpu,
+        _checkpointed,
+        _anomaly,
+        _hooked,
+        _own_layer,
+        _frozen,
+        _counted,
+        _of_a_class,
+        _of_inference,
+    ],
 )
 def test_what_does_not_fit_runs_without(call, pair, tiny_cfg):
     model, video = pair[0], clips(tiny_cfg)
