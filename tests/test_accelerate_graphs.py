@@ -140,6 +140,22 @@ def test_backward_is_of_any_outputs(of, pair, tiny_cfg):
     same(*found)
 
 
+def test_backward_is_a_graph_too(pair, tiny_cfg, monkeypatch):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    monkeypatch.setattr(known(model)[0], "_gradients", None)
+    loss_of(model, (video,)).backward()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_is_frozen(part, tiny_cfg):
+    """Of an encoder that is, the latent tokens have no gradient, though some parameter has."""
+    model, args = family_of("videomae", tiny_cfg)
+    model.get_submodule(part).requires_grad_(False)
+    found = [[step(m, args, k) for k in range(CALLS)] for m in both(model)]
+    same(*found)
+
+
 def test_two_forwards_before_a_backward(pair, tiny_cfg):
     """The second may not write over what the first one's backward needs."""
     video, found = clips(tiny_cfg), []
@@ -482,6 +498,16 @@ def test_a_capture_that_fails_is_said_once(pair, tiny_cfg, monkeypatch, caplog):
     same(*found)
     said = [r.message for r in caplog.records if "without CUDA graphs" in r.message]
     assert said == ["forward and backward run without CUDA graphs: CUDA out of memory"]
+    assert not known(pair[0]), "their memory is wanted"
+
+
+def test_a_call_within_another_threads_runs_without(pair, tiny_cfg):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    before = known(model)[0].number
+    with model.forward.replays.one_thread:
+        same(step(model, (video,)), step(pair[1], (video,)))
+    assert known(model)[0].number == before
 
 
 @pytest.mark.parametrize("held", [20, 30])
