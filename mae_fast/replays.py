@@ -102,7 +102,7 @@ class Replays:
             # A pool of memory for each: two kinds may be between forward and backward.
             side = graph.Side(device, self.streams.get(device))
             self.streams[device] = side.stream
-            own = {_storage(t) for t in (*self.model.parameters(), *self.model.buffers())}
+            own = {_storage(p) for p in self.model.parameters()}
             found = _Replay(kind, side, tensors, [_storage(t) in own for t in tensors])
         self.known = [found, *rest][:KINDS]
         return found
@@ -123,7 +123,7 @@ class Replays:
 
 
 class _Replay:
-    """One kind of call. `fixed`: which of the tensors lie in the model's own memory; what the
+    """One kind of call. `fixed`: which of the tensors lie in the model's parameters; what the
     others hold is copied into the graphs' memory."""
 
     def __init__(
@@ -246,7 +246,7 @@ class _Use:
 
 
 class _Replayed(torch.autograd.Function):
-    """A replay of both graphs. What lies in the model's memory is saved, so that torch finds it
+    """A replay of both graphs. What lies in parameters is saved, so that torch finds it
     changed before its backward; the rest of what backward needs is in the graphs' memory, until
     the next forward."""
 
