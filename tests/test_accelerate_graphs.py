@@ -122,6 +122,15 @@ def test_outputs_and_gradients_are_not_written_again(pair, tiny_cfg):
     same([t.detach() for t in held], [t.detach() for t in before])
 
 
+def test_clips_are_not_written(pair, tiny_cfg):
+    """The first one's memory is the program's, not that of the graphs."""
+    model, video = pair[0], clips(tiny_cfg)
+    before = video.clone()
+    warm(model, video)
+    loss_of(model, (video + 1,)).backward()
+    same(video, before)
+
+
 @pytest.mark.parametrize("of", ["pred", "both", "none"])
 def test_backward_is_of_any_outputs(of, pair, tiny_cfg):
     """After a graph of the loss alone."""
