@@ -19,6 +19,7 @@ import gc
 import logging
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -35,6 +36,7 @@ log = logging.getLogger("mae_fast")
 
 WARMUP = 3  # calls of a kind before its capture: all kernels and workspaces exist by then
 KINDS = 8  # of calls that are remembered
+SPAN = 4 * KINDS  # calls of the model in which those of a kind must come to be captured
 MEMORY = 0.9  # of what is free, which the graphs may take
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 _replays: ContextVar["Replays | None"] = ContextVar("replays", default=None)
@@ -69,6 +71,7 @@ class Replays:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.known: list[_Replay] = []
+        self.calls = 0
         self.streams: dict[torch.device, torch.cuda.Stream | None] = {}
         self.failed = False
         self.one_thread = threading.Lock()
@@ -82,7 +85,8 @@ class Replays:
         try:
             kind = (function, others, [_kind(t) for t in tensors], _conditions(tensors[0]), tree)
             replay = self._of(kind, tensors)
-            if not replay.is_due():
+            self.calls += 1
+            if not replay.is_due(self.calls):
                 return replay.warm_up(args, kwargs)
             if not self._captured(replay, tensors):
                 return function(*args, **kwargs)
@@ -110,9 +114,12 @@ class Replays:
     def _captured(self, replay: "_Replay", tensors: list[Tensor]) -> bool:
         """False where it cannot be, now and later."""
         reason = None if replay.forward else replay.no_room(tensors)
+        if reason and len(self.known) > 1:
+            self.known = [replay]  # the others may come again
+            reason = replay.no_room(tensors)
         if reason is None:
             try:
-                with dispatch.on(tensors[0].device):
+                with dispatch.on(tensors[0].device), _back_to_the_stream(replay.side):
                     replay.capture(tensors)
                 return True
             except RuntimeError as e:  # what failed first is the context of what ends the capture
@@ -131,7 +138,7 @@ class _Replay:
     ) -> None:
         self.kind, self.side, self.fixed = kind, side, fixed
         self.places = _places(tensors, fixed)
-        self.calls = 0
+        self.calls: deque[int] = deque(maxlen=WARMUP + 1)  # the numbers of the last ones
         self.held = 0  # bytes that a call leaves in use until its backward
         self.forward = self.backward = self.tree = None
         self.leaves: list[Tensor] = []  # the tensors, as the graphs read them
@@ -143,16 +150,18 @@ class _Replay:
         self.number = 0
         self.last: Callable[[], _Use | None] = lambda: None
 
-    def is_due(self) -> bool:
-        """Whether this call can be a replay; else it is one more as it is without."""
-        self.calls += 1
-        use = self.last()
-        return self.calls > WARMUP and (use is None or use.done)
+    def is_due(self, number: int) -> bool:
+        """Whether this call can be a replay; else it is one more as it is without. The last batch
+        of an epoch is not worth the memory."""
+        self.calls.append(number)
+        use, often = self.last(), number - self.calls[0] <= SPAN
+        due = self.forward is not None or (len(self.calls) > WARMUP and often)
+        return due and (use is None or use.done)
 
     def warm_up(self, args: tuple, kwargs: dict):
         """The call as it is without; the last of these on the stream of the capture."""
         function = self.kind[0]
-        if self.calls != WARMUP:
+        if len(self.calls) != WARMUP:
             return function(*args, **kwargs)
         with self.side.beside():
             before = _in_use(self.side.device)
@@ -179,7 +188,7 @@ class _Replay:
         if self.forward is None:
             # Not t.detach(), whose count of changes is the parameter's: an optimizer's are allowed.
             self.leaves = [
-                (t.data if fixed else t.detach().clone()).requires_grad_(t.requires_grad)
+                (t.data if fixed else t.detach().clone()).requires_grad_(_wants_gradient(t))
                 for t, fixed in zip(tensors, self.fixed, strict=True)
             ]
             leaves = iter(self.leaves)
@@ -276,13 +285,27 @@ class _Replayed(torch.autograd.Function):
         return None, *ctx.replay.gradients(douts)
 
 
+@contextlib.contextmanager
+def _back_to_the_stream(side: graph.Side) -> Iterator[None]:
+    """After a capture that fails, torch stays on its stream, and gives memory from its pool."""
+    if side.device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.current_stream(side.device)
+    try:
+        yield
+    except RuntimeError:
+        torch.cuda.set_stream(before)
+        with contextlib.suppress(RuntimeError):  # where the capture has ended
+            torch._C._cuda_endAllocateToPool(side.device.index, side.pool)
+        raise
+
+
 def _fits(tensors: list[Tensor], others: list) -> bool:
-    """Plain tensors on a device with graphs, constants, gradients, and nobody who looks on."""
+    """Plain tensors on a device with graphs, constants, and nobody who looks on."""
     device = tensors[0].device
     return (
-        torch.is_grad_enabled()
-        and graph.why_not(device) is None
-        and any(t.requires_grad for t in tensors)
+        graph.why_not(device) is None
         and all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in tensors)
         and not any(t.is_inference() for t in tensors)
         and all(type(o) in _CONSTANTS for o, _ in others)
@@ -302,7 +325,11 @@ def _in_order(device: torch.device) -> bool:
 
 
 def _kind(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype, t.requires_grad
+    return t.shape, t.stride(), t.dtype, _wants_gradient(t)
+
+
+def _wants_gradient(t: Tensor) -> bool:
+    return t.requires_grad and torch.is_grad_enabled()
 
 
 def _conditions(t: Tensor) -> tuple:

@@ -366,8 +366,8 @@ def test_a_setting_makes_another_kind(setting, values, pair, tiny_cfg):
     assert len(known(model)) == 2
 
 
-def _no_grad(model, video):
-    with torch.no_grad():
+def _inference(model, video):
+    with torch.inference_mode():
         model(video)
 
 
@@ -405,12 +405,6 @@ def _own_layer(model, video):
     model.blocks[0].mlp.fc1 = layer
 
 
-def _frozen(model, video):
-    model.requires_grad_(False)
-    model(video)
-    model.requires_grad_(True)
-
-
 def _counted(model, video):
     with FlopCounterMode(display=False):
         loss_of(model, (video,)).backward()
@@ -433,13 +427,12 @@ def _of_inference(model, video):
 @pytest.mark.parametrize(
     "call",
     [
-        _no_grad,
+        _inference,
         _saved_on_cpu,
         _checkpointed,
         _anomaly,
         _hooked,
         _own_layer,
-        _frozen,
         _counted,
         _of_a_class,
         _of_inference,
@@ -542,3 +535,49 @@ def test_streams_of_ones_own_run_without(monkeypatch):
 def test_without_graphs(pair, tiny_cfg):
     warm(pair[1], clips(tiny_cfg))
     assert pair[1].forward.replays is None
+
+
+def test_evaluation_is_replayed_between_steps(pair, tiny_cfg):
+    """Of the same clips' shape as training's, and its outputs want no gradient."""
+    found = []
+    for model in pair:
+        rows = []
+        for k in range(CALLS):
+            rows.append(step(model, (clips(tiny_cfg) + k,), k))
+            torch.manual_seed(k)
+            with torch.no_grad():
+                loss, pred, _ = model(clips(tiny_cfg) - k)
+            assert not loss.requires_grad and not pred.requires_grad
+            rows.append((float(loss), [pred]))
+        found.append(rows)
+    same(*found)
+    made = known(pair[0])
+    assert len(made) == 2 and all(r.forward for r in made)
+    assert sorted(r.backward is not None for r in made) == [False, True]
+
+
+def test_a_kind_that_comes_seldom_is_not_captured(pair, tiny_cfg, monkeypatch):
+    """The last batch of every epoch."""
+    monkeypatch.setattr(replays, "SPAN", 2 * replays.WARMUP)
+    model, few, many = pair[0], clips(tiny_cfg, 1), clips(tiny_cfg, 2)
+    for _ in range(replays.WARMUP + 3):
+        for video in (many, many, few):
+            loss_of(model, (video,)).backward()
+    assert sorted(r.forward is not None for r in known(model)) == [False, True]
+    monkeypatch.setattr(replays, "SPAN", 40)
+    warm(model, few)
+    assert all(r.forward for r in known(model))
+    monkeypatch.setattr(replays, "SPAN", 0)  # what is captured stays
+    before = [r.number for r in known(model)]
+    loss_of(model, (many,)).backward()
+    assert sum(r.number for r in known(model)) == sum(before) + 1
+
+
+def test_graphs_of_other_kinds_make_room(pair, tiny_cfg, monkeypatch, caplog):
+    model, video = pair[0], clips(tiny_cfg)
+    warm(model, video)
+    (first,) = known(model)
+    no_room = lambda replay, tensors: "no" if first in known(model) else None  # noqa: E731
+    monkeypatch.setattr(replays._Replay, "no_room", no_room)
+    warm(model, clips(tiny_cfg, 3))
+    assert len(known(model)) == 1 and known(model)[0].forward and not caplog.records
