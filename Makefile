@@ -37,9 +37,10 @@ demo: setup
 	@$(BIN)/mae-fast demo $(ARGS)
 
 # As many threads in all as there are cores. The second run is of the Triton kernels, in Triton's
-# interpreter; the third, where there is a GPU, of the ops on it. ARGS may leave a run without a
-# test, for which pytest's exit code is 5, but not all of them.
+# interpreter; the third, where there is a GPU, of the ops on it, and of accelerate's CUDA graphs.
+# ARGS may leave a run without a test, for which pytest's exit code is 5, but not all of them.
 INTERPRETED := tests/ops tests/kernels tests/test_golden.py
+ON_GPU := tests/ops tests/test_accelerate_graphs.py
 test: setup
 	@cores=$$(getconf _NPROCESSORS_ONLN)
 	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(((cores + $(WORKERS) - 1) / $(WORKERS)))}
@@ -54,7 +55,7 @@ test: setup
 	run $(BIN)/python -m pytest
 	run TRITON_INTERPRET=1 $(BIN)/python -m pytest -o 'testpaths=$(INTERPRETED)'
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-	  run MAE_FAST_TEST_DEVICE=cuda $(BIN)/python -m pytest -o testpaths=tests/ops
+	  run MAE_FAST_TEST_DEVICE=cuda $(BIN)/python -m pytest -o 'testpaths=$(ON_GPU)'
 	fi
 	exit $$ran
 

@@ -19,7 +19,7 @@ exit "$(echo $CODES | cut -d' ' -f"$(wc -l < "$0.count")")"
 RUNS = [
     "ran   -m pytest -k x",
     "ran 1  -m pytest -o testpaths=tests/ops tests/kernels tests/test_golden.py -k x",
-    "ran  cuda -m pytest -o testpaths=tests/ops -k x",
+    "ran  cuda -m pytest -o testpaths=tests/ops tests/test_accelerate_graphs.py -k x",
 ]
 
 
