@@ -73,14 +73,20 @@ class Replays:
         self.known: list[_Replay] = []
         self.calls = 0
         self.streams: dict[torch.device, torch.cuda.Stream | None] = {}
-        self.failed = False
+        self.failed, self.said = False, set()
         self.one_thread = threading.Lock()
 
     def __call__(self, function: Callable, args: tuple, kwargs: dict):
+        if graph.why_not(next(self.model.parameters()).device):
+            return function(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         others = [(None, True) if isinstance(t, Tensor) else (t, False) for t in leaves]
-        if self.failed or not _fits(tensors, others) or not self.one_thread.acquire(blocking=False):
+        why_not = _why_not(tensors, others)
+        if why_not and why_not not in self.said:
+            self.said.add(why_not)
+            log.info("a forward runs without CUDA graphs: %s", why_not)
+        if why_not or self.failed or not self.one_thread.acquire(blocking=False):
             return function(*args, **kwargs)
         try:
             kind = (function, others, [_kind(t) for t in tensors], _conditions(tensors[0]), tree)
@@ -301,19 +307,22 @@ def _back_to_the_stream(side: graph.Side) -> Iterator[None]:
         raise
 
 
-def _fits(tensors: list[Tensor], others: list) -> bool:
-    """Plain tensors on a device with graphs, constants, and nobody who looks on."""
+def _why_not(tensors: list[Tensor], others: list) -> str | None:
+    """Why a call is no replay: what is no plain tensor or constant, or somebody who looks on."""
     device = tensors[0].device
-    return (
-        graph.why_not(device) is None
-        and all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in tensors)
-        and not any(t.is_inference() for t in tensors)
-        and all(type(o) in _CONSTANTS for o, _ in others)
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and _get_current_dispatch_mode() is None
-        and not torch.is_anomaly_enabled()
-        and _in_order(device)
-    )
+    if not all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in tensors):
+        return "not all are plain tensors of one device"
+    if any(t.is_inference() for t in tensors):
+        return "inference mode"
+    if not all(type(o) in _CONSTANTS for o, _ in others):
+        return "a block or layer runs itself"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "what is saved for backward goes through hooks"
+    if _get_current_dispatch_mode() is not None:
+        return "a dispatch mode is on"
+    if torch.is_anomaly_enabled():
+        return "anomaly detection is on"
+    return None if _in_order(device) else "the stream is not the default one"
 
 
 def _in_order(device: torch.device) -> bool:

@@ -5,6 +5,7 @@ As a CPU rehearses them (mae_fast/graph.py); MAE_FAST_TEST_DEVICE=cuda captures 
 
 import copy
 import gc
+import logging
 import os
 import pickle
 import weakref
@@ -425,26 +426,30 @@ def _of_inference(model, video):
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(
-    "call",
+    ("call", "why"),
     [
-        _inference,
-        _saved_on_cpu,
-        _checkpointed,
-        _anomaly,
-        _hooked,
-        _own_layer,
-        _counted,
-        _of_a_class,
-        _of_inference,
+        (_inference, "inference mode"),
+        (_saved_on_cpu, "goes through hooks"),
+        (_checkpointed, "goes through hooks"),
+        (_anomaly, "anomaly detection"),
+        (_hooked, ""),  # the whole model is left alone
+        (_own_layer, "runs itself"),
+        (_counted, "a dispatch mode"),
+        (_of_a_class, "not all are plain tensors"),
+        (_of_inference, "inference mode"),
     ],
 )
-def test_what_does_not_fit_runs_without(call, pair, tiny_cfg):
+def test_what_does_not_fit_runs_without(call, why, pair, tiny_cfg, caplog):
+    """And says why, once."""
+    caplog.set_level(logging.INFO, "mae_fast")
     model, video = pair[0], clips(tiny_cfg)
     warm(model, video)
     before = known(model)[0].number
     for _ in range(CALLS):
         call(model, video)
     assert [r.number for r in known(model)] == [before]
+    said = [r.message for r in caplog.records if "without CUDA graphs" in r.message]
+    assert len(said) == bool(why) and all(why in line for line in said), said
 
 
 def test_a_copy_has_graphs_of_its_own(pair, tiny_cfg):
