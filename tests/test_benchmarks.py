@@ -193,6 +193,31 @@ def test_an_engine_of_a_gpu_that_took_fewer_clips_is_compared_by_clips():
     assert gpu_tables.faster(record) == 3.0
 
 
+def test_an_accelerated_model_that_had_no_graphs_is_told():
+    """Steps that took 4 and 2 ms a clip; without graphs where none were asked for is no word."""
+    names = ("before", "accelerated", "keep=True", "cuda_graph=False", "mae_fast")
+    record = {
+        "family": "videomae",
+        "model": "vit_base",
+        "engines": {n: {"clips": 8, "peak_memory_mb": 1024.0 * k} for k, n in enumerate(names)},
+        "seconds_a_clip": {n: [0.002 if n == "accelerated" else 0.004] * 3 for n in names},
+        "times": {n: 2.0 if n == "accelerated" else 1.0 for n in names},
+        "launches": {n: {"cudaLaunchKernel": 9} for n in names[:4]},
+    }
+    record["launches"]["accelerated"] = {"cudaGraphLaunch": 2, "cudaMemcpyAsync": 1}
+    assert gpu_tables.accelerate_cells(record) == [
+        "videomae, vit_base",
+        "8",
+        "250, 1.00x",
+        "500, 2.00x",
+        "250, 1.00x (no graphs)",
+        "250, 1.00x",
+        "250, 1.00x",
+        "9, 3, 9, 9",
+        "0.0, 1.0, 2.0, 3.0, 4.0",
+    ]
+
+
 def test_share_of_the_limit_that_bounds():
     limits = {
         "copy": {"bytes": 100, "seconds": [1.0, 2.0, 1.0]},

@@ -133,8 +133,10 @@ def accelerate_cells(r: dict) -> list[str]:
     engines, seconds = r["engines"], r["seconds_a_clip"]
     cells = [f"{r['family']}, {r['model']}", ", ".join(map(str, sorted(clips_of(r))))]
     for name in (BEFORE, *HOW, OURS):
-        rate = 1 / statistics.median(seconds[name]) if name in seconds else None
-        cells.append(f"{rate:.0f}, {r['times'][name]:.2f}x" if rate else "-")
+        rate = 1 / statistics.median(seconds[name])
+        asked = name in HOW and HOW[name].get("cuda_graph", True)
+        lacks = " (no graphs)" * (asked and "cudaGraphLaunch" not in r["launches"][name])
+        cells.append(f"{rate:.0f}, {r['times'][name]:.2f}x{lacks}")
     launches = (str(sum(of.values())) for of in r["launches"].values())
     peaks = (engines[name]["peak_memory_mb"] / 1024 for name in (BEFORE, *HOW, OURS))
     gigabytes = (f"{peak:.1f}" for peak in peaks)
