@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -66,9 +67,12 @@ class Records:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         # Not validated: what was measured on a borrowed machine is kept, whatever it is.
+        text = json.dumps(record)
+        # A traceback names files by their place in the checkout and in the virtual environment.
+        for folder in (ROOT, *[sys.prefix] * (sys.prefix != sys.base_prefix)):
+            text = text.replace(f"{folder}/", "")
         with self.path.open("a") as f:
-            # A traceback names files by their place in the checkout, wherever that was.
-            f.write("\n" * cut + json.dumps(record).replace(f"{ROOT}/", "") + "\n")
+            f.write("\n" * cut + text + "\n")
 
 
 def open_records(rehearsal: bool, path: Path | None = None) -> Records:

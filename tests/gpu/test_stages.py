@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,9 +42,12 @@ def test_the_document_has_every_stage_in_its_order():
     assert re.findall(r"^\| (\w+) \| (\d+)", text, re.M) == stages
 
 
-def test_an_item_that_fails_does_not_lose_the_others(tmp_path):
+def test_an_item_that_fails_does_not_lose_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+
     def fail():
-        raise ValueError("wrong\nat length")
+        raise ValueError(f"wrong\nat length, in {tmp_path}/venv/lib/torch.py")
 
     def decline():
         raise records.Declined("not here")
@@ -60,7 +64,7 @@ def test_an_item_that_fails_does_not_lose_the_others(tmp_path):
     records.work("stage", items(), found, math.inf)  # nothing is left
     assert ran == ["works"]
     rows = {r["item"]: r for r in found.all()}
-    assert rows["fails"]["reason"] == "ValueError: wrong\nat length"
+    assert rows["fails"]["reason"] == "ValueError: wrong\nat length, in lib/torch.py"
     assert "in fail" in rows["fails"]["traceback"]
     assert str(records.ROOT) not in (tmp_path / "a.jsonl").read_text()
     assert [r["status"] for r in rows.values()] == ["failed", "declined", "measured"]
