@@ -63,7 +63,7 @@ STAGES = (
         True,
         "kernels:items_of_attention",
     ),
-    Stage("kernels", 35, "each op against its limit and against torch, libraries", True),
+    Stage("kernels", 35, "each op against its limit, torch, inductor, libraries", True),
     Stage("steps", 70, "training steps of B and L at 64 clips, against the bar"),
     Stage("profile", 20, "one step, kernel by kernel"),
     Stage("accelerate", 60, "other people's models, before and after"),

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import engines, predict, records, tables
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.setting import Setting, model_of
 from benchmarks.gpu.stages import accelerate, compile, kernels, profile, steps, tune
 from mae_fast import cost
 from mae_fast.bench.records import problems
@@ -78,6 +78,15 @@ def test_tables_say_how_much_faster_ours_is():
     record["seconds"]["mae_fast"] = [1.0, 2.0]
     record["engines"] = {"official_bf16": {"clips": 32}, "mae_fast": {"clips": 64}}
     assert tables.faster(record) == 6.0
+
+
+def test_models_of_every_plan_are_known():
+    plans = (
+        *accelerate.PLAN,
+        *((None, None, model, 0) for model, *_ in (*steps.PLAN, *steps.RUNGS)),
+    )
+    sizes = {model: model_of(model).num_patches for _, _, model, _ in plans}
+    assert {"videomae_base", "vit_huge16"} <= sizes.keys() and {*sizes.values()} == {1568}
 
 
 def test_other_peoples_models_are_timed_before_and_after(tmp_path, monkeypatch):
