@@ -540,10 +540,12 @@ def test_streams_of_ones_own_run_without(monkeypatch):
         assert replays._in_order(torch.device("cuda")) == (stream == "default")
 
 
-def test_a_comparison_is_no_call(pair, tiny_cfg):
-    """Before the first one both forwards take a clip, with other parameters."""
+def test_a_comparison_is_no_call(pair, tiny_cfg, caplog):
+    """Before the first one both forwards take a clip, with other parameters, under hooks."""
+    caplog.set_level(logging.INFO, "mae_fast")
     warm(pair[0], clips(tiny_cfg, 1), 2)
     assert pair[0].forward.replays.calls == 2
+    assert not any("without CUDA graphs" in r.message for r in caplog.records)
 
 
 def test_without_graphs(pair, tiny_cfg):
