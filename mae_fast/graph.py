@@ -7,6 +7,7 @@ GPU. `count_launches` counts what a call costs.
 """
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Callable
 
@@ -73,10 +74,27 @@ class Side:
             tape = Tape()
             return tape, tape
         graph = torch.cuda.CUDAGraph()
+        return graph, self._capturing(graph)
+
+    @contextlib.contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph):
         # The loader's thread goes on pinning memory meanwhile, which "global" would forbid.
-        return graph, torch.cuda.graph(
-            graph, self.pool, stream=self.stream, capture_error_mode="thread_local"
-        )
+        how = dict(stream=self.stream, capture_error_mode="thread_local")
+        before = torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph, self.pool, **how):
+                yield
+        except RuntimeError:
+            # torch stays on the capture's stream, gives memory from its pool, unless the capture
+            # has ended, and draws no random numbers (2.11), until one ends as it should.
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is empty
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), **how):
+                    pass
+            raise
 
 
 class Graphed:
@@ -126,8 +144,7 @@ class Graphed:
             with block:
                 self.output = self.function(*self.buffers)
         except RuntimeError as e:
-            # torch's allocator is left in the middle of it, so that no step can follow. What failed
-            # first is the context of the error that ends the capture.
+            # What failed first is the context of the error that ends the capture.
             reason = str(e.__context__ or e).strip().splitlines()[0]
             raise BackendError(f"the step cannot be captured as a CUDA graph: {reason}") from e
         self.graph = graph

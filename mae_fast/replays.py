@@ -125,7 +125,7 @@ class Replays:
             reason = replay.no_room(tensors)
         if reason is None:
             try:
-                with dispatch.on(tensors[0].device), _back_to_the_stream(replay.side):
+                with dispatch.on(tensors[0].device):
                     replay.capture(tensors)
                 return True
             except RuntimeError as e:  # what failed first is the context of what ends the capture
@@ -192,6 +192,8 @@ class _Replay:
         """What is not captured yet: forward, and backward once it is known of which outputs."""
         function, others, _, _, tree = self.kind
         if self.forward is None:
+            # A pool whose graphs are gone takes no other.
+            self.side = graph.Side(self.side.device, self.side.stream)
             # Not t.detach(), whose count of changes is the parameter's: an optimizer's are allowed.
             self.leaves = [
                 (t.data if fixed else t.detach().clone()).requires_grad_(_wants_gradient(t))
@@ -289,22 +291,6 @@ class _Replayed(torch.autograd.Function):
             )
         ctx.use.done = True
         return None, *ctx.replay.gradients(douts)
-
-
-@contextlib.contextmanager
-def _back_to_the_stream(side: graph.Side) -> Iterator[None]:
-    """After a capture that fails, torch stays on its stream, and gives memory from its pool."""
-    if side.device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.current_stream(side.device)
-    try:
-        yield
-    except RuntimeError:
-        torch.cuda.set_stream(before)
-        with contextlib.suppress(RuntimeError):  # where the capture has ended
-            torch._C._cuda_endAllocateToPool(side.device.index, side.pool)
-        raise
 
 
 def _why_not(tensors: list[Tensor], others: list) -> str | None:

@@ -3,7 +3,7 @@ the training step as graphs."""
 
 import contextlib
 import inspect
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_launches_are_counted_by_name(monkeypatch):
 
         def key_averages(self):
             names = {"cudaLaunchKernel": 700, "cudaGraphLaunch": 1, "aten::mm": 96, "cudaFree": 2}
-            return [types.SimpleNamespace(key=k, count=n) for k, n in names.items()]
+            return [SimpleNamespace(key=k, count=n) for k, n in names.items()]
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     assert count_launches(list) == {"cudaLaunchKernel": 700, "cudaGraphLaunch": 1}
@@ -127,3 +127,33 @@ def test_a_closed_graph_is_freed(monkeypatch):
     graphed.graph = graph_of_a_gpu()
     graphed.close()
     assert freed == [graphed.graph]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_after_a_failed_capture_torch_is_as_it_was(ended, monkeypatch):
+    """On the stream of before; its memory from no pool, which a capture that ended has left; its
+    random numbers of no capture, as after one that ends well (torch's own, in 2.11, by reading)."""
+    calls = []
+
+    def end(index, pool):
+        calls.append((index, pool))
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    @contextlib.contextmanager
+    def capture(graph, pool=None, **how):
+        calls.append(f"begin {graph} {pool} {how['stream']}")
+        yield
+        calls.append(f"end {graph}")
+
+    graphs = iter(["another"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: next(graphs))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    side = SimpleNamespace(device=torch.device("cuda", 1), pool="pool", stream="side")
+    with pytest.raises(RuntimeError, match="too late"), Side._capturing(side, "one"):
+        raise RuntimeError("too late")
+    after = ["before", (1, "pool"), "begin another None side", "end another"]
+    assert calls == ["begin one pool side", *after]

@@ -387,6 +387,7 @@ def test_attention_of_tiles_while_onednn_is_off(off):
         torch.testing.assert_close(w, f, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="tiles are the CPU's")
 @pytest.mark.parametrize("allowed", ["DEFAULT", "AVX512_CORE_BF16"])
 def test_attention_of_tiles_asks_onednn(allowed):
     """What oneDNN may not use is not used, and says so; other ways compute it then."""

@@ -33,7 +33,8 @@ def source(sizes=((20, 30), (17, 21)), frames=4, size=16, room=0, seed=0):
         begins = [at + t * each for t in range(frames)]
         rows.append([h, w, i, 2 * i, h - 2 * i, w - 3 * i, i % 2, *colour, *begins])
         at += frames * each
-    flat = torch.randint(0, 256, (max(at, room),), dtype=torch.uint8, generator=generator)
+    how = dict(dtype=torch.uint8, generator=generator, device="cpu")
+    flat = torch.randint(0, 256, (max(at, room),), **how)
     return Source(flat.to(DEVICE), torch.tensor(rows).to(DEVICE), size)
 
 
