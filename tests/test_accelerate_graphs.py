@@ -518,7 +518,7 @@ def test_a_capture_that_waits_for_the_device_leaves_torch_as_it_was(pair, tiny_c
     capture = replays._Replay._graph
 
     def waits(replay, work):
-        return capture(replay, lambda: (work(), float(replay.leaves[0].sum()))[0])
+        return capture(replay, lambda: (work(), float(replay.leaves[0].detach().sum()))[0])
 
     monkeypatch.setattr(replays._Replay, "_graph", waits)
     video = clips(tiny_cfg)
@@ -603,6 +603,15 @@ def test_a_kind_that_comes_seldom_is_not_captured(pair, tiny_cfg, monkeypatch):
     before = [r.number for r in known(model)]
     loss_of(model, (many,)).backward()
     assert sum(r.number for r in known(model)) == sum(before) + 1
+
+
+def test_calls_of_other_structure_are_of_another_kind():
+    a, b = torch.ones(2), torch.zeros(2)
+    calls = [((a, None), b), ((None, a), b), ((a, b), None), (([a], None), b), ((a, (None,)), b)]
+    tensors, others = zip(*map(replays._parted, calls), strict=True)
+    assert all(others.count(o) == 1 for o in others) and {*map(len, tensors)} == {2}
+    assert all(replays._why_not(t, o) is None for t, o in zip(tensors, others, strict=True))
+    assert replays._why_not(*replays._parted((a, {"key": b}))) == "a block or layer runs itself"
 
 
 def test_graphs_of_other_kinds_make_room(pair, tiny_cfg, monkeypatch, caplog):
