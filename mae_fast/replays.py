@@ -91,7 +91,7 @@ class Replays:
             replay = self._of(kind, tensors)
             self.calls += 1
             if not replay.is_due(self.calls):
-                return replay.warm_up(args, kwargs)
+                return replay.warm_up(tensors, args, kwargs)
             if not self._captured(replay, tensors, args, kwargs):
                 return function(*args, **kwargs)
             return replay(tensors)
@@ -164,11 +164,15 @@ class _Replay:
         due = self.forward is not None or (len(self.calls) > WARMUP and often)
         return due and (use is None or use.done)
 
-    def warm_up(self, args: tuple, kwargs: dict):
-        """The call as it is without; the last of these on the stream of the capture."""
+    def warm_up(self, tensors: list[Tensor], args: tuple, kwargs: dict):
+        """The call as it is without; the last of these on the stream of the capture, and its
+        backward too: what it reads there is not to be given away before."""
         function = self.kind[0]
         if len(self.calls) != WARMUP:
             return function(*args, **kwargs)
+        for t, fixed in zip(tensors, self.fixed, strict=True):
+            if self.side.stream and not fixed:
+                t.record_stream(self.side.stream)
         with self.side.beside():
             before = _in_use(self.side.device)
             out = function(*args, **kwargs)

@@ -605,6 +605,19 @@ def test_a_kind_that_comes_seldom_is_not_captured(pair, tiny_cfg, monkeypatch):
     assert sum(r.number for r in known(model)) == sum(before) + 1
 
 
+def test_what_is_read_beside_is_kept_until_then(monkeypatch):
+    """The last warm-up's backward is on the stream of the captures: what it has saved of the
+    stream before is not to be given to another while it reads."""
+    kept, t, weight = [], torch.ones(2), torch.ones(2)
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: kept.append((t, stream)))
+    side = SimpleNamespace(device=torch.device("cpu"), stream="side", beside=nullcontext)
+    replay = replays._Replay((lambda a, b: a + b,), side, [t, weight], [False, True])
+    for number in range(replays.WARMUP):
+        assert not kept and not replay.is_due(number)
+        same(replay.warm_up([t, weight], (t, weight), {}), t + weight)
+    assert kept == [(t, "side")]
+
+
 def test_calls_of_other_structure_are_of_another_kind():
     a, b = torch.ones(2), torch.zeros(2)
     calls = [((a, None), b), ((None, a), b), ((a, b), None), (([a], None), b), ((a, (None,)), b)]

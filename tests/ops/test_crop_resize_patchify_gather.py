@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import BACKENDS, DEVICE, GIVE_NAN
+from op_checks import BACKENDS, DEVICE, GIVE_NAN, interpolated
 
 import mae_fast
 from mae_fast.errors import BackendError
@@ -75,16 +75,6 @@ def make(shape, dtype=torch.float32, flips=(True, False), frames=4, kind=("bt709
     return [source, ids.to(DEVICE), t_patch, patch, *NORM, dtype]
 
 
-def interpolated(*args, by=crop_resize_patchify_gather_ref):
-    """The reference, by the kernel that torch has for it. Where equal bits are asked for, a GPU's
-    F.interpolate is made of many, for the sake of its backward, and rounds the pixels' places once
-    more: up to 8e-6 at these sizes."""
-    torch.use_deterministic_algorithms(False)
-    want = by(*args)
-    torch.use_deterministic_algorithms(True)
-    return want
-
-
 @pytest.mark.parametrize("channel_last", [False, True], ids=["channel_first", "channel_last"])
 @pytest.mark.parametrize("flips", [(True, False), (False, True)], ids=["first", "second"])
 @pytest.mark.parametrize("dtype", WIDE)
@@ -95,7 +85,7 @@ def test_crop_resize_matches_interpolate(backend, shape, dtype, flips, channel_l
     args = [*make(shape, dtype, flips, kind=kind), channel_last]
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         ours = crop_resize_patchify_gather(*args)
-    want = interpolated(*args)
+    want = interpolated(*args, by=crop_resize_patchify_gather_ref)
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, want, rtol=0, atol=TOLERANCE[dtype])
 
@@ -106,7 +96,9 @@ def test_crop_resize_has_every_colour(backend, kind):
     args = make("same_size", kind=(kind,))
     with mae_fast.backends(crop_resize_patchify_gather=backend):
         ours = crop_resize_patchify_gather(*args)
-    torch.testing.assert_close(ours, interpolated(*args), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours, interpolated(*args, by=crop_resize_patchify_gather_ref), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -187,7 +179,7 @@ def test_colours_are_the_standard_s_within_ffmpeg_s_truncation():
 def test_crop_resize_takes_any_table(backend):
     """A slice of a larger one, ids of any strides, and a buffer with room at its end."""
     args = make("enlarged")
-    want = interpolated(*args)
+    want = interpolated(*args, by=crop_resize_patchify_gather_ref)
     source = args[0]
     table = torch.cat([source.table, source.table - 1], dim=1)[:, : source.table.shape[1]]
     flat = torch.cat([source.flat, source.flat[:99]])

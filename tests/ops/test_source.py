@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_checks import BACKENDS, DEVICE, DTYPES, gradients
+from op_checks import BACKENDS, DEVICE, DTYPES, gradients, interpolated
 
 import mae_fast
 from mae_fast.config import ModelConfig, TrainConfig
@@ -88,10 +88,9 @@ def test_a_model_of_a_source(target):
     torch.manual_seed(0)
     cfg = ModelConfig(**{**_fields(TINY), "target": target})
     model, s = MaskedAutoencoder(cfg), source()
-    s = Source(s.flat.cpu(), s.table.cpu(), s.size)
     keep, masked = draw_ids("random", cfg.grid, 0.5, seed=0, step=0, samples=torch.arange(2))
     found = []
-    for video in (s, crop_resized(s, torch.float32)):
+    for video in (s, interpolated(s, torch.float32, by=crop_resized)):
         loss, pred, _ = model(video, ids_keep=keep, ids_mask=masked)
         model.zero_grad()
         loss.backward()
@@ -130,7 +129,7 @@ def test_steps_on_clips_of_five_sizes_are_replays(monkeypatch, caplog):
             s = source(pair, room=room, seed=i)
             samples = torch.tensor([2 * i, 2 * i + 1])
             ids = draw_ids("random", TINY.grid, 0.5, seed=0, step=i, samples=samples)
-            step.micro(s.flat.cpu(), s.table.cpu(), *ids)
+            step.micro(s.flat, s.table, *ids)
             losses.append(torch.stack(step.update(1e-2)))
         found[graph] = torch.stack(losses)
     assert torch.equal(found[False], found[True])
