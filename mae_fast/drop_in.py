@@ -12,10 +12,9 @@ import contextlib
 import copy
 import inspect
 import logging
-import math
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -27,9 +26,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mae_fast import adapters, wrapped
 from mae_fast.adapters.own import WRAPPED, is_bare, known_bare
-from mae_fast.adapters.parts import Finding, Pixels, Unfused, noise_like
+from mae_fast.adapters.parts import Finding, Pixels, Unfused
+from mae_fast.comparison import agree, map_tensors, tensors_of
 from mae_fast.errors import AccelerateError
-from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all, state, written
+from mae_fast.guard import HOOKS, MODES, Guard, Snapshot, hooks_of_all
 from mae_fast.ops.dispatch import autocast_dtype
 from mae_fast.ops.dispatch import backends as forced
 from mae_fast.remade import keeping
@@ -37,15 +37,6 @@ from mae_fast.replays import Replays, replaying
 
 log = logging.getLogger("mae_fast")
 _ONE_THREAD = threading.RLock()
-
-# Greatest relative difference of an output between both forwards, by the parameters' dtype.
-TOLERANCE = {
-    # Some round to fp32 on their way: transformers 4's softmax (1e-7), constants of pixels (1e-7).
-    torch.float64: 2e-6,
-    torch.float32: 5e-5,  # rounding differs by 1e-6 (ViT-B), GELU by tanh by 2e-4
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
 
 
 def accelerate(
@@ -170,7 +161,7 @@ class Fused:
         if not torch.compiler.is_compiling() and (why := _transformed()):
             return self._own(why, args, kwargs)
         if torch.compiler.is_compiling():
-            clip = next((t for t in _tensors([args, kwargs]) if t.dim() == 5), None)
+            clip = next((t for t in tensors_of([args, kwargs]) if t.dim() == 5), None)
             own = self.guard.traced(None if clip is None else clip.dtype)
         else:
             own = self._prepared(args, kwargs)
@@ -256,7 +247,7 @@ class Fused:
         return snapshot
 
     def _fused(self, args: tuple, kwargs: dict, graphs: bool = False):
-        if self.pixels is None and any(map(_is_uint8_clip, _tensors([args, kwargs]))):
+        if self.pixels is None and any(map(_is_uint8_clip, tensors_of([args, kwargs]))):
             raise AccelerateError("uint8 clips need accelerate(model, mean=..., std=...)")
         forward = adapters.FAMILIES[self.family].forward
         backends = forced(**self.backends) if self.backends else contextlib.nullcontext()
@@ -279,7 +270,7 @@ class Fused:
         return self._as_before(args, kwargs)
 
     def _as_before(self, args: tuple, kwargs: dict):
-        args, kwargs = (_map(self._normalised, given) for given in (args, kwargs))
+        args, kwargs = (map_tensors(self._normalised, given) for given in (args, kwargs))
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def _normalised(self, t: Tensor) -> Tensor:
@@ -289,92 +280,10 @@ class Fused:
         return self.pixels.normalise(t, channel_dim, next(self.model.parameters()).dtype)
 
     def _compare(self, args: tuple, kwargs: dict, snapshot: Snapshot) -> bool:
-        """Both forwards on a clip like this batch's, as the model is run now: outputs, and where
-        gradients are wanted these; False where this call is left to the model's own."""
-        batch = next((len(t) for t in _tensors([args, kwargs]) if t.dim()), 0)
-
-        def one(t: Tensor) -> Tensor:
-            t = t[:1] if t.dim() and len(t) == batch else t
-            return noise_like(t) if t.dim() == 5 else t
-
-        args, kwargs = _map(one, args), _map(one, kwargs)
         # Hooks inside may be of sharding, and gather and reduce the gradients of a backward.
-        wanted = torch.is_grad_enabled() and not (snapshot.hooked or _has_views(self.model))
-        try:
-            with torch.set_grad_enabled(wanted), _disable_current_modes():
-                ours, theirs = (
-                    self._results(f, args, kwargs) for f in (self._fused, self._as_before)
-                )
-        except Unfused:
-            return False
-        if not all(t.isfinite().all() for t in theirs[0]):
-            return False  # nothing can be compared; at the next call, perhaps
-        dtype = _coarsest(next(self.model.parameters()))
-        limit = TOLERANCE[dtype]
-        worst = [_difference(a, b) for a, b in zip(ours[0], theirs[0], strict=False)]
-        title = f"{type(self.model).__name__} has the parts of {self.family} and computes something"
-        if len(ours[0]) != len(theirs[0]) or not all(w <= limit for w in worst):
-            raise AccelerateError(
-                f"{title} else: on one clip {len(theirs[0])} outputs and {len(ours[0])} of the"
-                f" fused forward differ by {', '.join(f'{w:.1e}' for w in worst)} (relative, nan:"
-                f" another shape or dtype; at most {limit:.0e} in {dtype})"
-            )
-        wrong = _gradients_differ(ours[1], theirs[1], 10 * limit)
-        if wrong and not self._agree_in_double(args, kwargs):
-            raise AccelerateError(f"{title} else: on one clip the gradient of {wrong}")
-        if missed := sorted(theirs[2] - ours[2]):
-            raise AccelerateError(f"{title} else: its own forward writes {', '.join(missed)}")
-        log.info("%s: on one clip both forwards agree to %.1e", self.family, max(worst, default=0))
-        return True
-
-    def _agree_in_double(self, args: tuple, kwargs: dict) -> bool:
-        """Whether rounding alone has kept gradients of fp32 apart: the sum of a token's over all of
-        its places may lose three digits in either forward. False where a forward has no fp64."""
-        device = next(self.model.parameters()).device
-        args, kwargs = _map(_wide, args), _map(_wide, kwargs)
-        try:
-            with torch.autocast(device.type, enabled=False), _disable_current_modes():
-                ours, theirs = (
-                    self._results(f, args, kwargs, _wide)[1] for f in (self._fused, self._as_before)
-                )
-        except Exception:  # whatever another's code does not take
-            return False
-        return _gradients_differ(ours, theirs, 10 * TOLERANCE[torch.float64]) is None
-
-    def _results(
-        self,
-        forward: Callable,
-        args: tuple,
-        kwargs: dict,
-        of: Callable[[Tensor], Tensor] = torch.Tensor.detach,
-    ) -> tuple[list[Tensor], dict[str, Tensor | None], set[str]]:
-        """Outputs; the gradients of a sum of them by name, of parameters that stand for the
-        model's: its own see no gradient and call no hook; and the names of what else the forward
-        has written. Buffers (spectral_norm's, an observer's) and attributes have their values
-        again."""
-        held = [(vars(m), vars(m).copy()) for m in self.model.modules()]
-        known = getattr(adapters.FAMILIES[self.family], "WRITTEN", ())
-        others = {b: of(b).clone() for b in self.model.buffers()}
-        asked = {}
-        if torch.is_grad_enabled():
-            for name, p in self.model.named_parameters():
-                others[p] = of(p.detach()).requires_grad_(p.requires_grad)
-                asked |= {name: others[p]} if p.requires_grad else {}
-        device = next(self.model.parameters()).device
-        try:
-            with _same_conditions(device), _stand_ins(self.model, others):
-                before = state(self.model)
-                outputs = _tensors(forward(args, kwargs))
-                found = written(self.model, before) - {*known}
-                roots = [t for t in outputs if t.requires_grad]
-                if roots and asked:  # in here: a reentrant checkpoint reads the parameters again
-                    cotangents = [noise_like(t) / t.numel() ** 0.5 for t in roots]
-                    torch.autograd.backward(roots, cotangents)
-        finally:
-            for attributes, as_they_were in held:
-                attributes.update(as_they_were)
-        grads = {n: p.grad for n, p in asked.items()}
-        return [t.detach() for t in outputs], grads, found
+        gradients = torch.is_grad_enabled() and not (snapshot.hooked or _has_views(self.model))
+        forwards = self._fused, self._as_before
+        return agree(self.model, self.family, forwards, args, kwargs, gradients)
 
 
 def _transformed() -> str | None:
@@ -386,88 +295,14 @@ def _transformed() -> str | None:
     return "forward-mode AD is on" if forward_ad._current_level >= 0 else None
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.detach().double() if t.is_floating_point() else t.detach()
-
-
-def _coarsest(param: Tensor) -> torch.dtype:
-    """The dtype whose rounding both forwards have."""
-    cast = autocast_dtype(param.device.type)
-    return cast if cast is not None and param.dtype != torch.float64 else param.dtype
-
-
 def _dtype_of_clip(args: tuple, kwargs: dict) -> torch.dtype | None:
-    return next((t.dtype for t in _tensors([args, kwargs]) if t.dim() == 5), None)
+    return next((t.dtype for t in tensors_of([args, kwargs]) if t.dim() == 5), None)
 
 
 def _has_views(model: nn.Module) -> bool:
     """Some weights are no parameters: views, as of FSDP 1's, whose gradients go elsewhere."""
     values = (v for m in model.modules() for v in vars(m).values())
     return any(isinstance(v, Tensor) and v.requires_grad for v in values)
-
-
-@contextlib.contextmanager
-def _stand_ins(model: nn.Module, others: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Every parameter and buffer of `others` replaced, also where several modules have it."""
-    held = [vars(m)[kind] for m in model.modules() for kind in ("_parameters", "_buffers")]
-    before = [d.copy() for d in held]
-    for d in held:
-        d.update({name: others.get(t, t) for name, t in d.items()})
-    try:
-        yield
-    finally:
-        for d, was in zip(held, before, strict=True):
-            d.clear()
-            d.update(was)
-
-
-@contextlib.contextmanager
-def _same_conditions(device: torch.device) -> Iterator[None]:
-    """The same random numbers inside and afterwards, no TF32, no cast that autocast keeps, and
-    nothing that a checkpoint or save_on_cpu around the call would see saved."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = matmul.fp32_precision, conv.fp32_precision
-    devices = [] if device.type == "cpu" else [device]
-    random = torch.random.fork_rng(devices, device_type=device.type)
-    cast = autocast_dtype(device.type)
-    how = dict(dtype=cast, enabled=cast is not None, cache_enabled=False)
-    saved = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with random, saved, torch.autocast(device.type, **how):
-        try:
-            matmul.fp32_precision = conv.fp32_precision = "ieee"
-            yield
-        finally:
-            matmul.fp32_precision, conv.fp32_precision = before
-
-
-def _gradients_differ(
-    ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], limit: float
-) -> str | None:
-    """The name of the first whose gradients differ, and by how much; None: there is none. One a
-    hundred times smaller than the greatest is mostly rounding, and held to that size."""
-    sizes = {n: float(g.double().norm()) for n, g in theirs.items() if g is not None}
-    least = max(sizes.values(), default=0) / 100
-    for name, want in theirs.items():
-        got = ours[name]
-        if got is None or want is None:
-            size = max(sizes.get(name, 0), 0 if got is None else float(got.double().norm()))
-            if size > limit * least:
-                return f"{name} is {'none' if got is None else 'there'}, which is not so in its own"
-        elif not (d := float((got.double() - want.double()).norm())) <= limit * max(
-            sizes[name], least
-        ):
-            return f"{name} differs by {d / max(sizes[name], 1e-30):.1e} (at most {limit:.0e})"
-    return None
-
-
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|; NaN where shapes differ or one alone is not finite."""
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return math.nan
-    same = torch.equal(ours.isfinite(), theirs.isfinite())
-    ours, theirs = (t.double().nan_to_num(0, 0, 0) for t in (ours, theirs))
-    difference = (ours - theirs).norm() / theirs.norm().clamp_min(1e-30)
-    return float(difference) if same else math.nan
 
 
 def _examine(model: nn.Module, strict: bool) -> tuple[ModuleType | None, list[Finding]]:
@@ -546,21 +381,3 @@ def _is_uint8_clip(t: Tensor) -> bool:
 
 def _numbers(value: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
-
-
-def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """`function` of every tensor in lists, tuples and dicts."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {k: _map(function, v) for k, v in tree.items()}
-    return type(tree)(_map(function, t) for t in tree) if type(tree) in (list, tuple) else tree
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """Every tensor in lists, tuples and mappings, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, Mapping):
-        tree = list(tree.values())
-    return [t for x in tree for t in _tensors(x)] if isinstance(tree, list | tuple) else []

@@ -17,7 +17,7 @@ from foreign import Parallel, assert_close, clips, make, process, relative, run,
 from torch import nn
 
 import mae_fast
-from mae_fast import ModelConfig, drop_in
+from mae_fast import ModelConfig, comparison
 from mae_fast.adapters import mae_st
 from mae_fast.adapters.parts import Unfused
 from mae_fast.errors import AccelerateError, ConfigError
@@ -407,14 +407,14 @@ def test_a_clip_of_another_size_is_refused(model, video):
 
 def test_gradients_of_fp32_that_differ_are_compared_in_double(model, video, monkeypatch):
     """Rounding may keep a sum over many tokens apart, a model of another kind stays refused."""
-    compare, seen = drop_in._gradients_differ, []
+    compare, seen = comparison._gradients_differ, []
 
     def rounded(ours, theirs, limit):
         dtype = next(g.dtype for g in theirs.values() if g is not None)
         seen.append(dtype)
         return "mask_token" if dtype == torch.float32 else compare(ours, theirs, limit)
 
-    monkeypatch.setattr(drop_in, "_gradients_differ", rounded)
+    monkeypatch.setattr(comparison, "_gradients_differ", rounded)
     run(mae_fast.accelerate(copy.deepcopy(model)), video)
     assert seen == [torch.float32, torch.float64]
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mae_fast
 from mae_fast import drop_in, graph, replays
-from mae_fast.drop_in import _tensors
+from mae_fast.comparison import tensors_of
 
 DEVICE = os.environ.get("MAE_FAST_TEST_DEVICE", "cpu")
 CALLS = replays.WARMUP + 4  # the last three replay forward, and the last two backward as well
@@ -60,7 +60,7 @@ def known(model: nn.Module) -> list:
 
 def loss_of(model: nn.Module, args: tuple, seed: int = 0) -> Tensor:
     torch.manual_seed(seed)
-    out = _tensors(model(*args))
+    out = tensors_of(model(*args))
     return out[0] if out[0].dim() == 0 else out[0].square().mean()
 
 

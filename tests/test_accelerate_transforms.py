@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mae_fast
 from mae_fast import MaskedAutoencoder
 from mae_fast.adapters import transformers as transformers_adapter
-from mae_fast.drop_in import _tensors
+from mae_fast.comparison import tensors_of
 from mae_fast.masking import draw_ids
 
 EXPORTED = ["mae_st", "slowfast", "videomae", "videomae_v2"]  # transformers' own is not
@@ -30,7 +30,7 @@ def pair(tiny_cfg, request):
 def _loss(model, args, parameters=None):
     torch.manual_seed(3)
     out = torch.func.functional_call(model, parameters, args) if parameters else model(*args)
-    out = _tensors(out)[0]
+    out = tensors_of(out)[0]
     return out if out.dim() == 0 else out.square().mean()
 
 
@@ -42,7 +42,7 @@ def test_export(pair, strict):
     found = []
     for each in (exported, model):
         torch.manual_seed(3)
-        found.append([t.detach() for t in _tensors(each(*args))])
+        found.append([t.detach() for t in tensors_of(each(*args))])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_a_trace_is_of_the_own_forward(pair):
     found = []
     for each in (traced, own):
         torch.manual_seed(3)
-        found.append([t.detach() for t in _tensors(each(*args))])
+        found.append([t.detach() for t in tensors_of(each(*args))])
     assert all(map(torch.equal, *found))
 
 
@@ -182,5 +182,5 @@ def test_uint8_clips_in_fp64_without_norm_pix(tiny_cfg, family):
         torch.tensor(t, dtype=torch.float64).view([3 if d == dim else 1 for d in range(5)])
         for t in (mean, std)
     )
-    want = _tensors(model.double()((pixels.double() / 255 - mean) / std, mask))[0]
-    torch.testing.assert_close(_tensors(fast(pixels, mask))[0], want, rtol=1e-5, atol=1e-6)
+    want = tensors_of(model.double()((pixels.double() / 255 - mean) / std, mask))[0]
+    torch.testing.assert_close(tensors_of(fast(pixels, mask))[0], want, rtol=1e-5, atol=1e-6)

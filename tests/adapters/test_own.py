@@ -17,7 +17,7 @@ import mae_fast
 import mae_fast.forward as fused
 from mae_fast import ModelConfig, adapters
 from mae_fast.bench.baselines import official
-from mae_fast.drop_in import _tensors
+from mae_fast.comparison import tensors_of
 from mae_fast.ops.attention import attention
 
 CFG = ModelConfig(
@@ -231,13 +231,13 @@ def test_a_block_with_a_hook_runs_itself(family, kind, where, attentions):
         KINDS[kind](pick(hooked), seen)
     model = model.double()
     plain = copy.deepcopy(model)  # with the same hooks, on the same list
-    want, theirs = results(plain, run), [t.detach() for t in _tensors(seen)]
+    want, theirs = results(plain, run), [t.detach() for t in tensors_of(seen)]
     mae_fast.accelerate(model, verify=False)
     seen.clear()
     attentions.clear()
     found = differences(results(model, run), want)
     assert max(found.values()) <= 1e-10, summary(found)
-    ours = [t.detach() for t in _tensors(seen)]
+    ours = [t.detach() for t in tensors_of(seen)]
     assert len(theirs) > 0
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     assert len(attentions) == len(encoder) + len(decoder) - 3
