@@ -130,10 +130,13 @@ def test_training_frames_lie_as_the_official_codes_draw_them():
 def test_clips_of_a_video_have_the_same_frames_where_asked(motions, sampling):
     rows = read_index(motions.train)
     for same in (True, False):
-        cfg = ClipsConfig(repeat_aug=3, sampling=sampling, same_frames=same)
+        how = dict(sampling=sampling, sampling_rate=2, same_frames=same)
+        cfg = ClipsConfig(repeat_aug=3, **how)
         made = clips.LabelledClips(rows, cfg, 4, 0, clips.classes_of(rows), "")
         found = made._indices(np.random.default_rng(0), 300, 30.0)
         assert len(found) == 3 and all(torch.equal(found[0], x) for x in found[1:]) == same
+        if sampling == "frames":
+            assert found[0][-1] - found[0][0] == 2 * 4 - 1
 
 
 def test_classes_are_sorted_or_in_the_order_of_a_file(motions, tmp_path):
