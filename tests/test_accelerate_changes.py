@@ -393,6 +393,26 @@ def test_known_modes_are_compared_once(tiny_cfg, monkeypatch):
     assert len(compared) == 3
 
 
+def test_what_was_not_finite_is_compared_when_it_is(tiny_cfg):
+    """A loss that is not a number says nothing of a forward that doubles it."""
+    model, args = FAMILIES["mae_st"](tiny_cfg)
+
+    class Mine(type(model)):
+        def forward(self, *args, **kwargs):
+            loss, pred, mask = super().forward(*args, **kwargs)
+            return 2 * loss, pred, mask
+
+    model.__class__ = Mine
+    before = model.decoder_pred.bias.detach().clone()
+    with torch.no_grad():
+        model.decoder_pred.bias.fill_(torch.nan)
+    mae_fast.accelerate(model)(*args)
+    with torch.no_grad():
+        model.decoder_pred.bias.copy_(before)
+    with pytest.raises(AccelerateError, match="computes something else"):
+        model(*args)
+
+
 def test_a_model_that_changes_at_every_call_is_said_to(tiny_cfg, caplog):
     model, args = FAMILIES["mae_st"](tiny_cfg)
     mae_fast.accelerate(model)

@@ -621,10 +621,15 @@ def test_what_is_read_beside_is_kept_until_then(monkeypatch):
 def test_calls_of_other_structure_are_of_another_kind():
     a, b = torch.ones(2), torch.zeros(2)
     calls = [((a, None), b), ((None, a), b), ((a, b), None), (([a], None), b), ((a, (None,)), b)]
+    calls += [(((a,), None), b), ((a, None, b),)]
     tensors, others = zip(*map(replays._parted, calls), strict=True)
     assert all(others.count(o) == 1 for o in others) and {*map(len, tensors)} == {2}
     assert all(replays._why_not(t, o) is None for t, o in zip(tensors, others, strict=True))
     assert replays._why_not(*replays._parted((a, {"key": b}))) == "a block or layer runs itself"
+    found, given = replays.Replays(nn.Linear(2, 2).to(DEVICE)), lambda **named: [*named.values()]
+    for name in ("pixels", "target"):
+        found(given, (), {name: a.to(DEVICE)})
+    assert len(found.known) == 2
 
 
 def test_graphs_of_other_kinds_make_room(pair, tiny_cfg, monkeypatch, caplog):
