@@ -295,8 +295,9 @@ class _Replayed(torch.autograd.Function):
                 "a second backward (retain_graph=True) comes after a later forward, which has"
                 " written over what it needs: mae_fast.accelerate(model, cuda_graph=False)"
             )
-        ctx.use.done = True
-        return None, *ctx.replay.gradients(douts)
+        found = ctx.replay.gradients(douts)
+        ctx.use.done = True  # not before: another thread's forward would write over what this reads
+        return None, *found
 
 
 def _parted(values: tuple) -> tuple[list[Tensor], list]:

@@ -241,6 +241,23 @@ def test_a_backward_that_is_broken_off_leaves_nothing(of, pair, tiny_cfg, monkey
     assert again.forward and again.side is not pool, "torch refuses one whose graphs are gone"
 
 
+def test_a_forward_of_another_thread_during_a_backward(pair, tiny_cfg, monkeypatch):
+    """It may not write over what the backward reads yet."""
+    video = clips(tiny_cfg)
+    for model in pair:
+        warm(model, video)
+    replay = known(pair[0])[0]
+    gradients = replay.gradients
+
+    def meanwhile(douts):
+        with torch.enable_grad():  # as in any thread but that of the backward
+            loss_of(pair[0], (2 * video,), 1)
+        return gradients(douts)
+
+    monkeypatch.setattr(replay, "gradients", meanwhile)
+    same(*(step(model, (video,)) for model in pair))
+
+
 def test_weights_that_change_before_backward_are_found(pair, tiny_cfg):
     model, video = pair[0], clips(tiny_cfg)
     warm(model, video)
