@@ -116,11 +116,13 @@ def test_what_counts_passes_through(tiny_cfg):
 
 
 def test_the_loss_of_half_precision_clips_under_autocast(tiny_cfg):
-    model, (clip, mask) = FAMILIES["transformers"](tiny_cfg)
-    own = copy.deepcopy(model)
-    mae_fast.accelerate(model)
-    for dtype in (torch.bfloat16, torch.float32):
-        with torch.autocast("cpu", torch.bfloat16):
+    """Also where the parameters are in half precision: a mean square is in fp32 all the same."""
+    half, wide = torch.bfloat16, torch.float32
+    for params, dtype in ((wide, half), (wide, wide), (half, half)):
+        model, (clip, mask) = FAMILIES["transformers"](tiny_cfg)
+        own = copy.deepcopy(model.to(params))
+        mae_fast.accelerate(model)
+        with torch.autocast("cpu", half):
             want, ours = own(clip.to(dtype), mask), model(clip.to(dtype), mask)
         assert ours.loss.dtype == want.loss.dtype == torch.float32
         torch.testing.assert_close(ours.loss, want.loss, rtol=2e-2, atol=0)

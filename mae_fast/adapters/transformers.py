@@ -16,6 +16,7 @@ from mae_fast.adapters.parts import Finding, Parts, Pixels, Unfused, noise
 from mae_fast.adapters.videomae import IMAGENET, fixed, ids_of, most, product_dtype, unnormalised
 from mae_fast.forward import Affine, Block, Norm, OwnBlock, Params, Spec
 from mae_fast.forward import forward as fused
+from mae_fast.ops.dispatch import autocast_dtype
 
 FAMILY = "transformers"
 SOURCE = "transformers, VideoMAEForPreTraining"
@@ -185,8 +186,8 @@ def forward(
     without = ("masked_last_block",) if own.needs_order(decoder, params.decoder_blocks) else ()
     loss, logits = fused(params, spec, video, *ids, without=without, pixels=targets)
     wide = model.mask_token.dtype if targets.dtype == torch.uint8 else targets.dtype
-    if product_dtype(model.mask_token) != model.mask_token.dtype:
-        wide = torch.promote_types(wide, torch.float32)  # autocast takes a mean square in fp32
+    if autocast_dtype(pixel_values.device.type):  # takes a mean square in fp32
+        wide = torch.promote_types(wide, torch.float32)
     loss = loss.to(torch.promote_types(logits.dtype, wide))  # the mean's own dtype
     output = _output_class(model)(loss=loss, logits=logits)
     return_dict = kwargs.get("return_dict")
