@@ -335,8 +335,8 @@ def _is_in(name: str, parts: tuple[str, ...]) -> bool:
 def _hooked(model: nn.Module) -> list[Finding]:
     """The modules inside whose hooks a fused forward would not call."""
     if hooks_of_all():
-        return [Finding("torch.nn.modules.module", "has hooks of every module")]
-    why_not = "has hooks (FSDP, quantisation, feature extraction ...), called by no fused forward"
+        return [Finding("torch.nn.modules.module", "has hooks of every module: see strict=False")]
+    why_not = "has hooks (FSDP, a summary ...), called by no fused forward: see strict=False"
     return [Finding(n, why_not) for n, m in model.named_modules() if n and _called(vars(m))]
 
 
