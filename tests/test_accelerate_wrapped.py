@@ -16,6 +16,7 @@ from foreign import assert_close, clips, make, run
 from torch.utils.checkpoint import checkpoint
 
 import mae_fast
+from mae_fast import adapters
 from mae_fast.adapters import mae_st
 from mae_fast.errors import AccelerateError
 
@@ -165,6 +166,12 @@ def test_a_replica_of_data_parallel_runs_its_own_weights(tiny_cfg, fused):
     model.blocks[0].attn.proj_drop.p, model.blocks[0].attn.scale = 0.5, 1.0
     with pytest.raises(AccelerateError, match=r"scale: is 1\.0"):
         model._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_for_the_comparison_is_of_the_model_s_size(family, tiny_cfg):
+    model, _ = FAMILIES[family](tiny_cfg)
+    model(*adapters.FAMILIES[family].sample(model, torch.float32))
 
 
 def test_a_replica_of_a_wrapped_model_is_refused(tiny_cfg):

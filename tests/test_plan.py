@@ -146,6 +146,12 @@ def test_a_target_encoder_computes_as_the_encoder_does():
         assert term.amount > 0
 
 
+def test_rows_are_of_the_model_s_own_depth(tiny_cfg):
+    """Two blocks of the decoder, the last of masked tokens alone; at ratio 0 all are seen."""
+    assert memory.rows(tiny_cfg, 0.5) == (8, 8, 9, 17, 17 + 8)
+    assert memory.rows(tiny_cfg, 0).seen == 17
+
+
 def test_bytes_of_casts_and_sums(tiny_cfg):
     """Of 10 values: in 16 bits two are written and three are read; in fp32 two sums of three. What
     stands between ops is the decoder's, and a GPU's."""

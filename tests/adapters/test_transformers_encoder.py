@@ -9,6 +9,7 @@ from test_transformers import IMAGENET, TINY, scattered, skip_rounded_softmax
 
 import mae_fast
 import mae_fast.forward as fused
+from mae_fast.adapters import transformers_encoder
 from mae_fast.ops.attention import attention
 
 
@@ -61,6 +62,11 @@ def test_dropout_and_checkpoints_and_eval(make):
     check(copy.deepcopy(model).eval(), run)
     model.gradient_checkpointing_enable(dict(use_reentrant=False))
     check(model, run)
+
+
+def test_a_sample_is_a_clip_of_the_model_s_size(make):
+    model = make()
+    assert model(*transformers_encoder.sample(model, torch.float32)).last_hidden_state.shape[1] == 8
 
 
 def test_its_kernels_run_in_every_layer(make, monkeypatch):

@@ -137,6 +137,8 @@ def test_clips_of_a_video_have_the_same_frames_where_asked(motions, sampling):
         assert len(found) == 3 and all(torch.equal(found[0], x) for x in found[1:]) == same
         if sampling == "frames":
             assert found[0][-1] - found[0][0] == 2 * 4 - 1
+        elif sampling == "uniform":
+            assert (found[0] // 75).tolist() == [0, 1, 2, 3]
 
 
 def test_classes_are_sorted_or_in_the_order_of_a_file(motions, tmp_path):

@@ -358,6 +358,7 @@ def test_probes_judge_a_run_and_change_nothing(base, index, rows, tmp_path, monk
 
     def of_whole_pictures(net, train, test, clips, **how):
         assert clips.short_side == 0 != cfg.data.short_side  # the model's own
+        assert (len(train), len(test), how["seed"]) == (4, 3, cfg.train.seed)
         return judge(net, train, test, clips, **how)
 
     monkeypatch.setattr(probe, "judge", of_whole_pictures)
