@@ -187,6 +187,24 @@ def test_persons_of_a_clip_are_those_of_its_second(small):
     assert sum(map(len, found.people)) > sum(map(len, alone.people))
 
 
+def test_a_file_begins_at_the_second_that_is_said(small):
+    """Half a second later by the movie's clock, ten frames a second."""
+    test = lambda cfg, left: score.TestSet.read(cfg, left).keyframes  # noqa: E731
+    for keyframes in (training_keyframes, test):
+        cfgs = (config(small, ava__begins_at=at) for at in (900.0, 900.5))
+        first, later = (np.stack(keyframes(cfg, LeftOut()).indices) for cfg in cfgs)
+        assert (first - later == 5).all()
+
+
+def test_boxes_of_training_are_moved_by_what_is_asked(small):
+    still, moved = (
+        dataset(config(small, data__repeat_aug=1, ava__box_jitter=(by,) * 4))[1][0].labels
+        for by in (0.0, 0.4)
+    )
+    assert not torch.equal(still[:, 1:5], moved[:, 1:5])
+    assert torch.equal(still[:, 5:], moved[:, 5:])
+
+
 def test_whole_frames_are_tested_with_boxes_that_fit_them(small):
     cfg = config(small)
     test = score.TestSet.read(cfg, LeftOut())
@@ -277,6 +295,8 @@ def test_an_action_is_as_likely_as_its_person_where_asked(small):
         sure = np.array([[p.score] for p in test.keyframes.people[i]])
         np.testing.assert_allclose(times, plain * sure, rtol=1e-6)
         assert 0 < sure.min() < 1 and plain.min() > 0
+    half, _ = score.scores_of(model, test, config(small, train__precision="bf16"), given)
+    assert all(0 < abs(a - b).max() < 0.02 for a, b in zip(half, found[1], strict=True))
 
 
 def test_seconds_between_are_in_neither_side_of_a_held_out_test(small):
@@ -305,6 +325,25 @@ def test_pixels_are_normalised_as_the_recipe_says(small):
     mean, std = ava_clips.statistics(config(small, ava__pixels="alphaction").ava, family)
     torch.testing.assert_close(255 * mean.flatten(), torch.tensor([122.7717, 115.9465, 102.9801]))
     torch.testing.assert_close(255 * std.flatten(), torch.full((3,), 57.375))
+
+
+@needs_torchvision
+def test_what_a_step_draws_is_of_the_seed(small, tmp_path, monkeypatch):
+    """Of the same clips: colours, and the numbers of dropout and drop path."""
+    drawn, inputs = [], AvaRun._inputs
+
+    def of_seeds(self, batch):
+        for seed in (1, 2):
+            train = replace(self.cfg.train, seed=seed)
+            self.cfg, self.micro = replace(self.cfg, train=train), 0
+            video, *persons = inputs(self, batch)
+            drawn.append((video, torch.get_rng_state()))
+        return video, *persons
+
+    monkeypatch.setattr(AvaRun, "_inputs", of_seeds)
+    how = dict(steps=1, ava__val_every=0, ava__color=(20.0, 0.1, 0.1))
+    finetune(config(small, tmp_path / "run", **how))
+    assert not any(map(torch.equal, *drawn))
 
 
 @needs_torchvision

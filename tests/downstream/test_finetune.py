@@ -449,8 +449,10 @@ def test_every_key_has_its_help_and_its_refusal(tmp_path, capsys):
     (tmp_path / "c.toml").write_text("[train]\nlayer_decy = 0.5\n")
     assert cli.main(["finetune", str(tmp_path / "c.toml")]) == 2
     assert "did you mean 'train.layer_decay'" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="must be even"):
-        from_dict({"train": {"batch_size": 1}, "data": {"repeat_aug": 1}})
+    odd = {"train": {"batch_size": 1}, "data": {"repeat_aug": 1}}
+    for off in ({}, {"mixup": 0.0}, {"cutmix": 0.0}):
+        with pytest.raises(ConfigError, match="must be even"):
+            from_dict(odd | {"augment": off})
     with pytest.raises(ConfigError, match=r"data\.span_seconds must be 0.*, got 2\.0"):
         from_dict({"data": {"span_seconds": 2.0}})
     with pytest.raises(ConfigError, match="1 or 2 with uniform"):

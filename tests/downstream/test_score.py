@@ -102,7 +102,8 @@ def test_test_counts_a_broken_video_as_wrong_and_keeps_logits(motions, tmp_path,
 
 def test_a_test_takes_what_its_toml_file_says_now(motions, tmp_path):
     """Views and videos of a test are no part of the training, which goes on with others too."""
-    cfg = config(motions, tmp_path / "run", train__steps=1, data__val_index=str(motions.train))
+    changes = dict(train__steps=1, data__val_index=str(motions.train), data__sampling="frames")
+    cfg = config(motions, tmp_path / "run", **changes)
     finetune(cfg)
     tree = to_dict(cfg) | {"test": {"temporal": 1, "spatial": 1}, "recipe": "mae_st_k400"}
     assert finetune(from_dict(tree))["step"] == 1
@@ -115,6 +116,7 @@ def test_a_test_takes_what_its_toml_file_says_now(motions, tmp_path):
     assert cli.main(["test", str(tmp_path / "tune.toml")]) == 0
     results = json.loads((tmp_path / "run" / "test" / "results.json").read_text())
     assert results["views"] == "1 x 1" and results["videos"] == 8
+    assert results["sampling"] == "frames"
 
 
 def test_a_test_takes_what_its_options_say(motions, tmp_path, monkeypatch):
