@@ -45,12 +45,9 @@ def open_video(path: str):
                 raise BadVideo(path, "not a regular file")
         if size_of(path) == 0:
             raise BadVideo(path, "empty: 0 bytes")
-        container = av.open(
-            url,
-            mode="r",
-            options={"protocol_whitelist": allowed},
-            metadata_errors="replace",
-        )
+        # Of tags that are no UTF-8; PyAV 19 takes them as they are, and no argument.
+        tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        container = av.open(url, mode="r", options={"protocol_whitelist": allowed}, **tags)
     except FileNotFoundError:
         raise BadVideo(path, "missing: no such file") from None
     except OSError as e:

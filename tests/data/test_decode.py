@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -77,6 +78,17 @@ def test_any_order_and_repeats(files, video, decoder):
         frames = reader.read(torch.tensor(wanted))
     assert frames.dtype == torch.uint8 and frames.shape == (7, 48, 64, 3)
     assert [video.number(f) for f in frames] == wanted
+
+
+def test_pyav_19_takes_no_metadata_errors(files, monkeypatch):
+    """The PyAV of Python 3.12 and later (constraints.txt)."""
+    opened = av.open
+    monkeypatch.setattr(av, "__version__", "19.0.2")
+    monkeypatch.setattr(
+        av, "open", lambda file, mode, options: opened(file, mode=mode, options=options)
+    )
+    with VideoReader(files("bframes.mp4")) as reader:
+        assert reader.num_frames == 40
 
 
 @pytest.mark.parametrize("index", [-1, 40])
