@@ -28,7 +28,7 @@ from mae_fast.tasks.ava.clips import KeyframeClips, WholeFrames
 from mae_fast.tasks.ava.evaluate import iou
 from mae_fast.tasks.ava.files import LeftOut
 from mae_fast.tasks.ava.model import BoxClassifier
-from mae_fast.tasks.ava.run import AvaRun, training_keyframes
+from mae_fast.tasks.ava.run import AvaRun, load, training_keyframes
 from mae_fast.tasks.config import RECIPES, from_dict, from_state
 from mae_fast.tasks.finetune import finetune
 from mae_fast.tasks.score import test as score_run
@@ -325,6 +325,17 @@ def test_pixels_are_normalised_as_the_recipe_says(small):
     mean, std = ava_clips.statistics(config(small, ava__pixels="alphaction").ava, family)
     torch.testing.assert_close(255 * mean.flatten(), torch.tensor([122.7717, 115.9465, 102.9801]))
     torch.testing.assert_close(255 * std.flatten(), torch.full((3,), 57.375))
+
+
+@needs_torchvision
+@pytest.mark.parametrize("pooled", [True, False], ids=["of_pooled_features", "of_tokens"])
+def test_a_norm_of_pooled_features_is_not_taken_for_one_of_tokens(small, monkeypatch, pooled):
+    said = ["head: new", *["fc_norm: taken for norm"] * pooled]
+    monkeypatch.setattr("mae_fast.tasks.ava.run.weights.load", lambda model, path: said)
+    model = BoxClassifier(config(small).classifier_of(12))
+    torch.nn.init.constant_(model.norm.weight, 2.0)
+    assert load(model, "a.pth") == ["head: new", *["fc_norm: not used; norm: new"] * pooled]
+    assert (model.norm.weight == (1 if pooled else 2)).all()
 
 
 @needs_torchvision
