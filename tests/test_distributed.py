@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from mae_fast import distributed
+from mae_fast import checkpoint, distributed
 from mae_fast.distributed import World
 from mae_fast.errors import ConfigError, Interrupted
+from mae_fast.run import Run
 
 CPU = torch.device("cpu")
 
@@ -209,7 +211,7 @@ def test_what_counts_as_another_s_death():
 
 FREED = """
 import resource, sys, torch
-from mae_fast import distributed
+from mae_fast import checkpoint, distributed
 if sys.argv[1] == "run":
     distributed.start("cpu")
 def step():
@@ -233,3 +235,16 @@ def test_a_run_on_a_cpu_keeps_what_a_step_frees():
         found[case] = int(ran.stdout)
     assert found["run"] < 1000 < found["nothing"], found
     assert found["told"] > 1000, "what its user says of malloc stays"
+
+
+@pytest.mark.parametrize("apart, writes", [(False, [0]), (True, [0, 1])])
+def test_one_process_writes_a_checkpoint_and_all_write_its_parts(apart, writes, monkeypatch):
+    """`apart`: every rank holds a part of the model."""
+    saved = []
+    monkeypatch.setattr(checkpoint, "save", lambda *args: saved.append(args[-1]))
+    for rank in range(2):
+        world = World(rank, 2, CPU)
+        what = dict(model=None, optimizer=None, _state=dict, folder=None, aside=None)
+        cfg = SimpleNamespace(train=SimpleNamespace(keep=1))
+        Run._save(SimpleNamespace(world=world, apart=apart, step=1, saved=0, cfg=cfg, **what))
+    assert saved == [World(rank, 2, CPU) if apart else None for rank in writes]
