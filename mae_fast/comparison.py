@@ -205,9 +205,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return function(tree)
     if isinstance(tree, dict):
         return {k: map_tensors(function, v) for k, v in tree.items()}
-    return (
-        type(tree)(map_tensors(function, t) for t in tree) if type(tree) in (list, tuple) else tree
-    )
+    if type(tree) in (list, tuple):
+        return type(tree)(map_tensors(function, t) for t in tree)
+    return tree
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
